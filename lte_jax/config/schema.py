@@ -1,7 +1,8 @@
 """What a model, its sparsity and an experiment are, as frozen data.
 
 Plain data without arrays: the model module, the importer, the trainer and the reports all read
-the same dataclasses. `Experiment` is what a file in configs/ becomes.
+the same dataclasses. `Experiment` is what a file in configs/ and the flags of train.py become.
+The trailing comments are the documentation of the keys.
 
 Dimension key: B batch  L length  D model width  E experts  M neurons per expert  F = E*M
                N layers  H heads  K kv heads  C head width  V vocabulary
@@ -27,9 +28,8 @@ class UserError(ValueError):
     """Input the user can mend: one line naming the culprit, what was expected, and the mend."""
 
 
-def _check(ok: bool, where: str, value: Any, expected: Any) -> None:
+def _check(ok: bool, where: str, value: Any, expected: str) -> None:
     if not ok:
-        expected = getattr(expected, "__name__", expected)
         raise UserError(f"{where}={value!r}: expected {expected}")
 
 
@@ -81,7 +81,9 @@ class ModelConfig:
                 "each kv head serves an equal group of query heads"
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd: rotary embedding needs an even width")
+            raise UserError(
+                f"head_dim={self.head_dim} is odd: rotary embedding needs an even width"
+            )
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise UserError(
                 f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers"
@@ -109,19 +111,37 @@ class LTEConfig:
     distill_weight: float = 1.0  # 1: only KL to the dense model, 0: only the task loss
 
     def __post_init__(self):
-        _check(self.expert_size >= 1, "lte.expert_size", self.expert_size, "a positive integer")
+        _check(self.expert_size >= 1, "expert_size", self.expert_size, "a positive integer")
         sparsity = self.target_sparsity
         _check(
             sparsity is None or 0 < sparsity < 1,
-            "lte.target_sparsity",
+            "target_sparsity",
             sparsity,
             "strictly between 0 and 1, such as 0.5, or None for a fixed efficiency_weight",
         )
-        _check(0 < self.threshold < 1, "lte.threshold", self.threshold, "strictly between 0 and 1")
-        _check(self.separability_eps > 0, "lte.separability_eps", self.separability_eps, "positive")
+        _check(0 < self.threshold < 1, "threshold", self.threshold, "strictly between 0 and 1")
+        _check(self.separability_eps > 0, "separability_eps", self.separability_eps, "positive")
         _check(
-            0 <= self.distill_weight <= 1, "lte.distill_weight", self.distill_weight, "within [0, 1]"
+            0 <= self.distill_weight <= 1, "distill_weight", self.distill_weight, "within [0, 1]"
         )
+
+
+def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
+    """E: how many experts an FFN has; 1 for a dense model.
+
+    Raises:
+      UserError: where the expert size does not divide the FFN width.
+    """
+    if lte is None:
+        return 1
+    if config.d_ff % lte.expert_size:
+        near = [m for m in range(1, config.d_ff + 1) if config.d_ff % m == 0]
+        near = sorted(sorted(near, key=lambda m: abs(m - lte.expert_size))[:4])
+        raise UserError(
+            f"lte.expert_size={lte.expert_size} does not divide the FFN width {config.d_ff}: "
+            f"nearby sizes that do are {', '.join(map(str, near))}"
+        )
+    return config.d_ff // lte.expert_size
 
 
 PRESETS: Mapping[str, LTEConfig] = types.MappingProxyType(
@@ -167,6 +187,11 @@ class DataConfig:
     newline: str = "\n"  # what replaces newlines: some character models never saw one
     max_validation_rows: int = 64  # rows of `length`
 
+    def __post_init__(self):
+        _check(self.length >= 2, "length", self.length, "2 or more: a token and its successor")
+        for name in ("batch_size", "max_validation_rows"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
@@ -178,6 +203,12 @@ class StageConfig:
     warmup_ratio: float = 0.06
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr_ratio: float = 0.1  # of the peak, at the last step
+
+    def __post_init__(self):
+        for name in ("steps", "learning_rate", "router_lr_multiplier"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
+        for name in ("warmup_ratio", "final_lr_ratio"):
+            _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "within [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +231,14 @@ class OptimConfig:
     clip_norm: float = 1.0  # of routers and model apart; 0: no clipping
     microbatches: int = 1  # gradient accumulation: the batch is cut into this many parts
 
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("weight_decay", "clip_norm"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
+        _check(self.eps > 0, "eps", self.eps, "positive")
+        _check(self.microbatches >= 1, "microbatches", self.microbatches, "a positive integer")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -217,6 +256,11 @@ class CheckpointConfig:
     every: int = 200  # steps
     keep_last: int = 2
     keep_best: int = 1  # by validation loss
+
+    def __post_init__(self):
+        for name in ("every", "keep_last"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+        _check(self.keep_best >= 0, "keep_best", self.keep_best, "zero or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +281,10 @@ class Experiment:
     log_every: int = 10  # steps
     sample_prompt: str = "Once upon a time"
 
+    def __post_init__(self):
+        for name in ("calibration_rows", "eval_every", "log_every"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+
 
 def to_config_dict(config: Any) -> ConfigDict:
     """A locked, mutable ConfigDict with the fields of a dataclass: the start of a configs/ file."""
@@ -248,8 +296,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
     """The dataclass `cls` with `values`; absent keys keep their defaults.
 
     Raises:
-      UserError: on a key that `cls` does not have (naming the nearest that it has) or a value of
-        the wrong type, with the dotted path of the key.
+      UserError: on a key that `cls` does not have (naming the nearest that it has), a value of
+        the wrong type or outside its range, or a key without a default that is absent; with the
+        dotted path of the key.
     """
     hints = typing.get_type_hints(cls)
     made = {}
@@ -257,7 +306,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config")
         if key not in hints:
             raise UserError(f"unknown key {where}.{key}: {nearest(key, hints)}")
         made[key] = _convert(hints[key], value, f"{where}.{key}")
-    return cls(**made)
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        if field.name not in made and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}.{field.name} is missing: expected {spell(hints[field.name])}")
+    try:
+        return cls(**made)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -277,12 +332,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
-        _check(value in args, where, value, f"one of {', '.join(map(repr, args))}")
+        _check(value in args, where, value, spell(hint))
         return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wrong_bool = isinstance(value, bool) and hint is not bool
-    _check(isinstance(hint, type) and isinstance(value, hint) and not wrong_bool, where, value, hint)
+    right = isinstance(hint, type) and isinstance(value, hint) and not wrong_bool
+    _check(right, where, value, spell(hint))
     return value
+
+
+def spell(hint: Any) -> str:
+    """An annotated type in the words of an error message."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

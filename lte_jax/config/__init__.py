@@ -1,0 +1,35 @@
+"""What a model, its sparsity and an experiment are (schema.py), and how they are read (loading.py).
+
+A file in configs/ starts from `to_config_dict(Experiment(...))` and changes what it wants changed:
+
+    from lte_jax import config
+
+    def get_config(arg=""):
+        c = config.to_config_dict(config.Experiment(name="mine"))
+        c.lte.target_sparsity = 0.75
+        return c
+"""
+
+from lte_jax.config.loading import cli_errors as cli_errors
+from lte_jax.config.loading import load_config as load_config
+from lte_jax.config.loading import parse_flags as parse_flags
+from lte_jax.config.loading import variants as variants
+from lte_jax.config.schema import PRESETS as PRESETS
+from lte_jax.config.schema import Activation as Activation
+from lte_jax.config.schema import CheckpointConfig as CheckpointConfig
+from lte_jax.config.schema import DataConfig as DataConfig
+from lte_jax.config.schema import Experiment as Experiment
+from lte_jax.config.schema import LTEConfig as LTEConfig
+from lte_jax.config.schema import MeshConfig as MeshConfig
+from lte_jax.config.schema import ModelConfig as ModelConfig
+from lte_jax.config.schema import OptimConfig as OptimConfig
+from lte_jax.config.schema import RopeScaling as RopeScaling
+from lte_jax.config.schema import Routing as Routing
+from lte_jax.config.schema import SourceConfig as SourceConfig
+from lte_jax.config.schema import StageConfig as StageConfig
+from lte_jax.config.schema import StagesConfig as StagesConfig
+from lte_jax.config.schema import UserError as UserError
+from lte_jax.config.schema import from_mapping as from_mapping
+from lte_jax.config.schema import nearest as nearest
+from lte_jax.config.schema import num_experts as num_experts
+from lte_jax.config.schema import to_config_dict as to_config_dict

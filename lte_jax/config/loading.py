@@ -1,0 +1,177 @@
+"""From a file in configs/ and the flags of a command line to an `Experiment`.
+
+The types of the dataclasses decide how the text of a flag is read, so that keys which are None or
+a tuple can be set like any other. Everything that a user can get wrong ends in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import pathlib
+import re
+import runpy
+import sys
+import traceback
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lte_jax.config.schema import Experiment, UserError, from_mapping, nearest, spell
+
+
+def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment that a file in configs/ describes.
+
+    The file is plain Python with a function `get_config(arg="")` that returns a ConfigDict, as
+    `to_config_dict(Experiment())` makes it. It is run by its path, never imported: `configs` is
+    no package, and a file of your own may lie anywhere.
+
+    Args:
+      spec: path of the file; after a colon the argument of get_config: "configs/demo.py:smoke".
+      overrides: "dotted.key=value" each, such as "lte.target_sparsity=0.7". None, numbers, true
+        and false are written as in Python; a tuple is written 1,2 and the empty one ().
+
+    Raises:
+      UserError: the file is absent, fails, or returns something else; an unknown key, naming the
+        nearest valid one; a value of the wrong type. One line, with the file's line where it fails.
+    """
+    path, colon, arg = spec.partition(".py:")
+    values = _run_config(path + ".py" if colon else path, arg)
+    for override in overrides:
+        _override(values, override)
+    return from_mapping(Experiment, values)
+
+
+def variants(arg: str, *valid: str) -> frozenset[str]:
+    """The comma-separated words of a get_config argument, such as "paper,smoke".
+
+    Raises:
+      UserError: on a word that is not among `valid`.
+    """
+    words = frozenset(filter(None, arg.split(",")))
+    for word in sorted(words - set(valid)):
+        raise UserError(f"unknown variant {word!r}: {nearest(word, valid)}")
+    return words
+
+
+def _run_config(path: str, arg: str) -> dict[str, Any]:
+    """What get_config(arg) of the file returns, as a plain nested dict."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        others = [str(other) for other in file.parent.glob("*.py")]
+        raise UserError(f"no config file {path}" + (f": {nearest(path, others)}" if others else ""))
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError("expected a function get_config() that returns a ConfigDict")
+        config = get_config(arg) if arg else get_config()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whatever the file does wrong, named by its line
+        raise UserError(_blame(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config() returned {config!r}: expected a ConfigDict")
+    return config.to_dict()
+
+
+def _blame(path: str, error: Exception) -> str:
+    """One line for a config file that fails: the file, the line in it, and what went wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines = [error.lineno]
+    # ConfigDict puts all that it holds into its message on a misspelt key.
+    message = re.sub(r'\. Other fields present: "{.*}"', ".", str(error), flags=re.DOTALL)
+    message = " ".join(message.replace(r"\n", " ").split())
+    return ":".join([path, *map(str, lines[-1:])]) + f": {type(error).__name__}: {message}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one "dotted.key=value" in the nested dict of an Experiment's values."""
+    key, equals, text = override.partition("=")
+    hints = _leaves(Experiment)
+    if inside := [leaf for leaf in hints if leaf.startswith(f"{key}.") and key not in hints]:
+        raise UserError(
+            f"config.{key} is a section: set one of its keys, such as config.{inside[0]}"
+        )
+    if key not in hints:
+        close = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
+        raise UserError(
+            f"unknown key config.{key}: did you mean config.{close}? (--help lists all)"
+        )
+    if not equals:
+        raise UserError(f"config.{key} has no value: write config.{key}=VALUE")
+    *sections, name = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+    values[name] = _parse(hints[key], text)
+
+
+def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type of every value in a dataclass of dataclasses."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        options = (hint, *typing.get_args(hint))
+        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if section is not hint:
+            found[prefix + name] = hint
+        if section is not None:
+            found |= _leaves(section, f"{prefix}{name}.")
+    return found
+
+
+def _parse(hint: Any, text: str) -> Any:
+    """The Python value that `text` on a command line means for a key of type `hint`."""
+    if hint is str:
+        return text
+    try:
+        value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError):
+        return text  # a word of a Literal, or wrong: _convert tells
+    is_tuple = tuple in map(typing.get_origin, (hint, *typing.get_args(hint)))
+    return (value,) if is_tuple and isinstance(value, int | float) else value
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Experiment]:
+    """The flags of `parser`, and the experiment of --config=FILE and --config.KEY=VALUE.
+
+    Raises:
+      UserError: whatever `load_config` raises. A wrong flag ends the program, as argparse does.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(["keys of a config, with their defaults:", *_describe_keys()])
+    parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]", help="see configs/")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a value of the config")
+    flags, rest = parser.parse_known_args(argv)
+    if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    return flags, load_config(flags.config, [flag.removeprefix("--config.") for flag in rest])
+
+
+def _describe_keys() -> Iterator[str]:
+    """One line for each key that --config.KEY=VALUE can replace."""
+    for key, hint in _leaves(Experiment).items():
+        default: Any = Experiment()
+        for name in key.split("."):
+            default = getattr(default, name, None)
+        yield f"  --config.{key}={default}  ({spell(hint)})"
+
+
+@contextlib.contextmanager
+def cli_errors() -> Iterator[None]:
+    """Ends the program on what the user can mend: one line `error: ...` on stderr, exit code 2."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,25 @@
+"""Trains what a file in configs/ describes, from the dense model to the last stage.
+
+    python train.py --config=configs/demo.py --workdir=runs/demo
+    python train.py --config=configs/llama7b.py:paper --config.lte.expert_size=64 --workdir=runs/7b
+
+Started again with the same --workdir, it goes on where it stopped.
+"""
+
+import argparse
+
+import lte_jax
+from lte_jax import config
+
+
+def main() -> None:
+    """Flags to an experiment; all that is worth testing or importing is in the package."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of checkpoints, metrics, results")
+    with config.cli_errors():
+        flags, experiment = config.parse_flags(parser)
+        lte_jax.train(experiment, flags.workdir)
+
+
+if __name__ == "__main__":
+    main()
