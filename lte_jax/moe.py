@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lte_jax.config import Activation, LTEConfig, ModelConfig, Routing, UserError
+from lte_jax.config import (
+    Activation,
+    LTEConfig,
+    ModelConfig,
+    Routing,
+    UserError,
+    num_experts,
+)
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -28,24 +35,6 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-
-
-def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
-    """E: how many experts an FFN has; 1 for a dense model.
-
-    Raises:
-      UserError: where the expert size does not divide the FFN width.
-    """
-    if lte is None:
-        return 1
-    if config.d_ff % lte.expert_size:
-        near = [m for m in range(1, config.d_ff + 1) if config.d_ff % m == 0]
-        near = sorted(sorted(near, key=lambda m: abs(m - lte.expert_size))[:4])
-        raise UserError(
-            f"lte.expert_size={lte.expert_size} does not divide the FFN width {config.d_ff}: "
-            f"nearby sizes that do are {', '.join(map(str, near))}"
-        )
-    return config.d_ff // lte.expert_size
 
 
 def router_logits(

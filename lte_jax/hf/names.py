@@ -1,0 +1,153 @@
+"""The one table between our parameters and the tensors of an HF checkpoint.
+
+Each row pairs a path of the parameter tree with the name of a tensor and says, in dimension
+letters, how both are laid out. Import and export, expected shapes and error messages all derive
+from it, so no tensor can be read one way and written another.
+
+Dimension key: D model width  E experts  M neurons per expert  F = E*M  N layers  H heads
+               K kv heads  C head width  V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lte_jax.config import LTEConfig, ModelConfig, num_experts
+
+# What the people who wrote config.json call a dimension of an HF tensor.
+_HF_DIMENSION = {
+    "V": "vocab_size",
+    "D": "hidden_size",
+    "EM": "intermediate_size",
+    "HC": "num_attention_heads*head_dim",
+    "KC": "num_key_value_heads*head_dim",
+    "C": "head_dim",
+    "E": "intermediate_size/lte.expert_size",
+}
+
+
+class Span(NamedTuple):
+    """A range of one dimension."""
+
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table; `{}` in the name is the layer, the letter N in `ours`."""
+
+    path: str  # in our parameter tree
+    ours: str  # a letter for each of our dimensions
+    name: str  # of the HF tensor (of each layer)
+    hf: str  # its dimensions, each a group of our letters: "EM D" is [E*M, D]
+
+    @property
+    def layered(self) -> bool:
+        """Whether our array stacks the tensors of all layers."""
+        return self.ours.startswith("N")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Of our array."""
+        return tuple(sizes[letter] for letter in self.ours)
+
+    def hf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Of the HF tensor."""
+        return tuple(math.prod(sizes[c] for c in group) for group in self.hf.split())
+
+    def hf_names(self, sizes: Mapping[str, int]) -> list[str]:
+        """The tensors our array is made of: one a layer, or one."""
+        return [self.name.format(i) for i in range(sizes["N"])] if self.layered else [self.name]
+
+    def describe(self, sizes: Mapping[str, int]) -> str:
+        """The HF shape in words: "[intermediate_size=172, hidden_size=64]"."""
+        named = zip(self.hf.split(), self.hf_shape(sizes), strict=True)
+        return "[" + ", ".join(f"{_HF_DIMENSION[group]}={size}" for group, size in named) + "]"
+
+    def lead(self, group: str, sizes: Mapping[str, int]) -> str:
+        """The dimension along which a part of an HF dimension is contiguous: the first above 1."""
+        return next((letter for letter in group if sizes[letter] > 1), group[-1])
+
+    def read(self, tensor, sizes: Mapping[str, int], cut: Mapping[str, Span]) -> np.ndarray:
+        """The part `cut` of one HF tensor, in our order of dimensions (without N).
+
+        `tensor` is anything that slices, such as a tensor still on disk: no more of it is read
+        than the rows and columns in which the part lies.
+        """
+        ranges, shape, rest = [], [], []
+        for group in self.hf.split():
+            lead = self.lead(group, sizes)
+            inner = math.prod(sizes[c] for c in group[group.index(lead) + 1 :])
+            ranges.append(slice(cut[lead].start * inner, cut[lead].stop * inner))
+            for c in group:  # the other dimensions are cut once they have been unfolded
+                shape.append(cut[c].stop - cut[c].start if c == lead else sizes[c])
+                rest.append(slice(None) if c == lead else slice(*cut[c]))
+        part = tensor[tuple(ranges)].reshape(shape)[tuple(rest)]
+        letters = self.hf.replace(" ", "")
+        return part.transpose([letters.index(c) for c in self.ours.removeprefix("N")])
+
+    def to_hf(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The HF tensor of our array (of one layer of it, without N)."""
+        ours = self.ours.removeprefix("N")
+        order = [ours.index(c) for c in self.hf.replace(" ", "")]
+        return array.transpose(order).reshape(self.hf_shape(sizes))
+
+
+def sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
+    """The size that each dimension letter stands for."""
+    experts = num_experts(config, lte)
+    return {
+        "V": config.vocab_size,
+        "D": config.d_model,
+        "N": config.num_layers,
+        "H": config.num_heads,
+        "K": config.num_kv_heads,
+        "C": config.head_dim,
+        "E": experts,
+        "M": config.d_ff // experts,
+    }
+
+
+def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
+    """All parameters of such a model, each once."""
+    attn, ffn = "model.layers.{}.self_attn", "model.layers.{}.mlp"
+    rows = [
+        Row("embed/embedding", "VD", "model.embed_tokens.weight", "V D"),
+        Row("layers/attn_norm/scale", "ND", "model.layers.{}.input_layernorm.weight", "D"),
+        Row("layers/attn/q/kernel", "NDHC", f"{attn}.q_proj.weight", "HC D"),
+        Row("layers/attn/k/kernel", "NDKC", f"{attn}.k_proj.weight", "KC D"),
+        Row("layers/attn/v/kernel", "NDKC", f"{attn}.v_proj.weight", "KC D"),
+        Row("layers/attn/o/kernel", "NHCD", f"{attn}.o_proj.weight", "D HC"),
+        Row("layers/ffn_norm/scale", "ND", "model.layers.{}.post_attention_layernorm.weight", "D"),
+        Row("layers/ffn/up", "NEMD", f"{ffn}.up_proj.weight", "EM D"),
+        Row("layers/ffn/down", "NEMD", f"{ffn}.down_proj.weight", "D EM"),
+        Row("final_norm/scale", "D", "model.norm.weight", "D"),
+    ]
+    if config.gated:
+        rows.append(Row("layers/ffn/gate", "NEMD", f"{ffn}.gate_proj.weight", "EM D"))
+    if config.qkv_bias:
+        rows.append(Row("layers/attn/q/bias", "NHC", f"{attn}.q_proj.bias", "HC"))
+        rows.append(Row("layers/attn/k/bias", "NKC", f"{attn}.k_proj.bias", "KC"))
+        rows.append(Row("layers/attn/v/bias", "NKC", f"{attn}.v_proj.bias", "KC"))
+    if config.out_bias:
+        rows.append(Row("layers/attn/o/bias", "ND", f"{attn}.o_proj.bias", "D"))
+    if config.qk_norm:
+        rows.append(Row("layers/attn/q_norm/scale", "NC", f"{attn}.q_norm.weight", "C"))
+        rows.append(Row("layers/attn/k_norm/scale", "NC", f"{attn}.k_norm.weight", "C"))
+    if config.mlp_bias:
+        if config.gated:
+            rows.append(Row("layers/ffn/gate_bias", "NEM", f"{ffn}.gate_proj.bias", "EM"))
+        rows.append(Row("layers/ffn/up_bias", "NEM", f"{ffn}.up_proj.bias", "EM"))
+        rows.append(Row("layers/ffn/down_bias", "ND", f"{ffn}.down_proj.bias", "D"))
+    if lte is not None:
+        rows.append(Row("layers/ffn/router/kernel", "NDE", f"{ffn}.router.weight", "E D"))
+        if lte.router_bias:
+            rows.append(Row("layers/ffn/router/bias", "NE", f"{ffn}.router.bias", "E"))
+    if not config.tie_embeddings:
+        rows.append(Row("lm_head/kernel", "DV", "lm_head.weight", "V D"))
+    return tuple(rows)
