@@ -1,0 +1,400 @@
+"""Training states on disk: saved in the background, verified when read, safe against any kill.
+
+One folder of a `Checkpointer` holds
+
+    <step>/            what Orbax wrote (state/, data/), and manifest.json, written last
+    damaged/<step>/    what the last restart could not use
+    deleting-<step>/   on its way out
+
+A step counts once its manifest stands: the size and SHA-256 of every file, the shape of every leaf
+and the metrics, under a checksum of its own. Orbax commits a step, then the manifest is renamed
+into place, then older steps may go, so a kill at any moment leaves the newest finished step whole.
+What was truncated, flipped or lost later is found when the step is read, named, and moved aside;
+training then continues from the step before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from lte_jax.config import UserError
+
+MANIFEST = "manifest.json"
+DAMAGED = "damaged"
+NO_STEP = -1
+Manifest = dict[str, Any]
+State = TypeVar("State")
+log = logging.getLogger(__name__)
+
+
+class _Damaged(Exception):
+    """A step that is not what was saved; says in which file."""
+
+
+class Checkpointer:
+    """Saves and restores training states by step; every process of a run calls every method.
+
+    Args:
+      folder: made if absent; no other program's files belong in it.
+      keep_last: how many of the newest steps to keep, at least 1.
+      keep_best: how many steps to keep besides for their low `best_metric`.
+
+    Raises:
+      UserError: when the folder cannot be made or written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        best_metric: str = "validation_loss",
+    ):
+        if keep_last < 1 or keep_best < 0:
+            raise UserError(
+                f"checkpoint.keep_last={keep_last}, checkpoint.keep_best={keep_best}: "
+                "expected at least 1 and at least 0"
+            )
+        self.folder = Path(folder).absolute()
+        self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
+        self._primary = jax.process_index() == 0
+        self._finishing: Future | None = None
+        self._saved: set[int] = set()  # by this object, or restored
+        if self._primary:
+            self._prepare_folder()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._manager = self._open()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save; returns once the arrays may be changed. Saving a step again does nothing.
+
+        Args:
+          step: later than any step saved or restored before.
+          state: a pytree of arrays, sharded as they are.
+          data_state: of the data iterator, JSON-able.
+          metrics: finite or not, JSON-able; `best_metric` among them decides on keep_best.
+
+        Raises:
+          UserError: when this save or the one before it does not fit or may not be written.
+        """
+        if step in self._saved:
+            return
+        self.wait()
+        if self._path(step).exists():
+            raise UserError(
+                f"checkpoint folder {self.folder} holds a step {step} of an earlier run: "
+                "resume from it, or name a fresh folder"
+            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
+        )
+        with self._explained(step):
+            self._manager.save(step, args=items, force=True)
+        self._saved.add(step)
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        manifest = {"step": step, "metrics": values, "leaves": _leaves(state)}
+        self._finishing = self._thread.submit(self._finish, manifest)
+
+    def restore(self, abstract_state: State) -> tuple[int, State, dict[str, Any]] | None:
+        """The newest undamaged (step, state, data_state), or None where nothing was saved yet.
+
+        Args:
+          abstract_state: pytree of jax.ShapeDtypeStruct; arrays arrive in the shardings these
+            carry, whatever mesh they were saved from.
+
+        Raises:
+          UserError: when every step is damaged, or is of another model or optimizer.
+        """
+        self.wait()
+        step, problem = NO_STEP, ""
+        if self._primary:
+            try:
+                step = self._newest_good_step(_leaves(abstract_state))
+            except UserError as error:  # the other processes must not wait for this one
+                problem = str(error)
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(bool(problem))
+            step = int(multihost_utils.broadcast_one_to_all(step))
+            problem = problem or ("checkpoints are unusable, see process 0" if failed else "")
+        if problem:
+            raise UserError(problem)
+        self._manager.close()
+        self._manager = self._open()  # its list of steps dates from before damaged ones were moved
+        if step == NO_STEP:
+            return None
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        self._saved = {step}
+        return step, restored.state, restored.data
+
+    def wait(self) -> None:
+        """Blocks until the last save is finished, manifest included.
+
+        Raises:
+          UserError: when it could not be written; the steps before it are untouched.
+        """
+        finishing, self._finishing = self._finishing, None
+        if finishing is None:
+            return
+        try:
+            finishing.result()
+        except Exception:
+            with contextlib.suppress(Exception):  # Orbax raises it once more in each thread
+                self._manager.wait_until_finished()
+            raise
+
+    def close(self) -> None:
+        """Finishes the last save and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes."""
+        self.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Orbax would delete old steps before the manifest of the new one stands: we do it after.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, cleanup_tmp_directories=True, lightweight_initialize=True
+        )
+        logging.getLogger("absl").addFilter(_is_news)
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _prepare_folder(self) -> None:
+        """Makes the folder and clears away what a killed run left half-written or half-deleted."""
+        probe = self.folder / ".writable"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"checkpoint folder {self.folder} cannot be written to ({error.strerror}): "
+                "name one that can"
+            ) from None
+        for leftover in self.folder.glob("deleting-*"):
+            shutil.rmtree(leftover)
+        unfinished = [s for s in self._steps() if not (self._path(s) / MANIFEST).exists()]
+        self._set_aside({step: "unfinished, killed while saving" for step in unfinished})
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+    def _finish(self, manifest: Manifest) -> None:
+        """In the background: after Orbax's commit the manifest, and after that the old steps."""
+        step = manifest["step"]
+        with self._explained(step):
+            self._manager.wait_until_finished()
+            if not self._primary:
+                return
+            _write_manifest(self._path(step), manifest)
+            for old in self._dispensable():
+                doomed = self.folder / f"deleting-{old}"
+                self._path(old).rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _dispensable(self) -> list[int]:
+        """Steps that are neither among the newest nor among the best."""
+        steps = self._steps()
+        losses = {}
+        for step in steps:
+            with contextlib.suppress(_Damaged):
+                losses[step] = _read_manifest(self._path(step))["metrics"].get(self._best_metric)
+        rated = {step: loss for step, loss in losses.items() if loss is not None}
+        # NaN sorts last, and of equals the newest is the best.
+        best = sorted(rated, key=lambda s: (math.isnan(rated[s]), rated[s], -s))[: self._keep_best]
+        return sorted(set(steps) - set(steps[-self._keep_last :]) - set(best))
+
+    def _newest_good_step(self, leaves: dict[str, str]) -> int:
+        damage: dict[int, str] = {}
+        for step in reversed(self._steps()):
+            try:
+                manifest = _verify(self._path(step))
+            except _Damaged as error:
+                damage[step] = str(error)
+                continue
+            _check_leaves(self._path(step), manifest["leaves"], leaves)
+            self._set_aside(damage)
+            return step
+        if damage:
+            named = "; ".join(f"{self._path(step)}: {why}" for step, why in damage.items())
+            raise UserError(
+                f"every checkpoint is damaged: {named}. Bring one back from a backup, or remove "
+                f"{self.folder} to start anew"
+            )
+        return NO_STEP
+
+    def _set_aside(self, damage: Mapping[int, str]) -> None:
+        """Moves unusable steps out of the way, in the place of those of the restart before."""
+        if not damage:
+            return
+        shutil.rmtree(self.folder / DAMAGED, ignore_errors=True)
+        (self.folder / DAMAGED).mkdir()
+        for step, why in damage.items():
+            aside = self._path(step).rename(self.folder / DAMAGED / str(step))
+            log.warning("checkpoint %s: %s: moved to %s", self._path(step), why, aside)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turns failures to write into a UserError, leaving nothing half-written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = _disk_trouble(error)
+            if reason is None:
+                raise
+            self._saved.discard(step)
+            if self._primary:
+                for half in self._path(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(half, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {self._path(step)} could not be written ({reason}): free some space "
+                "or name another folder; the checkpoints before it are untouched"
+            ) from error
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Path -> type of every leaf, such as "params/embed/embedding" -> "float32[512,64]"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}".replace(" ", "")
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    for name in [*wanted, *saved]:
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        if there != here:
+            raise UserError(
+                f"checkpoint {path} is of another model or optimizer: {name} is {there} there and "
+                f"{here} in this run: use the configuration it was saved with, or a fresh folder"
+            )
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_sha256, files)
+    named = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
+        for path, digest in zip(files, digests, strict=True)
+    }
+    text = json.dumps(manifest | {"files": named}, indent=1)
+    atomic_write(folder / MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        digest, _, text = (folder / MANIFEST).read_bytes().partition(b"\n")
+    except OSError as error:
+        raise _Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise _Damaged(f"{MANIFEST} is not as it was written")
+    return json.loads(text)
+
+
+def _verify(folder: Path) -> Manifest:
+    """The manifest of a step whose files are all as they were written; else raises _Damaged."""
+    manifest = _read_manifest(folder)
+    files = manifest["files"]
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise _Damaged(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise _Damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(_sha256, [folder / name for name in files])
+        for (name, (_, digest)), actual in zip(files.items(), found, strict=True):
+            if actual != digest:
+                raise _Damaged(f"{name} is not as it was written (SHA-256 differs)")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_trouble(error: Exception) -> str | None:
+    """The system's own words if the disk, and not a program, is at fault; else None."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # TensorStore raises ValueError with the words inside.
+    codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
+    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for tracebacks that Orbax logs of errors which it raises as well."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> None:
+    """Writes a file whole or not at all, over an older one if there is one.
+
+    Raises:
+      UserError: when it cannot be written; an older file is then untouched.
+    """
+    path = Path(path)
+    half = path.with_name(f".{path.name}.half-written")
+    try:
+        with half.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            half.unlink()
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space or name another place"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Makes what was written to a file, or renamed in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

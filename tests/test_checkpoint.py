@@ -1,0 +1,320 @@
+"""Checkpoints come back as saved: after kills, damage, on another mesh, and in the right number."""
+
+import json
+import logging
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lte_jax.checkpoint import MANIFEST, Checkpointer, atomic_write
+from lte_jax.config import UserError
+
+WIDTH = 64
+
+
+def state_at(step: int) -> dict:
+    """A state every leaf of which tells the step."""
+    return {
+        "step": jnp.int32(step),
+        "params": {"w": jnp.full((WIDTH, WIDTH), step, jnp.float32)},
+        "moments": (jnp.full((3,), -step, jnp.bfloat16), None),
+    }
+
+
+def abstract(state=None, sharding=None) -> dict:
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = state_at(0) if state is None else state
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def save_steps(folder: Path, steps, losses=None, **options) -> None:
+    with Checkpointer(folder, **options) as checkpointer:
+        for step in steps:
+            metrics = None if losses is None else {"validation_loss": losses[step]}
+            checkpointer.save(step, state_at(step), {"next_index": step}, metrics)
+
+
+def restored(folder: Path) -> tuple[int, dict, dict] | None:
+    with Checkpointer(folder) as checkpointer:
+        return checkpointer.restore(abstract())
+
+
+def assert_is(result, step: int) -> None:
+    assert result is not None
+    found, state, data_state = result
+    assert found == step
+    assert data_state == {"next_index": step}
+    want = state_at(step)
+    assert jax.tree.structure(state) == jax.tree.structure(want)
+    for got, expected in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def test_resume_restores_the_newest_step(tmp_path):
+    save_steps(tmp_path, [1, 2, 5])
+    assert_is(restored(tmp_path), 5)
+
+
+def test_nothing_saved_yet_is_none(tmp_path):
+    assert restored(tmp_path / "new") is None
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state_at(1), {"next_index": 1})
+        checkpointer.save(1, state_at(7), {"next_index": 7})
+        assert_is(checkpointer.restore(abstract()), 1)
+        checkpointer.save(1, state_at(7), {"next_index": 7})  # known from the restore too
+    assert_is(restored(tmp_path), 1)
+
+
+def test_state_may_be_donated_while_it_is_written(tmp_path):
+    """The write is of the values at `save`, though the next step overwrites the buffers at once."""
+    bump = jax.jit(lambda x: x + jnp.ones_like(x), donate_argnums=0)
+    x = jnp.zeros((1000, 1000))
+    with Checkpointer(tmp_path, keep_last=5) as checkpointer:
+        for step in range(5):
+            checkpointer.save(step, {"x": x}, {})
+            for _ in range(3):
+                x = bump(x)
+        for step in reversed(range(5)):
+            found, state, _ = checkpointer.restore(abstract({"x": x}))
+            assert found == step
+            np.testing.assert_array_equal(np.asarray(state["x"]), np.full(x.shape, 3.0 * step))
+            (tmp_path / str(step) / MANIFEST).write_text("spoilt")
+
+
+# -------------------------------------------------------------------------------------- retention
+
+
+def test_keep_last(tmp_path):
+    save_steps(tmp_path, range(1, 7), keep_last=2, keep_best=0)
+    assert kept(tmp_path) == [5, 6]
+
+
+def test_keep_best_by_validation_loss(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 4.0, 6: 5.0}
+    save_steps(tmp_path, losses, losses, keep_last=1, keep_best=2)
+    assert kept(tmp_path) == [2, 4, 6]
+
+
+def test_keep_best_survives_a_restart(tmp_path):
+    save_steps(tmp_path, [1, 2], {1: 1.0, 2: 2.0}, keep_last=1, keep_best=1)
+    save_steps(tmp_path, [3, 4], {3: 3.0, 4: 4.0}, keep_last=1, keep_best=1)
+    assert kept(tmp_path) == [1, 4]
+
+
+# ----------------------------------------------------------------------------------------- damage
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def all_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
+def test_resume_detects_damage_to_any_file(tmp_path, caplog, damage):
+    """Each file of the newest step in turn: found, named, and the step before it used."""
+    save_steps(tmp_path / "whole", [1, 2])
+    names = [path.relative_to(tmp_path / "whole/2") for path in all_files(tmp_path / "whole/2")]
+    assert len(names) > 8
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        damage(folder / "2" / name)
+        caplog.clear()
+        assert_is(restored(folder), 1)
+        [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert f"{folder}/2: " in warning and "\n" not in warning
+        # Without a manifest, a step is one that was never finished.
+        no_manifest = damage is Path.unlink and name == Path(MANIFEST)
+        assert ("unfinished" if no_manifest else str(name)) in warning
+        assert kept(folder) == [1] and (folder / "damaged/2").is_dir()
+
+
+def test_resume_saves_a_damaged_step_again(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    flip_bit(max(all_files(tmp_path / "2/state"), key=lambda path: path.stat().st_size))
+    with Checkpointer(tmp_path) as checkpointer:
+        assert_is(checkpointer.restore(abstract()), 1)
+        checkpointer.save(2, state_at(2), {"next_index": 2})
+    assert_is(restored(tmp_path), 2)
+
+
+def test_bad_input_every_checkpoint_damaged(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    for step in "1", "2":
+        truncate(max(all_files(tmp_path / step / "state"), key=lambda p: p.stat().st_size))
+    with pytest.raises(UserError, match=r"every checkpoint is damaged.*/2: .*/1: .*backup") as e:
+        restored(tmp_path)
+    assert "\n" not in str(e.value)
+    assert kept(tmp_path) == [1, 2]  # untouched
+
+
+def test_bad_input_checkpoint_of_another_shape(tmp_path):
+    save_steps(tmp_path, [3])
+    other = abstract()
+    other["params"]["w"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    match = rf"{tmp_path}/3 .*params/w is float32\[64,64\] there and float32\[8,4\] in this run"
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match=match):
+        checkpointer.restore(other)
+    del other["params"]["w"]
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="absent in this"):
+        checkpointer.restore(other)
+
+
+def test_bad_input_folder_with_an_earlier_run(tmp_path):
+    save_steps(tmp_path, [3])
+    with pytest.raises(UserError, match="step 3 of an earlier run"):
+        save_steps(tmp_path, [3])
+
+
+def test_bad_input_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/checkpoints cannot be written to"):
+        Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+# ------------------------------------------------------------------------------------------- mesh
+
+
+def test_resume_mesh_restores_into_the_wanted_shardings(tmp_path):
+    meshes = [
+        jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        for shape in [(2, 4), (8, 1)]
+    ]
+    w = jnp.arange(64.0 * 32).reshape(64, 32)
+    saved = jax.device_put({"w": w}, NamedSharding(meshes[0], P("fsdp", "tensor")))
+    wanted = NamedSharding(meshes[1], P(None, "fsdp"))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, saved, {})
+        _, state, _ = checkpointer.restore(abstract(saved, wanted))
+    assert state["w"].sharding == wanted
+    np.testing.assert_array_equal(np.asarray(state["w"]), np.asarray(w))
+
+
+# ------------------------------------------------------------------------------- kills, full disks
+
+
+def save_forever(folder: Path, started) -> None:
+    """Resumes, then saves every step until it is killed."""
+    with Checkpointer(folder, keep_last=1, keep_best=1) as checkpointer:
+        result = checkpointer.restore(abstract())
+        step = 0 if result is None else result[0]
+        started.set()
+        while True:
+            step += 1
+            metrics = {"validation_loss": float(step % 7)}
+            checkpointer.save(step, state_at(step), {"next_index": step}, metrics)
+
+
+def run_out_of_space(folder: Path, answer) -> None:
+    """Saves a small state, then one that no file may hold; answers with the error and the rest."""
+    import resource
+
+    checkpointer = Checkpointer(folder)
+    checkpointer.save(1, state_at(1), {"next_index": 1})
+    checkpointer.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    noise = jax.random.normal(jax.random.key(0), (300, 300))
+    try:
+        checkpointer.save(2, {"noise": noise}, {})
+        checkpointer.wait()
+        error = None
+    except UserError as e:
+        error = str(e)
+    left = sorted(path.name for path in folder.iterdir())
+    checkpointer.save(3, state_at(3), {"next_index": 3})  # fits again
+    checkpointer.close()
+    answer.put((error, left))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children forked from a server that has imported everything and run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lte_jax.checkpoint", __name__])
+    return context
+
+
+def test_resume_after_sigkill_at_any_moment(tmp_path, processes, caplog):
+    rng = random.Random(0)
+    last = 0
+    for kill in range(10):
+        started = processes.Event()
+        child = processes.Process(target=save_forever, args=(tmp_path, started))
+        child.start()
+        assert started.wait(60)
+        time.sleep(rng.uniform(0.0, 0.6))
+        child.kill()
+        child.join()
+        result = restored(tmp_path)
+        if result is None:
+            assert last == 0
+            continue
+        assert result[0] >= last, f"kill {kill} lost a finished step"
+        last = result[0]
+        assert_is(result, last)
+    assert last > 5
+    assert not list(tmp_path.glob("deleting-*")) and not list(tmp_path.glob("*tmp*"))
+    assert "SHA-256" not in caplog.text  # unfinished steps are told from damaged ones
+
+
+def test_bad_input_full_disk(tmp_path, processes):
+    answer = processes.Queue()
+    child = processes.Process(target=run_out_of_space, args=(tmp_path, answer))
+    child.start()
+    error, left = answer.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    assert f"{tmp_path}/2 could not be written (File too large)" in error and "\n" not in error
+    assert left == ["1"]
+    assert_is(restored(tmp_path), 3)
+
+
+# ----------------------------------------------------------------------------------- atomic_write
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+    path = tmp_path / "results.json"
+    atomic_write(path, json.dumps({"a": 1}))
+    atomic_write(path, b"second")
+    assert path.read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_bad_input_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    atomic_write(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"results.json cannot be written \(No space left"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
