@@ -16,6 +16,7 @@ import re
 import runpy
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -64,8 +65,9 @@ def _run_config(path: str, arg: str) -> dict[str, Any]:
     """What get_config(arg) of the file returns, as a plain nested dict."""
     file = pathlib.Path(path)
     if not file.is_file():
-        others = [str(other) for other in file.parent.glob("*.py")]
-        raise UserError(f"no config file {path}" + (f": {nearest(path, others)}" if others else ""))
+        others = [str(other) for other in file.parent.glob("*.py") if file.suffix == ".py"]
+        hint = nearest(path, others) if others else "expected FILE.py or FILE.py:VARIANT"
+        raise UserError(f"no config file {path!r}: {hint}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -76,7 +78,8 @@ def _run_config(path: str, arg: str) -> dict[str, Any]:
     except Exception as error:  # whatever the file does wrong, named by its line
         raise UserError(_blame(path, error)) from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config() returned {config!r}: expected a ConfigDict")
+        kind = type(config).__name__
+        raise UserError(f"{path}: get_config() returned {kind}: expected a ConfigDict")
     return config.to_dict()
 
 
@@ -119,13 +122,17 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> type of every value in a dataclass of dataclasses."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        options = (hint, *typing.get_args(hint))
-        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        section = next(filter(dataclasses.is_dataclass, _options(hint)), None)
         if section is not hint:
             found[prefix + name] = hint
         if section is not None:
             found |= _leaves(section, f"{prefix}{name}.")
     return found
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that `A | B` allows; those of A alone are A."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def _parse(hint: Any, text: str) -> Any:
@@ -136,7 +143,7 @@ def _parse(hint: Any, text: str) -> Any:
         value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):
         return text  # a word of a Literal, or wrong: _convert tells
-    is_tuple = tuple in map(typing.get_origin, (hint, *typing.get_args(hint)))
+    is_tuple = any(typing.get_origin(option) is tuple for option in _options(hint))
     return (value,) if is_tuple and isinstance(value, int | float) else value
 
 
@@ -149,12 +156,16 @@ def parse_flags(
       UserError: whatever `load_config` raises. A wrong flag ends the program, as argparse does.
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(["keys of a config, with their defaults:", *_describe_keys()])
-    parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]", help="see configs/")
-    parser.add_argument("--config.KEY", metavar="VALUE", help="replaces a value of the config")
+    parser.epilog = "\n".join(["--config.KEY=VALUE, keys and their defaults:", *_describe_keys()])
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:VARIANT]",
+        help="a file in configs/; --config.KEY=VALUE replaces one of its values",
+    )
     flags, rest = parser.parse_known_args(argv)
     if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        parser.error(f"unrecognized {' '.join(wrong)} (a key is set by --config.KEY=VALUE)")
     return flags, load_config(flags.config, [flag.removeprefix("--config.") for flag in rest])
 
 
@@ -164,7 +175,7 @@ def _describe_keys() -> Iterator[str]:
         default: Any = Experiment()
         for name in key.split("."):
             default = getattr(default, name, None)
-        yield f"  --config.{key}={default}  ({spell(hint)})"
+        yield f"  {key} = {default!r}  ({spell(hint)})"
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ class ModelConfig:
             )
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise UserError(
-                f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers"
+                f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each of "
+                f"{self.num_layers} layers"
             )
 
 
@@ -292,7 +293,9 @@ def to_config_dict(config: Any) -> ConfigDict:
     return ConfigDict(fields, convert_dict=True).lock()
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def from_mapping(
+    cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config"
+) -> T:
     """The dataclass `cls` with `values`; absent keys keep their defaults.
 
     Raises:

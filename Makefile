@@ -1,0 +1,49 @@
+# `make` lists what there is. Every target first makes its environment, from Python and pip alone.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS := dev,plot,tensorboard
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-fast lint format bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python " \
+	  + sys.version.split()[0] + ": 3.11 or later is needed, such as make PYTHON=python3.12")'
+	@echo "making $(VENV) with lte-jax[$(EXTRAS)]: 1.4 GB, a minute or two"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+env: $(READY)  ## the environment alone: .venv
+
+demo: $(READY)  ## a small dense model becomes a sparse one, before your eyes
+	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
+
+test: $(READY)  ## the whole suite
+	$(BIN)/pytest
+
+test-fast: $(READY)  ## the suite without the tests marked slow
+	$(BIN)/pytest -m "not slow"
+
+lint: $(READY)  ## style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+format: $(READY)  ## mend what lint finds, where that can be done by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY)  ## every benchmark in benchmarks/
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove environments, builds and caches; runs/ stays
+	rm -rf .venv .venv312 build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,220 @@
+"""Configs: files by path, overrides by typed keys, and one clear line for whatever is wrong.
+
+Every mistake of a user is a row of a table: what is done, and what the line must name.
+"""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lte_jax import config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LLAMA = str(ROOT / "configs/llama7b.py")
+START = """
+from lte_jax import config
+
+def get_config(arg=""):
+    c = config.to_config_dict(config.Experiment())
+"""
+
+
+@pytest.mark.parametrize("variant", ["", ":smoke"])
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_every_config_builds(file, variant):
+    experiment = config.load_config(f"{file}{variant}")
+    assert experiment.name == file.stem
+    steps = sum(s.steps for s in (experiment.stages.router, experiment.stages.adapt))
+    assert 0 < steps <= (20 if variant else 10**6)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_config_docstring_says_command_cost_and_score(file):
+    text = file.read_text().split('"""')[1]
+    for part in (f"python train.py --config=configs/{file.name} --workdir=", "Cost:", "Expect:"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("lte.target_sparsity=0.7", 0.7),
+        ("lte.target_sparsity=None", None),
+        ("lte.efficiency_weight=2", 2.0),
+        ("optim.eps=1e-6", 1e-6),
+        ("lte.grouping=random", "random"),
+        ("lte.efficiency_power=1", 1),
+        ("data.pack=False", False),
+        ("data.pack=true", True),
+        ("data.newline= ", " "),
+        ("data.train=a=b", "a=b"),
+        ("name=5", "5"),
+        ("source.path=", ""),
+        ("source.scratch.sliding_window=128", 128),
+        ("source.scratch.eos_ids=1,2", (1, 2)),
+        ("source.scratch.eos_ids=3", (3,)),
+        ("source.scratch.eos_ids=()", ()),
+        ("source.scratch.sliding_layers=" + "True,False," * 16, (True, False) * 16),
+        ("source.scratch.rope_scaling=none", None),
+    ],
+)
+def test_override(override, expected):
+    value = config.load_config(LLAMA, [override])
+    for name in override.partition("=")[0].split("."):
+        value = getattr(value, name)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_override_of_a_section_that_is_none():
+    keys = ("source.scratch.rope_scaling.kind=linear", "source.scratch.rope_scaling.factor=2")
+    scaling = config.load_config(LLAMA, keys).source.scratch.rope_scaling
+    assert scaling == config.RopeScaling(kind="linear", factor=2.0)
+
+
+def test_overrides_reach_every_key():
+    """Each key of an Experiment can be set to its own default, written as on a command line."""
+    lines = config.loading._describe_keys()
+    written = [line.strip().rpartition("  (")[0].split(" = ") for line in lines]
+    written = [(key, value.strip("'")) for key, value in written if "rope_scaling." not in key]
+    assert len(written) > 80
+    overrides = [f"{key}={value}".replace("\\n", "\n") for key, value in written]
+    plain = ROOT / "configs/llama7b.py"
+    assert config.load_config(str(plain), overrides) == config.Experiment()
+
+
+BAD_OVERRIDES = {
+    "lte.target_sparisty=0.7": "unknown key config.lte.target_sparisty: did you mean "
+    "config.lte.target_sparsity?",
+    "target_sparsity=0.7": "did you mean config.lte.target_sparsity?",
+    "stages.adapt.steps.x=1": "did you mean config.stages.adapt.steps?",
+    "lte=3": "config.lte is a section",
+    "lte.expert_size": "config.lte.expert_size has no value",
+    "lte.expert_size=1.5": "config.lte.expert_size=1.5: expected int",
+    "lte.expert_size=big": "config.lte.expert_size='big': expected int",
+    "lte.expert_size=0": "config.lte.expert_size=0: expected a positive integer",
+    "lte.target_sparsity=0": "config.lte.target_sparsity=0.0: expected strictly between 0 and 1",
+    "lte.target_sparsity=1.0": "config.lte.target_sparsity=1.0: expected strictly between 0 and 1",
+    "lte.target_sparsity=nan": "config.lte.target_sparsity='nan': expected float",
+    "lte.grouping=kmean": "expected one of 'kmeans', 'coactivation', 'random'",
+    "lte.efficiency_power=3": "expected one of 1, 2",
+    "data.pack=0": "config.data.pack=0: expected bool",
+    "data.length=1": "config.data.length=1: expected 2 or more",
+    "data.batch_size=0": "config.data.batch_size=0: expected a positive integer",
+    "seed=True": "config.seed=True: expected int",
+    "source.scratch.eos_ids=a": "expected tuple[int, ...]",
+    "source.scratch.eos_ids=1,b": "expected tuple[int, ...]",
+    "source.scratch.rope_scaling.kind=linear": "config.source.scratch.rope_scaling.factor is missing",
+    "source.scratch.num_kv_heads=3": "config.source.scratch.num_kv_heads=3 does not divide",
+    "source.scratch.sliding_layers=True,False": "expected one for each of 32 layers",
+    "stages.router.steps=-1": "config.stages.router.steps=-1: expected zero or more",
+    "stages.router.warmup_ratio=2": "config.stages.router.warmup_ratio=2.0: expected within [0, 1]",
+    "optim.microbatches=0": "config.optim.microbatches=0: expected a positive integer",
+    "checkpoint.keep_last=0": "config.checkpoint.keep_last=0: expected a positive integer",
+    "log_every=0": "config.log_every=0: expected a positive integer",
+}
+
+
+@pytest.mark.parametrize("override", BAD_OVERRIDES)
+def test_bad_input_override(override):
+    assert BAD_OVERRIDES[override] in _complaint(LLAMA, override)
+
+
+BAD_FILES = {
+    "x = 1": "FILE: expected a function get_config()",
+    "def get_config(:": "FILE:1: SyntaxError",
+    "import no_such_module": "FILE:1: ModuleNotFoundError: No module named 'no_such_module'",
+    "def get_config():\n  return 3": "FILE: get_config() returned int: expected a ConfigDict",
+    START + "    c.lte.expert_sise = 3": 'FILE:6: AttributeError: \'Key "expert_sise" does not exist',
+    START + "    c.lte.expert_sise = 4": 'Did you mean "expert_size"',
+    START + "    c.lte.expert_size = 'a'": "FILE:6: TypeError: Could not override field 'expert_size'",
+    START + "    c.lte.target_sparsity = 1.0\n    return c": "config.lte.target_sparsity=1.0",
+    "from ml_collections import ConfigDict\n"
+    "def get_config():\n  return ConfigDict({'lte': {'exprt_size': 3}})": "did you mean 'expert_size'",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_bad_input_file(text, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    line = _complaint(str(file))
+    assert BAD_FILES[text].replace("FILE", str(file)) in line
+    assert "separability_eps" not in line  # ConfigDict would list every key it has
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("configs/llama7.py", "no config file 'configs/llama7.py': did you mean"),
+        ("configs", "no config file 'configs': expected FILE.py or FILE.py:VARIANT"),
+        ("configs/llama7b.py:smok", "unknown variant 'smok': did you mean 'smoke'?"),
+        ("configs/llama7b.py:paper,smok", "unknown variant 'smok': did you mean 'smoke'?"),
+    ],
+)
+def test_bad_input_spec(spec, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert expected in _complaint(spec)
+
+
+def test_config_file_may_use_its_own_names(tmp_path):
+    """The file's globals outlive its loading, and `config` in it is the package's."""
+    file = tmp_path / "mine.py"
+    body = "    c.lte.expert_size = SIZE if arg else 2 * SIZE\n    return c\nSIZE = 16\n"
+    file.write_text(START + body)
+    assert config.load_config(str(file)).lte.expert_size == 32
+    assert config.load_config(f"{file}:half").lte.expert_size == 16
+
+
+def test_presets_survive_the_way_through_a_config_dict():
+    for preset in config.PRESETS.values():
+        experiment = config.Experiment(lte=preset)
+        values = config.to_config_dict(experiment)
+        assert config.from_mapping(config.Experiment, values.to_dict()) == experiment
+
+
+@pytest.mark.parametrize(
+    "flags, code, expected",
+    [
+        (["--help"], 0, "lte.target_sparsity = 0.5  (float | None)"),
+        (["--workdir=w", "--config=no.py"], 2, "error: no config file 'no.py'"),
+        (["--workdir=w"], 2, "--config"),
+        (["--workdir=w", "--config=configs/llama7b.py:smoke", "--confg.seed=1"], 2, "--confg.seed"),
+        (
+            ["--workdir=w", "--config=configs/llama7b.py:smoke", "--config.lte.thresold=1"],
+            2,
+            "error: unknown key config.lte.thresold: did you mean config.lte.threshold?",
+        ),
+    ],
+    ids=["help", "no-file", "no-config", "unknown-flag", "unknown-key"],
+)
+def test_bad_input_train_flags(flags, code, expected):
+    command = [sys.executable, "train.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert expected in (done.stdout if code == 0 else done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not (ROOT / "w").exists()
+
+
+@pytest.mark.parametrize("error", [config.UserError("a\n b"), PermissionError(13, "no", "/x")])
+def test_cli_errors_are_one_line_and_code_2(error, capsys):
+    with pytest.raises(SystemExit) as end, config.cli_errors():
+        raise error
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+
+
+def test_cli_errors_hide_no_bug():
+    with pytest.raises(ValueError, match="bug"), config.cli_errors():
+        raise ValueError("bug")
+
+
+def _complaint(spec: str, *overrides: str) -> str:
+    with pytest.raises(config.UserError) as error:
+        config.load_config(spec, overrides)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
