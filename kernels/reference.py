@@ -1,0 +1,60 @@
+"""The sparse expert feed-forward network in plain jnp: the truth all other kernels are held to.
+
+One row of the input is one token; it uses only the experts its own row of the mask names:
+
+    y_b = sum over active e of  down_e^T h,   h = act(gate_e x_b) * (up_e x_b)   (gated)
+                                              h = act(up_e x_b)                  (not gated)
+
+Here every expert is computed for every row and masked afterwards, in float32 at the highest
+precision. The contract that every implementation keeps is in README.md beside this file.
+
+Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def compact(active_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The experts that any row uses, as a list of static length with its count on the device.
+
+    Returns:
+      ids_E: int32, ascending; entries from `count` on are padding (zeros).
+      count: int32 scalar.
+    """
+    used_E = active_BE.any(axis=0)
+    (ids_E,) = jnp.nonzero(used_E, size=used_E.size, fill_value=0)
+    return ids_E.astype(jnp.int32), used_E.sum(dtype=jnp.int32)
+
+
+def sparse_ffn(
+    x_BD: jax.Array,
+    active_BE: jax.Array,
+    weights: Mapping[str, jax.Array],
+    layer: jax.Array,
+    *,
+    activation: str,
+) -> jax.Array:
+    """Output [B, D] of x's type, computed in float32; weights are stacked [N, E, M, D]."""
+    w = {name: stacked[layer].astype(jnp.float32) for name, stacked in weights.items()}
+
+    def project(name: str) -> jax.Array:
+        x = x_BD.astype(jnp.float32)
+        h_BEM = jnp.einsum("BD,EMD->BEM", x, w[name], precision="highest")
+        return h_BEM + w[f"{name}_bias"][None] if f"{name}_bias" in w else h_BEM
+
+    act = ACTIVATIONS[activation]
+    h_BEM = act(project("gate")) * project("up") if "gate" in w else act(project("up"))
+    h_BEM = jnp.where(active_BE[..., None], h_BEM, 0.0)
+    return jnp.einsum("BEM,EMD->BD", h_BEM, w["down"], precision="highest").astype(x_BD.dtype)

@@ -1,0 +1,118 @@
+"""The door to the sparse kernels: one function, whatever the hardware.
+
+The kernels themselves lie in the top-level folder kernels/, importable as lte_jax.kernels.<module>.
+That folder has no __init__.py on purpose: a package named `kernels` would shadow Hugging Face's.
+A wheel carries the modules beside this file instead.
+
+Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lte_jax.config import UserError, nearest
+
+_HERE = pathlib.Path(__file__).resolve().parent
+if not (_HERE / "reference.py").exists():  # a checkout or an editable install
+    __path__.append(str(_HERE.parents[1] / "kernels"))
+
+IMPLEMENTATIONS = ("reference", "xla")  # each a module of this name with a sparse_ffn
+
+
+def sparse_ffn(
+    x_BD: Array,
+    active_BE: Array,
+    weights: Mapping[str, Array],
+    *,
+    activation: str,
+    layer: Array | int | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """Output of the active experts of each row, summed; only experts that some row uses are read.
+
+    Args:
+      x_BD: one token per row, float.
+      active_BE: bool, the experts each row uses; no row gets another row's experts.
+      weights: gate (absent in an FFN without), up and down, each [E, M, D], and where there are
+        biases gate_bias, up_bias, each [E, M]. The output's bias is the caller's: it belongs to no
+        expert. All of x_BD's type.
+      activation: silu, gelu, gelu_tanh or relu.
+      layer: with it the weights are stacked, [N, E, M, D] and [N, E, M], and this layer is used
+        without being sliced out as a whole.
+      implementation: one of IMPLEMENTATIONS, or "auto" for the one that suits the device.
+
+    Raises:
+      UserError: on an implementation that is not there, shapes or types that do not agree, and on
+        differentiation: the kernels are for inference.
+    """
+    name = _choose() if implementation == "auto" else implementation
+    if name not in IMPLEMENTATIONS:
+        valid = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise UserError(f"implementation={name!r} is not there: valid are {valid}")
+    if layer is None:
+        weights, layer = {key: w[None] for key, w in weights.items()}, 0
+    _check(x_BD, active_BE, weights, activation)
+    kernel = importlib.import_module(f"{__name__}.{name}")
+    ffn = functools.partial(kernel.sparse_ffn, activation=activation)
+    return _inference_only(ffn, x_BD, active_BE, dict(weights), jnp.asarray(layer, jnp.int32))
+
+
+@functools.cache
+def _choose() -> str:
+    """The implementation for this process's device, said once in the log."""
+    name = "xla"
+    logging.getLogger(__name__).info("sparse_ffn: %s on %s", name, jax.default_backend())
+    return name
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _inference_only(ffn: Callable[..., Array], *operands) -> Array:
+    return ffn(*operands)
+
+
+@_inference_only.defjvp
+def _refuse(ffn, primals, tangents):
+    raise UserError(
+        "sparse_ffn has no gradient, it is for inference: train through "
+        'lte_jax.apply(model, params, tokens, routing="soft") (or "straight_through", "hard")'
+    )
+
+
+def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Array], activation: str) -> None:
+    """Refuse what no implementation could make sense of; weights are stacked here."""
+    from .reference import ACTIVATIONS
+
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation={activation!r}: {nearest(activation, ACTIVATIONS)}")
+    if x_BD.ndim != 2 or active_BE.shape[:1] != x_BD.shape[:1] or active_BE.ndim != 2:
+        raise UserError(
+            f"sparse_ffn: x has shape {x_BD.shape} and active {active_BE.shape}, expected [B, D] "
+            "and [B, E]: flatten the batch and length axes"
+        )
+    if active_BE.dtype != bool:
+        raise UserError(f"sparse_ffn: active is {active_BE.dtype}, expected bool: scores > tau")
+    known = {"gate", "up", "down", "gate_bias", "up_bias"}
+    orphan = "gate_bias" in weights and "gate" not in weights
+    if orphan or not {"up", "down"} <= set(weights) <= known:
+        raise UserError(
+            f"sparse_ffn: weights are {', '.join(sorted(weights))}; expected up and down, and "
+            "optionally gate, up_bias and (with gate) gate_bias"
+        )
+    n, m = weights["up"].shape[0], weights["up"].shape[-2]
+    e, d = active_BE.shape[1], x_BD.shape[1]
+    for name, w in weights.items():
+        expected = (n, e, m) if name.endswith("_bias") else (n, e, m, d)
+        if w.shape != expected or w.dtype != x_BD.dtype:
+            raise UserError(
+                f"sparse_ffn: {name} is {w.dtype}{list(w.shape)}, expected "
+                f"{x_BD.dtype}{list(expected)} (layers, E, M, D) to go with x and active"
+            )

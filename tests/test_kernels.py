@@ -1,0 +1,234 @@
+"""Every implementation behind the door keeps the contract of kernels/README.md."""
+
+import functools
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lte_jax import kernels
+from lte_jax.config import UserError
+from lte_jax.kernels import reference
+
+E, M, D = 10, 6, 20
+# Accumulation is float32 in both, so what remains is rounding of the inputs of the down projection
+# (hidden activations) and of the output: a few units in the last place of the type.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+def make(rows, dtype="float32", gated=True, bias=False, layers=None, seed=0):
+    rng = np.random.default_rng(seed)
+    lead = () if layers is None else (layers,)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape, scale=0.5), dtype)
+
+    names = ("gate", "up", "down") if gated else ("up", "down")
+    weights = {name: normal(*lead, E, M, D) for name in names}
+    if bias:
+        weights |= {f"{name}_bias": normal(*lead, E, M) for name in names[:-1]}
+    return normal(rows, D), weights
+
+
+def mask(rows, kind, seed=0):
+    active_BE = np.zeros((rows, E), bool)
+    if kind == "all":
+        active_BE[:] = True
+    elif kind == "one":
+        active_BE[:, E - 1] = True
+    elif kind == "disjoint":
+        for expert in range(E):
+            active_BE[expert % rows, expert] = True
+    elif kind == "some":
+        active_BE = np.random.default_rng(seed).random((rows, E)) < 0.4
+    return jnp.asarray(active_BE)
+
+
+def by_hand(x_BD, active_BE, weights, activation):
+    """The formula of the contract in float64, one row, expert and neuron at a time."""
+    act = {
+        "silu": lambda z: z / (1 + math.exp(-z)),
+        "relu": lambda z: max(z, 0.0),
+        "gelu": lambda z: 0.5 * z * (1 + math.erf(z / math.sqrt(2))),
+        "gelu_tanh": lambda z: (
+            0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        ),
+    }[activation]
+    x_BD, active_BE = np.asarray(x_BD, np.float64), np.asarray(active_BE)
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    y_BD = np.zeros_like(x_BD)
+    for b, e in zip(*np.nonzero(active_BE), strict=True):
+        for m in range(M):
+
+            def neuron(name, b=b, e=e, m=m):
+                bias = w[f"{name}_bias"][e, m] if f"{name}_bias" in w else 0.0
+                return float(w[name][e, m] @ x_BD[b] + bias)
+
+            h = act(neuron("gate")) * neuron("up") if "gate" in w else act(neuron("up"))
+            y_BD[b] += h * w["down"][e, m]
+    return y_BD
+
+
+def error(y, expected):
+    scale = np.abs(np.asarray(expected, np.float64)).max() or 1.0
+    return np.abs(np.asarray(y, np.float64) - np.asarray(expected, np.float64)).max() / scale
+
+
+@functools.cache
+def compiled(implementation, activation="silu"):
+    """The door under jit, so that shapes met before are not compiled again."""
+    return jax.jit(
+        lambda x, active, weights, layer=None: kernels.sparse_ffn(
+            x, active, weights, activation=activation, layer=layer, implementation=implementation
+        )
+    )
+
+
+implementations = pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+
+
+@implementations
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True)])
+def test_formula(implementation, activation, gated, bias):
+    x_BD, weights = make(3, gated=gated, bias=bias)
+    active_BE = mask(3, "some")
+    y_BD = compiled(implementation, activation)(x_BD, active_BE, weights)
+    assert error(y_BD, by_hand(x_BD, active_BE, weights, activation)) < TOLERANCE["float32"]
+
+
+@implementations
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
+def test_masks(implementation, dtype, rows):
+    x_BD, weights = make(rows, dtype)
+    exact = {name: w.astype(jnp.float32) for name, w in weights.items()}
+    for kind in ("none", "one", "some", "disjoint", "all"):
+        active_BE = mask(rows, kind)
+        y_BD = compiled(implementation)(x_BD, active_BE, weights)
+        assert y_BD.dtype == x_BD.dtype
+        expected = compiled("reference")(x_BD.astype(jnp.float32), active_BE, exact)
+        assert error(y_BD, expected) < TOLERANCE[dtype], kind
+        idle = ~np.asarray(active_BE).any(axis=1)
+        assert not np.asarray(y_BD)[idle].any(), kind
+
+
+@implementations
+def test_rows_keep_to_their_own_experts(implementation):
+    x_BD, weights = make(8)
+    active_BE = mask(8, "some")
+    ffn = compiled(implementation)
+    together = ffn(x_BD, active_BE, weights)
+    alone = [ffn(x_BD[b : b + 1], active_BE[b : b + 1], weights) for b in range(8)]
+    assert error(together, jnp.concatenate(alone)) < TOLERANCE["float32"]
+
+
+@implementations
+@pytest.mark.parametrize("bias", [False, True])
+def test_stacked_layers(implementation, bias):
+    x_BD, stacked = make(2, layers=4, bias=bias)
+    active_BE = mask(2, "some")
+    for layer in range(4):
+        y_BD = compiled(implementation, "gelu")(x_BD, active_BE, stacked, jnp.int32(layer))
+        weights = {name: w[layer] for name, w in stacked.items()}
+        assert error(y_BD, by_hand(x_BD, active_BE, weights, "gelu")) < TOLERANCE["float32"]
+
+
+@implementations
+def test_ten_runs_give_the_same_bits(implementation):
+    x_BD, weights = make(3, "bfloat16")
+    ffn = compiled(implementation)
+    runs = [np.asarray(ffn(x_BD, mask(3, "some"), weights)) for _ in range(10)]
+    assert len({run.view(np.uint16).tobytes() for run in runs}) == 1
+
+
+def test_the_xla_loop_reads_active_experts_only():
+    """Idle experts full of NaN leave no trace, as they would if a masked product read them."""
+    x_BD, stacked = make(2, layers=2)
+    active_BE = mask(2, "one")
+    poisoned = {
+        name: jnp.full_like(w, jnp.nan).at[1, E - 1].set(w[1, E - 1]) for name, w in stacked.items()
+    }
+    y_BD = compiled("xla")(x_BD, active_BE, poisoned, jnp.int32(1))
+    weights = {name: w[1] for name, w in stacked.items()}
+    assert error(y_BD, by_hand(x_BD, active_BE, weights, "silu")) < TOLERANCE["float32"]
+
+
+def test_the_xla_loop_copies_no_layer():
+    weights = {
+        name: jax.ShapeDtypeStruct((4, 64, 32, 128), jnp.float32) for name in ("gate", "up", "down")
+    }
+    x_BD = jax.ShapeDtypeStruct((1, 128), jnp.float32)
+    active_BE = jax.ShapeDtypeStruct((1, 64), bool)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    made = compiled("xla").lower(x_BD, active_BE, weights, layer).compile()
+    one_layer = 64 * 32 * 128 * 4
+    assert made.memory_analysis().temp_size_in_bytes < one_layer / 4
+
+
+def test_compact():
+    active_BE = jnp.asarray([[0, 1, 0, 0, 1], [0, 0, 0, 1, 1]], bool)
+    ids_E, count = jax.jit(reference.compact)(active_BE)
+    assert int(count) == 3
+    assert ids_E.dtype == count.dtype == jnp.int32
+    np.testing.assert_array_equal(ids_E[:3], [1, 3, 4])
+    assert ((ids_E >= 0) & (ids_E < 5)).all()
+
+
+@implementations
+@pytest.mark.parametrize("transform", [jax.grad, jax.jit, jax.linearize])
+def test_differentiation_names_the_training_path(implementation, transform):
+    x_BD, weights = make(2)
+
+    def loss(x):
+        return jnp.sum(compiled(implementation)(x, mask(2, "some"), weights))
+
+    if transform is jax.jit:
+        transform = lambda f: jax.jit(jax.grad(f))  # noqa: E731
+    with pytest.raises(UserError, match="lte_jax.apply"):
+        transform(loss, x_BD) if transform is jax.linearize else transform(loss)(x_BD)
+
+
+def test_auto_says_what_it_chose_once(caplog):
+    kernels._choose.cache_clear()
+    x_BD, weights = make(1)
+    with caplog.at_level("INFO", logger="lte_jax.kernels"):
+        for _ in range(3):
+            kernels.sparse_ffn(x_BD, mask(1, "some"), weights, activation="silu")
+    assert len(caplog.records) == 1
+    assert caplog.records[0].args[0] in kernels.IMPLEMENTATIONS
+
+
+def test_bad_input_at_the_door():
+    x_BD, weights = make(2)
+    active_BE = mask(2, "some")
+
+    def refused(match, x=x_BD, active=active_BE, w=weights, activation="silu", **kwargs):
+        with pytest.raises(UserError, match=match) as raised:
+            kernels.sparse_ffn(x, active, w, activation=activation, **kwargs)
+        assert "\n" not in str(raised.value)
+
+    refused("'cuda'.*auto, reference, xla", implementation="cuda")
+    refused("'sillu'.*'silu'", activation="sillu")
+    refused("expected \\[B, D\\]", x=x_BD[None])
+    refused("expected \\[B, D\\]", active=active_BE[:1])
+    refused("bool", active=active_BE.astype(jnp.float32))
+    refused("up and down", w={"up": weights["up"]})
+    refused("up and down", w=weights | {"router": weights["up"]})
+    refused("down is .*expected", w=weights | {"down": weights["down"].swapaxes(1, 2)})
+    refused("gate is bfloat16", w=weights | {"gate": weights["gate"].astype(ml_dtypes.bfloat16)})
+    refused("gate is .*expected", layer=0)  # weights without a layer axis
+
+
+def test_the_folder_is_no_package():
+    """`import kernels` must not find ours: another distribution has that name."""
+    root = kernels._HERE.parents[1]
+    assert not (root / "kernels" / "__init__.py").exists()
+    code = "import lte_jax.kernels, sys; print('kernels' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert out.stdout.strip() == "False", out.stderr
