@@ -1,0 +1,251 @@
+"""What is measured, averaged and written down: means over tokens, and where numbers go.
+
+A `Writer` is told when a stage starts or resumes, then any number of named values by step of that
+stage. The trainer knows one writer; `MultiWriter` makes several into one. Only process 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lte_jax.checkpoint import atomic_write
+from lte_jax.config import UserError
+
+# Shown while training, in this order and under these names, where they are among the values.
+SHOWN = {
+    "loss": "loss",
+    "sparsity": "sparsity",
+    "validation_loss": "val",
+    "validation_sparsity": "val sparsity",
+}
+
+
+class RunningMean:
+    """Means of named values, weighted by the tokens they were measured on."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Any], weight: Any) -> None:
+        """Adds scalars (arrays of one element will do) that are means over `weight` tokens.
+
+        Values over no tokens are left out, NaN or not: there is nothing they are the mean of.
+        """
+        if float(weight) == 0:
+            return
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * float(weight)
+            self._weights[name] = self._weights.get(name, 0.0) + float(weight)
+
+    def means(self) -> dict[str, float]:
+        """The means since the start or the last `reset`; {} if nothing was added."""
+        return {name: total / self._weights[name] for name, total in self._sums.items()}
+
+    def reset(self) -> None:
+        """Forgets everything added."""
+        self._sums, self._weights = {}, {}
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Where metrics go."""
+
+    def start(self, stage: str, step: int, steps: int) -> None:
+        """`stage` starts (step 0) or resumes after `step` of its `steps`."""
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Values measured after `step` of `stage`."""
+
+    def close(self) -> None:
+        """Flushes; nothing is written after this."""
+
+
+class MultiWriter:
+    """Several writers as one."""
+
+    def __init__(self, writers: Iterable[Writer]) -> None:
+        self._writers = tuple(writers)
+
+    def start(self, stage: str, step: int, steps: int) -> None:
+        """See `Writer`."""
+        for writer in self._writers:
+            writer.start(stage, step, steps)
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        for writer in self._writers:
+            writer.write(stage, step, values)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        for writer in self._writers:
+            writer.close()
+
+
+class TerminalWriter:
+    """A progress bar for each stage on a terminal; elsewhere (a file, CI) a plain line a write.
+
+    Both show loss, sparsity and speed, and when the stage will be over.
+
+    Args:
+      tokens_per_step: of the global batch, for the speed.
+      file: the text stream to write to; None: standard error.
+    """
+
+    def __init__(self, tokens_per_step: int = 0, file: Any = None) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._file = file or sys.stderr
+        self._bar: Any = None  # tqdm's; None off a terminal
+        self._shown: dict[str, float] = {}
+        self._steps = 0
+        self._first: tuple[int, float] | None = None  # step and time of the first write
+
+    def start(self, stage: str, step: int, steps: int) -> None:
+        """See `Writer`."""
+        self.close()
+        self._shown, self._steps, self._first = {}, steps, None
+        if self._file.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=stage,
+                initial=step,
+                total=steps,
+                unit=" steps",
+                file=self._file,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}<{remaining}]"
+                "{postfix}",
+            )
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        self._shown |= {name: value for name, value in values.items() if name in SHOWN}
+        # Speed is measured from the first write on: before it, the step was compiled.
+        self._first = self._first or (step, time.monotonic())
+        seconds = time.monotonic() - self._first[1]
+        steps_a_second = (step - self._first[0]) / max(seconds, 1e-9)
+        parts = [f"{label} {self._shown[k]:.4g}" for k, label in SHOWN.items() if k in self._shown]
+        if self._tokens_per_step and steps_a_second:
+            parts.append(f"{_short(self._tokens_per_step * steps_a_second)} tokens/s")
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+            return
+        if steps_a_second:
+            parts.append(f"{_clock((self._steps - step) / steps_a_second)} left")
+        print(f"{stage} {step}/{self._steps}", *parts, sep="  ", file=self._file, flush=True)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _short(number: float) -> str:
+    """12345 as "12.3k"."""
+    for factor, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+class JsonlWriter:
+    """One line a write: {"stage": ..., "step": ..., name: value, ...}; null for NaN and infinity.
+
+    Appends to what is there. A stage that starts or resumes first drops the lines from after its
+    step on, later stages with them, so that a run that was killed and resumed has each step once.
+
+    Raises:
+      UserError: when the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def start(self, stage: str, step: int, steps: int) -> None:
+        """See `Writer`."""
+        atomic_write(self._path, "".join(_lines_before(self._path, stage, step)))
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {k: value if math.isfinite(value) else None for k, value in numbers.items()}
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}): free some space or name "
+                "another place"
+            ) from error
+
+    def close(self) -> None:
+        """See `Writer`."""
+
+
+def _lines_before(path: Path, stage: str, step: int) -> list[str]:
+    """The lines written before any of `stage` after `step`; a line cut off by a kill ends them."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            if record["stage"] == stage and record["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line if line.endswith("\n") else f"{line}\n")
+    return kept
+
+
+class TensorBoardWriter:
+    """Event files, one TensorBoard run a stage: <folder>/<stage>.
+
+    Raises:
+      UserError: where tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            import tensorboardX
+        except ImportError:
+            raise UserError(
+                "TensorBoard metrics need the package tensorboardX: "
+                "pip install 'lte-jax[tensorboard]'"
+            ) from None
+        self._make, self._folder = tensorboardX.SummaryWriter, Path(folder)
+        self._events: Any = None
+
+    def start(self, stage: str, step: int, steps: int) -> None:
+        """See `Writer`."""
+        self.close()
+        # TensorBoard hides what an earlier process wrote from the purge step on.
+        self._events = self._make(str(self._folder / stage), purge_step=step + 1)
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        for name, value in values.items():
+            self._events.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
