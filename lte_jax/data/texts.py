@@ -1,0 +1,166 @@
+"""Documents from files, the Hugging Face hub, or the Python standard library."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lte_jax.config import UserError, nearest
+
+STDLIB = "python-stdlib"
+# Packages installed into the library's folder, and tests, which some distributions leave out.
+NOT_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+FILE_KINDS = (".jsonl", ".json", ".txt")  # each may be followed by .gz
+SPLITS = ("train", "validation")
+
+
+def read_texts(
+    source: str,
+    column: str = "text",
+    newline: str = "\n",
+    limit: int | None = None,
+    split: str | None = None,
+) -> list[str]:
+    r"""The documents of `source`, empty ones left out.
+
+    Args:
+      source: a file of JSON lines (.jsonl; a .json list; .txt is one document; each also .gz), a
+        dataset of the Hugging Face hub ("name", "name:config" or "name:config:split"), or
+        "python-stdlib": the source files of this Python's standard library, sorted by name
+        (":train" and ":validation" are its two parts, chosen by a hash of each file's name).
+      column: the key of the text in each row.
+      newline: what replaces every "\n".
+      limit: only the first so many documents.
+      split: the part to read where `source` has parts and names none. None: a hub dataset's
+        "train", all of the standard library.
+
+    Raises:
+      UserError: when there is nothing there, or a row is not as described; names file and line.
+    """
+    if not source:
+        raise UserError(
+            f"data source is '': expected a JSON-lines file, a hub dataset or {STDLIB!r}"
+        )
+    texts = []
+    for text in _documents(source, column, split):
+        if len(texts) == limit:
+            break
+        if text:
+            texts.append(text if newline == "\n" else text.replace("\n", newline))
+    if not texts:
+        raise UserError(f"{source}: no rows with text in column {column!r}: expected at least one")
+    return texts
+
+
+def _documents(source: str, column: str, split: str | None) -> Iterator[str]:
+    name, _, part = source.partition(":")
+    path = Path(source).expanduser()
+    if name == STDLIB:
+        return _stdlib_documents(part or split)
+    if path.exists() or source.startswith((".", "/", "~")) or path.suffix in (*FILE_KINDS, ".gz"):
+        return _file_documents(path, column)
+    return _hub_documents(source, column, split)
+
+
+def _stdlib_documents(part: str | None) -> Iterator[str]:
+    if part not in (None, *SPLITS):
+        raise UserError(f"{STDLIB}:{part}: {nearest(part, SPLITS)}")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    own = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - NOT_OF_STDLIB
+        own += [Path(folder, f).relative_to(root).as_posix() for f in files if f.endswith(".py")]
+    if not own:
+        raise UserError(f"{STDLIB}: no source files in {root}: name a JSON-lines file instead")
+    for name in sorted(own):
+        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
+        machine_made = name.startswith("_sysconfigdata")  # holds paths of the build machine
+        if not machine_made and (part is None or held_out == (part == "validation")):
+            yield (root / name).read_text(encoding="utf-8", errors="replace")
+
+
+def _file_documents(path: Path, column: str) -> Iterator[str]:
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if not file.read(1):
+                raise UserError(f"{path}: the file is empty: expected rows of text")
+            file.seek(0)
+            if kind == ".txt":
+                yield file.read().decode()
+            elif kind in FILE_KINDS:
+                for where, row in _json_rows(path, kind, file):
+                    yield _text_of(row, column, where)
+            else:
+                raise UserError(f"{path}: unknown kind of file: expected {', '.join(FILE_KINDS)}")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (looked from {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}): convert it to UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}): expected a readable file") from None
+
+
+def _json_rows(path: Path, kind: str, file: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with the place to name in an error."""
+    if kind == ".json" and file.read(1) == b"[":
+        file.seek(0)
+        rows = _parse(file.read(), str(path))
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # of JSON and of UTF-8 alike
+        raise UserError(f"{where}: not valid JSON ({error}): mend or remove it") from None
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, Mapping):
+        kind = type(row).__name__
+        raise UserError(f'{where}: a JSON {kind}: expected an object such as {{"{column}": "..."}}')
+    if column not in row:
+        columns = ", ".join(row) or "none"
+        raise UserError(
+            f"{where}: no column {column!r} (columns: {columns}): {nearest(column, row)}"
+        )
+    if not isinstance(row[column], str):
+        kind, textual = type(row[column]).__name__, [c for c in row if isinstance(row[c], str)]
+        raise UserError(
+            f"{where}: column {column!r} holds {kind}, expected text: "
+            f"columns with text are {', '.join(textual) or 'none'}"
+        )
+    return row[column]
+
+
+def _hub_documents(source: str, column: str, split: str | None) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source}: no such file, and reading a hub dataset of that name needs the package "
+            "datasets: pip install 'lte-jax[eval]'"
+        ) from None
+    name, config, part = (source.split(":") + ["", ""])[:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=part or split or "train")
+    except (OSError, ValueError, RuntimeError) as error:  # absent, offline, no such split
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source}: the hub dataset cannot be loaded ({reason})") from None
+    for number, row in enumerate(rows):
+        yield _text_of(row, column, f"{source}: row {number}")

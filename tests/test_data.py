@@ -1,0 +1,275 @@
+"""Every token of every document once, every row once an epoch, and resumed as if never stopped."""
+
+import gzip
+import itertools
+import json
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lte_jax import data
+from lte_jax.config import DataConfig, ModelConfig
+
+
+def write_rows(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def random_documents(seed: int, count: int, longest: int) -> list[np.ndarray]:
+    """Documents of distinct tokens, so that each token tells where it is from."""
+    ends = np.cumsum(np.random.default_rng(seed).integers(1, longest + 1, count))
+    return np.split(np.arange(1, ends[-1] + 1, dtype=np.int32), ends[:-1])
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def test_json_lines(tmp_path):
+    rows = [{"text": "one\ntwo"}, {"text": ""}, {"text": "three", "id": 3}, {"text": "four"}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert data.read_texts(path) == ["one\ntwo", "three", "four"]
+    assert data.read_texts(path, newline=" ", limit=2) == ["one two", "three"]
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"t": "one"}, {"t": "two"}], indent=2))
+    (tmp_path / "lines.json").write_text('{"t": "one"}\n\n{"t": "two"}')
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"t": "one"}\n{"t": "two"}\n'))
+    for name in "a.json", "lines.json", "a.jsonl.gz":
+        assert data.read_texts(str(tmp_path / name), "t") == ["one", "two"], name
+    assert data.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo"]
+
+
+def test_hub_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"text": "one"}, {"text": "two"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for source in "org/name", "org/name:config", "org/name:config:test", "org/name::test":
+        assert data.read_texts(source, split="validation") == ["one", "two"]
+    data.read_texts("name", split=None)
+    assert asked == [
+        ("org/name", None, "validation"),
+        ("org/name", "config", "validation"),
+        ("org/name", "config", "test"),
+        ("org/name", None, "test"),
+        ("name", None, "train"),
+    ]
+
+
+def test_standard_library_is_deterministic_and_split():
+    everything = data.read_texts("python-stdlib")
+    assert everything == data.read_texts("python-stdlib")
+    train, validation = (data.read_texts(f"python-stdlib:{part}") for part in data.texts.SPLITS)
+    assert sorted(train + validation) == sorted(everything)
+    assert 0.01 < len(validation) / len(everything) < 0.1
+    assert data.read_texts("python-stdlib", split="validation") == validation
+    # Sorted by name: the first file at the top is the first of all.
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    assert everything[0] == (stdlib / "__future__.py").read_text(encoding="utf-8")
+    assert len(everything) > 300 and not any("Copyright (c) pip" in text for text in everything)
+
+
+# ------------------------------------------------------------------------------------- tokenising
+
+
+def test_byte_tokenizer_is_lossless_and_survives_saving(tmp_path):
+    from transformers import AutoTokenizer
+
+    text = "déf <s>(x):\r\n\treturn  'a' , b .\x00\x7f 🙂</s>"
+    made = data.byte_tokenizer()
+    made.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    for tokenizer in made, AutoTokenizer.from_pretrained(tmp_path):
+        ids = tokenizer(text)["input_ids"]
+        assert bytes(ids) == text.encode()
+        assert tokenizer.decode(ids) == text
+        special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        assert special == (256, 257, 258) and len(tokenizer) == 259
+
+
+def test_tokenize_puts_bos_in_front_of_each_document(monkeypatch):
+    monkeypatch.setattr(data.rows, "TOKENIZER_BATCH", 2)
+    documents = data.tokenize(["ab", "c", "é"], data.byte_tokenizer())
+    assert [d.tolist() for d in documents] == [[256, 97, 98], [256, 99], [256, 195, 169]]
+    assert all(d.dtype == np.int32 for d in documents)
+
+
+def test_tokenize_without_bos():
+    tokenizer = data.byte_tokenizer()
+    tokenizer.bos_token = None
+    assert data.tokenize(["ab"], tokenizer)[0].tolist() == [97, 98]
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("length", [2, 7, 16, 64])
+def test_packing_has_every_token_once_with_right_segments(length):
+    documents = random_documents(seed=length, count=200, longest=40)
+    rows = data.pack_rows(documents, length)
+    assert rows.tokens_RL.shape[1] == length and rows.tokens_RL.dtype == np.int32
+    real = rows.segments_RL > 0
+    tokens = np.sort(rows.tokens_RL[real])
+    np.testing.assert_array_equal(tokens, np.arange(1, len(np.concatenate(documents)) + 1))
+    assert not rows.tokens_RL[~real].any()
+
+    pieces = {tuple(d[i : i + length]) for d in documents for i in range(0, len(d), length)}
+    for row in (rows[i] for i in range(len(rows))):
+        segments = row["segments"]
+        count = segments.max()
+        # 1, 2, ... in runs, then padding.
+        runs = [key for key, _ in itertools.groupby(segments)]
+        assert runs == [*range(1, count + 1)] + [0] * int(segments[-1] == 0)
+        for segment in range(1, count + 1):
+            pieces.remove(tuple(row["tokens"][segments == segment]))
+    assert not pieces
+
+
+def test_packing_is_tight_and_keeps_short_documents_whole():
+    documents = random_documents(seed=0, count=2000, longest=60)
+    rows = data.pack_rows(documents, 128)
+    assert (rows.segments_RL > 0).mean() > 0.98
+    first = {d[0]: len(d) for d in documents}
+    for tokens, segments in zip(rows.tokens_RL, rows.segments_RL, strict=True):
+        for segment in range(1, segments.max() + 1):
+            own = tokens[segments == segment]
+            assert first[own[0]] == len(own)
+
+
+def test_padding_lays_one_document_a_row():
+    rows = data.pad_rows([np.array([5, 6], np.int32), np.array([7, 8, 9, 10], np.int32)], 3)
+    assert rows.tokens_RL.tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert rows.segments_RL.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def numbered_rows(count: int) -> data.Rows:
+    tokens_RL = np.repeat(np.arange(count, dtype=np.int32)[:, None], 3, axis=1)
+    return data.Rows(tokens_RL, np.ones_like(tokens_RL))
+
+
+def row_numbers(batches) -> np.ndarray:
+    return np.concatenate([batch["tokens"][:, 0] for batch in batches])
+
+
+def test_each_epoch_has_every_row_once_in_a_new_order():
+    stream = data.train_iterator(numbered_rows(10), batch_size=4, seed=0)
+    first = next(stream)
+    assert first["tokens"].shape == first["segments"].shape == (4, 3)
+    assert first["tokens"].dtype == first["segments"].dtype == np.int32
+    epochs = row_numbers([first, *itertools.islice(stream, 9)]).reshape(4, 10)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(10), (4, 1)))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_order_is_a_function_of_the_seed():
+    rows = numbered_rows(10)
+    one, same, other = (
+        row_numbers(itertools.islice(data.train_iterator(rows, 5, seed), 4)).tolist()
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 3, 7, 20])  # an epoch is 2.5 batches
+def test_resume_of_data_continues_exactly(taken):
+    rows = numbered_rows(10)
+    stream = data.train_iterator(rows, batch_size=4, seed=0)
+    for _ in range(taken):
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = row_numbers(itertools.islice(stream, 12))
+    fresh = data.train_iterator(rows, batch_size=4, seed=0)
+    next(fresh)
+    for resumed in fresh, stream:
+        resumed.set_state(state)
+        np.testing.assert_array_equal(row_numbers(itertools.islice(resumed, 12)), expected)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_are_disjoint_and_make_up_the_same_batches(shards):
+    rows = numbered_rows(10)
+    whole = data.train_iterator(rows, batch_size=4, seed=0)
+    parts = [data.train_iterator(rows, 4, 0, shard, shards) for shard in range(shards)]
+    for _ in range(6):
+        np.testing.assert_array_equal(
+            row_numbers([next(part) for part in parts]), row_numbers([next(whole)])
+        )
+    assert all(part.get_state() == whole.get_state() for part in parts)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_eval_batches_have_every_row_once_and_padding_without_loss(shards):
+    rows = numbered_rows(10)
+    batches = zip(*[data.eval_batches(rows, 4, i, shards) for i in range(shards)], strict=True)
+    whole = [{k: np.concatenate([b[k] for b in parts]) for k in parts[0]} for parts in batches]
+    assert [batch["tokens"].shape for batch in whole] == [(4, 3)] * 3
+    segments = np.concatenate([batch["segments"] for batch in whole])
+    assert segments[:10].all() and not segments[10:].any()
+    np.testing.assert_array_equal(row_numbers(whole)[:10], np.arange(10))
+
+
+# ------------------------------------------------------------------------------------------ build
+
+
+MODEL = ModelConfig(vocab_size=259)
+
+
+def test_build_from_files(tmp_path):
+    texts = [f"document {i} " + "x" * i for i in range(100)]
+    train = write_rows(tmp_path / "train.jsonl", [{"story": t} for t in texts])
+    validation = write_rows(tmp_path / "validation.jsonl", [{"story": t} for t in texts[:50]])
+    config = DataConfig(
+        train=train, validation=validation, column="story", length=32, max_validation_rows=7
+    )
+    tokenizer = data.byte_tokenizer()
+    rows, kept = data.build(config, tokenizer, MODEL, seed=0)
+    assert len(kept) == 7
+    assert (rows.segments_RL > 0).sum() == sum(len(t) + 1 for t in texts)
+    again = data.build(config, tokenizer, MODEL, seed=0)[1]
+    other = data.build(config, tokenizer, MODEL, seed=1)[1]
+    np.testing.assert_array_equal(kept.tokens_RL, again.tokens_RL)
+    assert not np.array_equal(kept.tokens_RL, other.tokens_RL)
+
+
+def test_build_holds_out_whole_documents_where_no_validation_is_named(tmp_path):
+    texts = [f"{i:03d}" + "x" * 60 for i in range(100)]
+    path = write_rows(tmp_path / "train.jsonl", [{"text": t} for t in texts])
+    config = DataConfig(train=path, length=64, pack=False, max_validation_rows=5)
+    parts = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
+    names = [{bytes(row[1:4].tolist()).decode() for row in rows.tokens_RL} for rows in parts]
+    assert len(names[0]) == 95 and len(names[1]) == 5
+    assert not names[0] & names[1]
+
+
+def test_build_from_the_standard_library(monkeypatch):
+    texts = {part: data.read_texts("python-stdlib", split=part)[:30] for part in data.texts.SPLITS}
+    monkeypatch.setattr(data.rows, "read_texts", lambda *args, split, **kwargs: texts[split])
+    config = DataConfig(train="python-stdlib", validation="python-stdlib", max_validation_rows=8)
+    rows, kept = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
+    assert len(rows) > 100 and len(kept) == 8
+    assert (rows.segments_RL > 0).sum() == sum(len(t.encode()) + 1 for t in texts["train"])
+
+
+def test_build_from_real_stories(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260k")
+    source = str(shared / "data/tinystories/validation.jsonl")
+    config = DataConfig(train=source, max_validation_rows=4, newline=" ")
+    rows, kept = data.build(config, tokenizer, ModelConfig(vocab_size=512), seed=0)
+    text = tokenizer.decode(rows.tokens_RL[0][rows.segments_RL[0] == 1], skip_special_tokens=True)
+    assert any(text.strip() in story for story in data.read_texts(source, newline=" "))
+    assert len(kept) == 4
