@@ -3,8 +3,10 @@
 import json
 import logging
 import multiprocessing
+import os
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -235,6 +237,7 @@ def run_out_of_space(folder: Path, answer) -> None:
     """Saves a small state, then one that no file may hold; answers with the error and the rest."""
     import resource
 
+    os.dup2(os.open(f"{folder}.log", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
     checkpointer = Checkpointer(folder)
     checkpointer.save(1, state_at(1), {"next_index": 1})
     checkpointer.wait()
@@ -284,15 +287,16 @@ def test_resume_after_sigkill_at_any_moment(tmp_path, processes, caplog):
 
 
 def test_bad_input_full_disk(tmp_path, processes):
-    answer = processes.Queue()
-    child = processes.Process(target=run_out_of_space, args=(tmp_path, answer))
+    folder, answer = tmp_path / "checkpoints", processes.Queue()
+    child = processes.Process(target=run_out_of_space, args=(folder, answer))
     child.start()
     error, left = answer.get(timeout=60)
     child.join(60)
     assert child.exitcode == 0
-    assert f"{tmp_path}/2 could not be written (File too large)" in error and "\n" not in error
+    assert f"{folder}/2 could not be written (File too large)" in error and "\n" not in error
     assert left == ["1"]
-    assert_is(restored(tmp_path), 3)
+    assert "Traceback" not in (tmp_path / "checkpoints.log").read_text()
+    assert_is(restored(folder), 3)
 
 
 # ----------------------------------------------------------------------------------- atomic_write
