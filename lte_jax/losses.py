@@ -1,0 +1,73 @@
+"""The losses: task, distillation, efficiency, separability. Each is one short function.
+
+All are sums over real tokens divided by a given `count`, so that microbatches and devices add up
+to the mean over the whole batch; padding counts in none. All compute in float32.
+
+Dimension key: B batch  L length  E experts  N layers  V vocabulary
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def predicted(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Where the next token is of the same text: the positions that carry a loss (not the last)."""
+    next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
+    return (segments_BL == next_BL) & (segments_BL > 0)
+
+
+def cross_entropy(
+    logits_BLV: Float[Array, "B L V"],
+    tokens_BL: Int[Array, "B L"],
+    predicted_BL: Bool[Array, "B L"],
+    count: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Negative log-likelihood of the next token, nats per predicted token: L_task of Eq. 6."""
+    targets_BL = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
+    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
+    logp_BL = jnp.take_along_axis(logp_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(predicted_BL, logp_BL, 0.0)) / count
+
+
+def distillation(
+    logits_BLV: Float[Array, "B L V"],
+    teacher_BLV: Float[Array, "B L V"],
+    predicted_BL: Bool[Array, "B L"],
+    count: Float[Array, ""],
+) -> Float[Array, ""]:
+    """KL(teacher || model), nats per predicted token (Hinton et al. 2015, temperature 1)."""
+    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
+    teacher_logp_BLV = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32))
+    kl_BL = jnp.sum(jnp.exp(teacher_logp_BLV) * (teacher_logp_BLV - logp_BLV), axis=-1)
+    return jnp.sum(jnp.where(predicted_BL, kl_BL, 0.0)) / count
+
+
+def efficiency(
+    scores_NBLE: Float[Array, "N B L E"],
+    real_BL: Bool[Array, "B L"],
+    count: Float[Array, ""],
+    power: int = 2,
+) -> Float[Array, ""]:
+    """Mean score to the `power` over layers, real tokens and experts (Eq. 4 prints the square)."""
+    per_token_BL = jnp.mean(scores_NBLE.astype(jnp.float32) ** power, axis=(0, 3))
+    return jnp.sum(jnp.where(real_BL, per_token_BL, 0.0)) / count
+
+
+def separability(
+    scores_NBLE: Float[Array, "N B L E"],
+    real_BL: Bool[Array, "B L"],
+    count: Float[Array, ""],
+    threshold: Float[Array, ""] | float,
+    eps: float,
+) -> Float[Array, ""]:
+    """Mean of 1 / ((G - tau)^2 + eps): pushes scores away from the threshold.
+
+    Eq. 5 with a guard: as printed (eps = 0) a score on the threshold divides by zero, and its
+    expectation over any continuous density of scores there is infinite.
+    """
+    distance_NBLE = scores_NBLE.astype(jnp.float32) - threshold
+    per_token_BL = jnp.mean(1.0 / (distance_NBLE**2 + eps), axis=(0, 3))
+    return jnp.sum(jnp.where(real_BL, per_token_BL, 0.0)) / count

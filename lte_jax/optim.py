@@ -1,0 +1,67 @@
+"""Optimizers: AdamW in groups that are declared by parameter path.
+
+A stage says `(path pattern, learning-rate multiplier or None)`; None freezes. Every parameter must
+be covered by a rule. Groups are clipped apart, because routers and model have gradients of very
+different size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+from flax import traverse_util
+
+from lte_jax.config import OptimConfig, StageConfig, UserError
+
+Rule = tuple[str, float | None]
+_FROZEN = "frozen"
+
+
+def labels(params: Any, rules: Sequence[Rule]) -> Any:
+    """For each parameter the pattern of the first rule that matches its path, or "frozen".
+
+    Raises:
+      UserError: on a parameter that no rule covers.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return traverse_util.unflatten_dict({path: _label(path, rules) for path in flat}, sep="/")
+
+
+def schedule(config: StageConfig) -> optax.Schedule:
+    """Linear warm-up to the peak learning rate, then cosine, linear or no decay."""
+    warmup = round(config.warmup_ratio * config.steps)
+    peak, rest = config.learning_rate, max(config.steps - warmup, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio),
+        "linear": optax.linear_schedule(peak, peak * config.final_lr_ratio, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    # The first of `warmup` steps already moves: a rate of zero would waste it.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def make(config: OptimConfig, stage: StageConfig, rules: Sequence[Rule]) -> optax.GradientTransformation:
+    """AdamW for each group of `rules`, nothing at all for frozen parameters."""
+    rate = schedule(stage)
+    groups: dict[str, optax.GradientTransformation] = {_FROZEN: optax.set_to_zero()}
+    for pattern, multiplier in rules:
+        if multiplier is None:
+            continue
+        groups[pattern] = optax.chain(
+            optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+            optax.scale_by_adam(config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(lambda step, m=multiplier: m * rate(step)),
+        )
+    return optax.partition(groups, lambda params: labels(params, rules))
+
+
+def _label(path: str, rules: Sequence[Rule]) -> str:
+    for pattern, multiplier in rules:
+        if re.fullmatch(pattern, path):
+            return _FROZEN if multiplier is None else pattern
+    raise UserError(f"no optimizer rule covers parameter {path!r}: add one (None freezes it)")

@@ -1,0 +1,62 @@
+"""The stages of training as data: what each trains, routes, loses and controls.
+
+    finetune   the dense model, on the task (optional)
+    router     routers and model together, with sparsity pressure (paper: stage 1, Eq. 6)
+    adapt      the model alone under hard routing, routers frozen (paper: stage 2)
+
+An idea about training is a change here; the loop in trainer.py knows no stage by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lte_jax.config import LTEConfig, Routing, StageConfig, StagesConfig
+from lte_jax.optim import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, complete: the trainer needs nothing else to run it."""
+
+    name: str
+    config: StageConfig
+    routing: Routing
+    rules: tuple[Rule, ...]  # (path pattern, learning-rate multiplier or None = frozen)
+    task_weight: float = 1.0
+    distill_weight: float = 0.0
+    efficiency: bool = False  # with the weight of the control
+    separability_weight: float = 0.0  # lambda of Eq. 6
+    steer: Literal["weight", "threshold"] | None = None
+    target_sparsity: float | None = None
+
+
+def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
+    """The stages that an experiment runs, in order; those of no steps are left out."""
+    sparse = lte.target_sparsity is not None
+    task, distill = 1.0 - lte.distill_weight, lte.distill_weight
+    finetune = Stage("finetune", stages.finetune, "dense", ((".*", 1.0),))
+    router = Stage(
+        "router",
+        stages.router,
+        lte.stage1_routing,
+        ((".*/router/.*", stages.router.router_lr_multiplier), (".*", 1.0)),
+        task_weight=task,
+        distill_weight=distill,
+        efficiency=True,
+        separability_weight=lte.separability_weight,
+        steer="weight" if sparse else None,
+        target_sparsity=lte.target_sparsity,
+    )
+    adapt = Stage(
+        "adapt",
+        stages.adapt,
+        "hard",
+        ((".*/router/.*", None), (".*", 1.0)),
+        task_weight=task,
+        distill_weight=distill,
+        steer="threshold" if sparse else None,
+        target_sparsity=lte.target_sparsity,
+    )
+    return tuple(stage for stage in (finetune, router, adapt) if stage.config.steps)

@@ -1,0 +1,362 @@
+"""The one training loop: a stage, a state and batches in; a trained state out.
+
+`make_train_step` is the whole of the maths, one pure function under `jax.jit`; `fit` is the loop
+around it: batches, checkpoints, validation, metrics, and what to do when it is interrupted.
+
+Dimension key: B batch  L length  N layers  E experts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int
+
+from lte_jax import data, losses, optim, sharding
+from lte_jax.checkpoint import Checkpointer
+from lte_jax.config import Experiment, UserError
+from lte_jax.metrics import Writer
+from lte_jax.model import Transformer
+from lte_jax.sparsity import Control
+from lte_jax.stages import Stage
+
+Batch = dict[str, Array]  # tokens [B, L] and segments [B, L], int32
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes."""
+
+    step: Int[Array, ""]  # of this stage
+    params: Any
+    opt_state: Any
+    control: Control
+
+
+def make_loss(model: Transformer, stage: Stage) -> Callable:
+    """The loss of a stage: (params, teacher, batch, control, counts) -> (loss, its parts).
+
+    `counts` are the predicted and the real tokens of the whole batch, of which this may be a part.
+    `teacher` is the parameter tree of the dense model, in expert order, for distillation.
+    """
+
+    def loss(params, teacher, batch, control, counts):
+        tokens, segments = batch["tokens"], batch["segments"]
+        predicted, real = losses.predicted(segments), segments > 0
+        out = model.apply(
+            {"params": params},
+            tokens,
+            routing=stage.routing,
+            mask=segments,
+            threshold=control.threshold,
+        )
+        task = losses.cross_entropy(out.logits, tokens, predicted, counts["predicted"])
+        total, parts = stage.task_weight * task, {"task": task}
+        if stage.distill_weight:
+            dense = model.apply({"params": teacher}, tokens, routing="dense", mask=segments)
+            parts["distill"] = losses.distillation(
+                out.logits, dense.logits, predicted, counts["predicted"]
+            )
+            total += stage.distill_weight * parts["distill"]
+        if out.scores is not None:
+            power = model.lte.efficiency_power
+            parts["kept"] = losses.efficiency(out.active, real, counts["real"], power=1)
+            parts["efficiency"] = losses.efficiency(out.scores, real, counts["real"], power)
+            if stage.efficiency:
+                total += control.efficiency_weight * parts["efficiency"]
+            if stage.separability_weight:
+                parts["separability"] = losses.separability(
+                    out.scores,
+                    real,
+                    counts["real"],
+                    control.threshold,
+                    model.lte.separability_eps,
+                )
+                total += stage.separability_weight * parts["separability"]
+        return total, parts | {"loss": total}
+
+    return loss
+
+
+def make_train_step(
+    model: Transformer,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """One optimizer step of a stage: (state, batch, teacher) -> (state, metrics). Not yet jitted."""
+    gradient = jax.grad(make_loss(model, stage), has_aux=True)
+
+    def step(state: TrainState, batch: Batch, teacher: Any = None):
+        counts = {
+            "predicted": _count(losses.predicted(batch["segments"])),
+            "real": _count(batch["segments"] > 0),
+        }
+
+        def accumulate(total, part):
+            return jax.tree.map(
+                jnp.add, total, gradient(state.params, teacher, part, state.control, counts)
+            ), None
+
+        if microbatches == 1:
+            grads, parts = gradient(state.params, teacher, batch, state.control, counts)
+        else:
+            cut = jax.tree.map(lambda x: _interleave(x, microbatches), batch)
+            first = jax.tree.map(lambda x: x[0], cut)
+            start = jax.eval_shape(gradient, state.params, teacher, first, state.control, counts)
+            start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), start)
+            (grads, parts), _ = jax.lax.scan(accumulate, start, cut)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        control = state.control
+        if stage.steer == "weight":
+            control = control.steer_weight(parts["kept"], stage.target_sparsity)
+        elif stage.steer == "threshold":
+            control = control.steer_threshold(parts["kept"], stage.target_sparsity)
+        metrics = parts | {"grad_norm": optax.global_norm(grads), "tokens": counts["real"]}
+        if "kept" in parts:
+            metrics["sparsity"] = 1.0 - metrics.pop("kept")
+            metrics |= {"eta": state.control.efficiency_weight, "tau": state.control.threshold}
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, control), metrics
+
+    return step
+
+
+def _count(mask: Array) -> Float[Array, ""]:
+    return jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+
+
+def _interleave(x: Array, parts: int) -> Array:
+    """[B, ...] as [parts, B/parts, ...], part i taking rows i, i+parts, ...: each device keeps its own."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Float[Array, ""]]]:
+    """Sums over a batch, under the stage's routing as it will be served: (params, batch, threshold)."""
+    routing = "dense" if stage.routing == "dense" else "hard"
+
+    def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
+        tokens, segments = batch["tokens"], batch["segments"]
+        predicted, one = losses.predicted(segments), jnp.ones((), jnp.float32)
+        out = model.apply(
+            {"params": params}, tokens, routing=routing, mask=segments, threshold=threshold
+        )
+        real = jnp.sum((segments > 0).astype(jnp.float32))
+        return {
+            "loss": losses.cross_entropy(out.logits, tokens, predicted, one),
+            "predicted": jnp.sum(predicted.astype(jnp.float32)),
+            "skipped": out.sparsity * real,
+            "real": real,
+        }
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a stage ends with."""
+
+    params: Any
+    control: Control
+    validation_loss: float  # nats per predicted token, hard routing
+    validation_sparsity: float
+
+
+class Interrupted(SystemExit):
+    """SIGTERM arrived and the state is saved: ends the program with code 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+
+def fit(
+    model: Transformer,
+    stage: Stage,
+    params: Any,
+    control: Control,
+    rows: tuple[data.Rows, data.Rows],
+    experiment: Experiment,
+    folder: str | Path,
+    writer: Writer,
+    *,
+    mesh: jax.sharding.Mesh,
+    teacher: Any = None,
+) -> Trained:
+    """Runs a stage, from its newest checkpoint in `folder` if there is one, to its last step.
+
+    Args:
+      model: dense or LTE, as `params`.
+      stage: what to train and how, see stages.py.
+      params: where the stage starts; copied.
+      control: likewise.
+      rows: to train on, and to validate on.
+      experiment: batch size, optimizer, seed, and how often to log, validate and save.
+      folder: of this stage's checkpoints.
+      writer: of metrics.
+      mesh: whose axes are those of sharding.py.
+      teacher: the dense model's parameters in the same layout, for a stage that distils.
+
+    Raises:
+      UserError: on bad data or folders, and when the loss is not finite: the step's batch is then
+        in `folder`/nonfinite-<step>.npz.
+      Interrupted: after SIGTERM, once the state is saved.
+    """
+    folder = Path(folder)
+    train_rows, validation_rows = rows
+    cpus = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    batch_size, seed = experiment.data.batch_size, experiment.seed + zlib.crc32(stage.name.encode())
+    batches = data.train_iterator(train_rows, batch_size, seed, **cpus)
+    optimizer = optim.make(experiment.optim, stage.config, stage.rules)
+    to_mesh = lambda batch: _to_mesh(batch, mesh)  # noqa: E731
+
+    with jax.set_mesh(mesh), _Interruption() as interruption, Checkpointer(
+        folder, keep_last=experiment.checkpoint.keep_last, keep_best=experiment.checkpoint.keep_best
+    ) as checkpointer:
+        start = lambda params: TrainState(  # noqa: E731
+            jnp.zeros((), jnp.int32), params, optimizer.init(params), control
+        )
+        shardings = state_shardings(jax.eval_shape(start, params), mesh)
+        eval_step = jax.jit(make_eval_step(model, stage))
+        train_step = jax.jit(
+            make_train_step(model, stage, optimizer, experiment.optim.microbatches),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+
+        def validate(state: TrainState) -> dict[str, float]:
+            sums: dict[str, float] = {}
+            for batch in data.eval_batches(validation_rows, batch_size, **cpus):
+                part = eval_step(state.params, to_mesh(batch), state.control.threshold)
+                sums = {k: sums.get(k, 0.0) + float(v) for k, v in part.items()}
+            return {
+                "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
+                "validation_sparsity": sums["skipped"] / max(sums["real"], 1.0),
+            }
+
+        abstract = _with_shardings(jax.eval_shape(start, params), shardings)
+        restored = checkpointer.restore(abstract)
+        if restored is None:
+            step, state = 0, jax.jit(start, out_shardings=shardings)(params)
+        else:
+            step, state, data_state = restored
+            batches.set_state(data_state)
+        writer.start(stage.name, step, stage.config.steps)
+        validation: dict[str, float] = {}
+        unchecked: tuple[int, Any, Any] | None = None  # fetched a step late: the device never waits
+        while step < stage.config.steps:
+            batch = next(batches)
+            state, metrics = train_step(state, to_mesh(batch), teacher)
+            step += 1
+            _check_finite(unchecked, stage, folder)
+            unchecked = (step, metrics, batch)
+            last, stopping = step == stage.config.steps, interruption.at(step)
+            if step % experiment.log_every == 0 or last:
+                writer.write(stage.name, step, {k: float(v) for k, v in metrics.items()})
+            validation = {}
+            if step % experiment.eval_every == 0 or last:
+                validation = validate(state)
+                writer.write(stage.name, step, validation)
+            if step % experiment.checkpoint.every == 0 or last or stopping:
+                _check_finite(unchecked, stage, folder)
+                checkpointer.save(step, state, batches.get_state(), validation)
+            if stopping and not last:
+                checkpointer.wait()
+                raise Interrupted(
+                    f"stopped by SIGTERM after step {step} of stage {stage.name!r}, which is "
+                    "saved: the same command goes on from there"
+                )
+        validation = validation or validate(state)
+        return Trained(
+            state.params,
+            state.control,
+            validation["validation_loss"],
+            validation["validation_sparsity"],
+        )
+
+
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shardings of a whole (abstract) state: optimizer moments lie as their parameters do."""
+    params = sharding.param_shardings(state.params, mesh)
+    by_path = traverse_util.flatten_dict(params)
+    replicated = sharding.replicated(mesh)
+
+    def of(path, _) -> jax.sharding.NamedSharding:
+        keys = tuple(getattr(key, "key", None) for key in path)
+        # The path of a moment ends in the path of its parameter.
+        ends = (by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path)
+        return next(ends, replicated)
+
+    return jax.tree_util.tree_map_with_path(of, state).replace(params=params)
+
+
+def _with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+
+
+def _to_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """This process's rows of a batch as its part of the global arrays."""
+    place = sharding.batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+
+
+def _check_finite(unchecked: tuple[int, Any, Any] | None, stage: Stage, folder: Path) -> None:
+    if unchecked is None:
+        return
+    step, metrics, batch = unchecked
+    values = {k: float(v) for k, v in metrics.items()}
+    if all(math.isfinite(value) for value in values.values()):
+        return
+    path = folder / f"nonfinite-{step}.npz"
+    np.savez(path, step=step, **batch, **{f"metric_{k}": v for k, v in values.items()})
+    bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
+    raise UserError(
+        f"stage {stage.name!r} step {step}: {bad}; its batch is in {path}. Checkpoints before it "
+        f"are whole: try a lower stages.{stage.name}.learning_rate, or a smaller optim.clip_norm"
+    )
+
+
+class _Interruption:
+    """Notes SIGTERM, so that the loop can end after a whole step.
+
+    Where several processes train together, JAX's own notifier decides on one step for them all.
+    """
+
+    def __init__(self):
+        self._noted = threading.Event()
+        self._previous: Any = None
+        # Signals are the main thread's; elsewhere (a notebook's worker) the default stays.
+        self._ours = jax.process_count() == 1 and (
+            threading.current_thread() is threading.main_thread()
+        )
+
+    def at(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noted.is_set()
+
+    def __enter__(self) -> _Interruption:
+        if self._ours:
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._noted.set())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGTERM, self._previous)
