@@ -9,7 +9,6 @@ error: a model that computes something else than its author meant is worse than 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,8 @@ from lte_jax.config import (
     nearest,
     num_experts,
 )
+from lte_jax.hf.fields import NULL, Fields, read_json
 
-_NULL = type(None)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -112,26 +111,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, LTEConfig | None]:
     return parse(raw, str(path))
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in a file, or a UserError that names it."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path} cannot be read ({e}): download or copy it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}: expected an object of keys")
-    return raw
-
-
 def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | None]:
     """As `read_config`, from the object in config.json; `where` begins the messages."""
     try:
-        fields = _Fields(raw)
+        fields = Fields(raw)
         config = _model_config(fields)
-        fields.reject_rest()
         section = fields.get("lte", dict, None)
+        _reject_unknown(fields)
         lte = None if section is None else from_mapping(LTEConfig, section, "lte")
         num_experts(config, lte)  # raises where the expert size does not divide
     except UserError as e:
@@ -205,53 +191,22 @@ def _check_expressible(config: ModelConfig, raw: Mapping[str, Any], dtype: str) 
             )
 
 
-class _Fields:
-    """Typed reading of an HF config that remembers which keys were asked for."""
-
-    def __init__(self, raw: Mapping[str, Any]):
-        self.raw = raw
-        self.asked: set[str] = set()
-
-    def get(self, key: str, kinds: type | tuple[type, ...], *default: Any) -> Any:
-        """The value of a key, which must be there if no default is given; null as `kinds` allow."""
-        self.asked.add(key)
-        if key not in self.raw:
-            if not default:
-                raise UserError(f"the key {key} is missing: {nearest(key, self.raw)}")
-            return default[0]
-        value = self.raw[key]
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if value is None and (default == (None,) or _NULL in kinds):
-            return None
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join(k.__name__ for k in kinds if k is not _NULL)
-            raise UserError(f"{key}={value!r}: expected {expected}")
-        return value
-
-    def size(self, key: str, *default: int | None, nullable: bool = False) -> Any:
-        """A positive integer, or None for null where that is allowed."""
-        value = self.get(key, (int, _NULL) if nullable else int, *default)
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}: expected a positive integer")
-        return value
-
-    def reject_rest(self) -> None:
-        """Raises on keys that nobody asked for and that could change the forward pass."""
-        self.asked |= {"lte"}
-        for key in sorted(self.raw.keys() - self.asked - _WITHOUT_EFFECT):
-            value = self.raw[key]
-            if key in _WITHOUT_EFFECT_IF:
-                harmless = value is None or value == _WITHOUT_EFFECT_IF[key]
-            else:
-                harmless = not value or not _TELLING.search(key)
-            if not harmless:
-                raise UserError(
-                    f"{key}={value!r} could change what a {self.raw['model_type']} model computes "
-                    "and is not supported: remove the key if the model does not depend on it"
-                )
+def _reject_unknown(fields: Fields) -> None:
+    """Raises on keys that nobody asked for and that could change the forward pass."""
+    for key in sorted(fields.raw.keys() - fields.asked - _WITHOUT_EFFECT):
+        value = fields.raw[key]
+        if key in _WITHOUT_EFFECT_IF:
+            harmless = value is None or value == _WITHOUT_EFFECT_IF[key]
+        else:
+            harmless = not value or not _TELLING.search(key)
+        if not harmless:
+            raise UserError(
+                f"{key}={value!r} could change what a {fields.raw['model_type']} model computes "
+                "and is not supported: remove the key if the model does not depend on it"
+            )
 
 
-def _model_config(fields: _Fields) -> ModelConfig:
+def _model_config(fields: Fields) -> ModelConfig:
     model_type = fields.get("model_type", str)
     if model_type not in _FAMILIES:
         raise UserError(f"model_type={model_type!r} is not supported: valid are {_list(_FAMILIES)}")
@@ -293,8 +248,8 @@ def _model_config(fields: _Fields) -> ModelConfig:
         qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=slides,
-        bos_id=fields.get("bos_token_id", (int, _NULL), bos),
-        eos_ids=_ids(fields.get("eos_token_id", (int, list, _NULL), eos)),
+        bos_id=fields.get("bos_token_id", (int, NULL), bos),
+        eos_ids=_ids(fields.get("eos_token_id", (int, list, NULL), eos)),
         pad_id=pad if pad is not None and pad >= 0 else None,  # -1 stands for none in old folders
         dtype=_dtype(fields),
     )
@@ -304,7 +259,7 @@ def _list(names: Mapping[str, Any]) -> str:
     return ", ".join(names)
 
 
-def _flag(fields: _Fields, key: str, fixed: bool | None) -> bool:
+def _flag(fields: Fields, key: str, fixed: bool | None) -> bool:
     """A switch that some families have in config.json and others have `fixed`."""
     if fixed is None:
         return bool(fields.get(key, bool, False))
@@ -320,7 +275,7 @@ def _ids(value: int | list | None) -> tuple[int, ...]:
     return ids
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: Fields) -> str:
     old, new = fields.get("torch_dtype", str, None), fields.get("dtype", str, None)
     name = (new or old or "float32").removeprefix("torch.")
     if name not in DTYPES:
@@ -329,7 +284,7 @@ def _dtype(fields: _Fields) -> str:
 
 
 def _sliding(
-    fields: _Fields, family: _Family, num_layers: int
+    fields: Fields, family: _Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window and which layers have it (None: all), as transformers' masks have them."""
     if family.sliding is None:
@@ -365,11 +320,11 @@ def _from_layer_types(kinds: list, num_layers: int) -> tuple[bool, ...]:
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def _rope(fields: _Fields, max_length: int) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
     """Base and stretching of the rotary frequencies; transformers: modeling_rope_utils.py."""
     theta = fields.get("rope_theta", (float, int), None)
     old, new = fields.get("rope_scaling", dict, None), fields.get("rope_parameters", dict, None)
-    rope = _Fields(old or new or {})
+    rope = Fields(old or new or {}, "rope_scaling." if old else "rope_parameters.")
     theta = rope.get("rope_theta", (float, int), None) or theta or 10000.0
     old_kind = rope.get("type", str, None)
     kind = rope.get("rope_type", str, None) or old_kind or "default"
@@ -394,7 +349,10 @@ def _rope(fields: _Fields, max_length: int) -> tuple[float, RopeScaling | None]:
         if key not in rope.asked and value is not None and (key, value) not in _NEUTRAL_IN_ROPE
     }
     if unknown:
-        raise UserError(f"rope parameters {unknown} are not supported with rope_type={kind!r}")
+        raise UserError(
+            f"{rope.section[:-1]} has {unknown}, which is not supported with rope_type={kind!r}: "
+            "remove it if the model does not depend on it"
+        )
     return float(theta), scaling
 
 

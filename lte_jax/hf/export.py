@@ -22,7 +22,8 @@ from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig, UserError, nearest
 from lte_jax.hf import names
-from lte_jax.hf.config_json import DTYPES, read_config, read_json, write_config
+from lte_jax.hf.config_json import DTYPES, read_config, write_config
+from lte_jax.hf.fields import read_json
 from lte_jax.hf.hub import COMPANIONS, resolve
 from lte_jax.hf.names import Row
 from lte_jax.hf.weights import EXPERT_ORDER, INDEX, ONE_FILE, STORED_DTYPES, open_tensors

@@ -24,7 +24,8 @@ from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig, UserError, nearest
 from lte_jax.hf import names
-from lte_jax.hf.config_json import DTYPES, read_json
+from lte_jax.hf.config_json import DTYPES
+from lte_jax.hf.fields import read_json
 from lte_jax.hf.names import Row, Span
 
 ONE_FILE = "model.safetensors"
@@ -110,7 +111,8 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, StoredT
         opened = _open(folder / file, stack)
         for name in opened.keys():  # noqa: SIM118  not a mapping
             if name in tensors:
-                raise UserError(f"{name} is both in {tensors[name].file} and {folder / file}")
+                both = f"{tensors[name].file} and {folder / file}"
+                raise UserError(f"{name} is both in {both}: download them again")
             slices = opened.get_slice(name)
             shape = tuple(slices.get_shape())
             tensors[name] = StoredTensor(folder / file, shape, slices.get_dtype(), slices)
@@ -128,11 +130,12 @@ def _index(folder: Path) -> dict[str, str] | None:
     if (folder / ONE_FILE).exists():
         return None
     if not (folder / INDEX).exists():
-        others = sorted(p.name for p in folder.glob("*.bin")) + ["pytorch_model.bin"]
+        held = sorted(file.name for file in folder.glob("*.bin"))
         raise UserError(
             f"{folder} has neither {ONE_FILE} nor {INDEX}, and only safetensors are read: convert "
-            f'{others[0]} with python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+            f'{held[0] if held else "another format"} with python -c "from transformers import '
+            f"AutoModelForCausalLM as M; M.from_pretrained('{folder if held else 'MODEL'}')"
+            ".save_pretrained('NEW_FOLDER')\", which needs torch"
         )
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
@@ -176,9 +179,8 @@ def _drop_harmless(tensors: dict[str, StoredTensor], config: ModelConfig) -> Non
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
     """Whether two matrices are equal, reading a few rows of each at a time."""
-    return a.shape == b.shape and all(
-        np.array_equal(a[i : i + rows, :], b[i : i + rows, :]) for i in range(0, a.shape[0], rows)
-    )
+    cuts = [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
+    return a.shape == b.shape and all(np.array_equal(a[cut, :], b[cut, :]) for cut in cuts)
 
 
 def _check_names(

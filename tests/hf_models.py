@@ -1,0 +1,155 @@
+"""Tiny models in Hugging Face's format, and what the tests that use them share."""
+
+import json
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+SHARED_MODELS = ("stories260k", "babyllama")
+
+_BASE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_QWEN_SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+_MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# Every feature the importer knows, as config.json says it.
+CASES = {
+    "llama": {"model_type": "llama"},
+    "grouped_query": {"model_type": "llama", "num_key_value_heads": 2},
+    "multi_query": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama3_rope": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": _LLAMA3},
+    "linear_rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "attention_bias": {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 2},
+    "mlp_bias": {"model_type": "llama", "mlp_bias": True},
+    "head_dim": {"model_type": "llama", "head_dim": 32, "num_key_value_heads": 2},
+    "relu": {"model_type": "llama", "hidden_act": "relu"},
+    "gelu": {"model_type": "llama", "hidden_act": "gelu"},
+    "gelu_tanh": {"model_type": "llama", "hidden_act": "gelu_pytorch_tanh"},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 8},
+    "mistral_full": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": False},
+    "qwen2_sliding": {"model_type": "qwen2", "tie_word_embeddings": True} | _QWEN_SLIDING,
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2},
+    "qwen3_sliding": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "layer_types": _MIXED_LAYERS,
+    }
+    | _QWEN_SLIDING,
+}
+
+
+def config_json(case: str, **changes) -> dict:
+    """The config.json of a case, in the spelling of transformers 4."""
+    return _BASE | CASES[case] | changes
+
+
+def tensor_shapes(raw: dict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint, written down anew: the importer's table is under test."""
+    D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    C = raw.get("head_dim") or D // raw["num_attention_heads"]
+    Q, K = raw["num_attention_heads"] * C, raw["num_key_value_heads"] * C
+    kind = raw["model_type"]
+    attention_bias = raw.get("attention_bias", False)
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(raw["num_hidden_layers"]):
+        layer = {
+            "input_layernorm.weight": (D,),
+            "post_attention_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (Q, D),
+            "self_attn.k_proj.weight": (K, D),
+            "self_attn.v_proj.weight": (K, D),
+            "self_attn.o_proj.weight": (D, Q),
+            "mlp.gate_proj.weight": (F, D),
+            "mlp.up_proj.weight": (F, D),
+            "mlp.down_proj.weight": (D, F),
+        }
+        if attention_bias or kind == "qwen2":
+            layer |= {
+                f"self_attn.{n}_proj.bias": (s,) for n, s in zip("qkv", (Q, K, K), strict=True)
+            }
+        if attention_bias and kind != "qwen2":
+            layer["self_attn.o_proj.bias"] = (D,)
+        if kind == "qwen3":
+            layer |= {"self_attn.q_norm.weight": (C,), "self_attn.k_norm.weight": (C,)}
+        if raw.get("mlp_bias"):
+            layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,)}
+            layer["mlp.down_proj.bias"] = (D,)
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def random_tensors(raw: dict, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights: matrices keep variance, norms are near one, biases near zero."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(raw).items():
+        scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.2
+        values = rng.standard_normal(shape) * scale + (1.0 if "norm" in name else 0.0)
+        tensors[name] = values.astype(np.float32)
+    return tensors
+
+
+def write_folder(folder: Path, raw: dict, tensors: dict | None = None, dtype=None, shards=1):
+    """An HF folder with random (or the given) tensors, converted to `dtype` if any; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    tensors = random_tensors(raw) if tensors is None else tensors
+    if dtype is not None:
+        stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        tensors = {name: t.astype(stored) for name, t in tensors.items()}
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in list(tensors)[i::shards]}
+        safetensors.numpy.save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder, read by safetensors itself."""
+    tensors = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def assert_bit_equal(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]):
+    """The same names, dtypes, shapes and bits."""
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape, name
+        assert mine[name].tobytes() == tensor.tobytes(), name
