@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lte_jax import sharding
 from lte_jax.config import LTEConfig, ModelConfig, RopeScaling, Routing
-from lte_jax.moe import ExpertFFN, active_experts
+from lte_jax.moe import ExpertFFN
 
 Cache = dict[str, Array]
 
@@ -48,10 +48,10 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B L"],
+        tokens: Int[Array | np.ndarray, "B L"],
         *,
         routing: Routing | None = None,
-        mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
+        mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | None = None,
         threshold: Float[Array, ""] | float | None = None,
         cache: Cache | None = None,
     ) -> Output:
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
         )(config, lte, routing, dtype, name="layers")
-        x_BLD, (scores_NBLE, layer_cache) = layers(
+        x_BLD, (scores_NBLE, active_NBLE, layer_cache) = layers(
             x_BLD, layer_cache, jnp.asarray(sliding_layers(config)), context
         )
         x_BLD = RMSNorm(config.norm_eps, dtype, name="final_norm")(x_BLD)
@@ -99,9 +99,8 @@ class Transformer(nn.Module):
             "BLD,DV->BLV", x_BLD, head_DV.astype(dtype), preferred_element_type=jnp.float32
         )
 
-        active_NBLE, sparsity = None, jnp.zeros((), jnp.float32)
-        if scores_NBLE is not None:
-            active_NBLE = active_experts(scores_NBLE, threshold)
+        sparsity = jnp.zeros((), jnp.float32)
+        if active_NBLE is not None:
             sparsity = 1.0 - kept_fraction(active_NBLE, segments_BL > 0)
         if cache is not None and layer_cache is not None:
             cache = layer_cache | {
@@ -132,10 +131,11 @@ class Block(nn.Module):
         return sharding.constrain(x_BLD + y_BLD, "batch", None, None), cache
 
     def __call__(self, x_BLD, cache, slides, context):
-        """One layer of the scan: (x, (router scores, cache))."""
+        """One layer of the scan: (x, (router scores, active experts, cache))."""
         x_BLD, cache = self.attend(x_BLD, cache, slides, context)
-        y_BLD, scores_BLE = self.ffn(self.ffn_norm(x_BLD), context["threshold"])
-        return sharding.constrain(x_BLD + y_BLD, "batch", None, None), (scores_BLE, cache)
+        y_BLD, scores_BLE, active_BLE = self.ffn(self.ffn_norm(x_BLD), context["threshold"])
+        x_BLD = sharding.constrain(x_BLD + y_BLD, "batch", None, None)
+        return x_BLD, (scores_BLE, active_BLE, cache)
 
 
 class RMSNorm(nn.Module):

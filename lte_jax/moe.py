@@ -1,18 +1,20 @@
 """Routers and expert feed-forward layers.
 
 The feed-forward network (FFN) of a block is a sum of experts, each a slice of M of its neurons; a
-router scores every expert for every token. Four routings of the same weights (paper, section 4.2):
+router scores every expert for every token. Five routings of the same weights (paper, section 4.2):
 
   dense             all experts run; the router plays no part
   soft              all run, each multiplied by its score (Eq. 3)
   hard              those with score > threshold run, unmultiplied (Eq. 2)
   straight_through  hard forward, soft gradient: scores learn under the routing they will serve
+  top_k             the (1 - target_sparsity) E experts of largest score, for comparisons
 
 Dimension key: B batch  L length  D model width  E experts  M neurons per expert  F = E*M  N layers
 """
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -26,7 +28,9 @@ from lte_jax.config import (
     ModelConfig,
     Routing,
     UserError,
+    nearest,
     num_experts,
+    top_k,
 )
 
 _ACTIVATIONS = {
@@ -49,24 +53,28 @@ def router_logits(
 
 
 def active_experts(
-    scores_BLE: Float[Array, "*B E"], threshold: Float[Array, ""] | float
+    scores_BLE: Float[Array, "*B E"],
+    threshold: Float[Array, ""] | float,
+    top_k: int | None = None,
 ) -> Bool[Array, "*B E"]:
-    """The experts that run under hard routing: score strictly above the threshold (Eq. 2)."""
-    return scores_BLE > threshold
+    """The experts that run: score strictly above the threshold (Eq. 2), or the best `top_k`."""
+    if top_k is None:
+        return scores_BLE > threshold
+    return scores_BLE >= jax.lax.top_k(scores_BLE, top_k)[0][..., -1:]
 
 
 def gates(
-    routing: Routing, scores_BLE: Float[Array, "B L E"], threshold: Float[Array, ""] | float
+    routing: Routing, scores_BLE: Float[Array, "B L E"], active_BLE: Bool[Array, "B L E"]
 ) -> Float[Array, "B L E"]:
-    """What each expert's contribution is multiplied by."""
+    """What each expert's contribution is multiplied by, given its score and whether it runs."""
     if routing == "soft":
         return scores_BLE
-    active_BLE = active_experts(scores_BLE, threshold).astype(scores_BLE.dtype)
-    if routing == "hard":
-        return jax.lax.stop_gradient(active_BLE)
+    ones_BLE = active_BLE.astype(scores_BLE.dtype)
+    if routing in ("hard", "top_k"):
+        return ones_BLE
     if routing == "straight_through":
-        return jax.lax.stop_gradient(active_BLE - scores_BLE) + scores_BLE
-    raise UserError(f"routing={routing!r}: expected dense, soft, hard or straight_through")
+        return jax.lax.stop_gradient(ones_BLE - scores_BLE) + scores_BLE
+    raise UserError(f"routing={routing!r}: {nearest(str(routing), typing.get_args(Routing))}")
 
 
 def hidden(
@@ -111,24 +119,28 @@ class ExpertFFN(nn.Module):
     @nn.compact
     def __call__(
         self, x_BLD: Float[Array, "B L D"], threshold: Float[Array, ""] | float
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L E"] | None]:
-        """The layer's output and the router's scores (None under dense routing)."""
+    ) -> tuple[
+        Float[Array, "B L D"], Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None
+    ]:
+        """The layer's output, router scores, active experts (None under dense routing)."""
         config, experts = self.config, num_experts(self.config, self.lte)
         weights = self._weights(experts, config.d_ff // experts)
         h_BLEM = hidden(weights, x_BLD, config.activation)
         self.sow("intermediates", "ffn_input", x_BLD)
         self.sow("intermediates", "hidden", h_BLEM)
-        scores_BLE = None
+        scores_BLE = active_BLE = None
         if self.lte is not None and (self.routing != "dense" or self.is_initializing()):
             scores_BLE = Router(experts, self.lte.router_bias, name="router")(x_BLD)
         if scores_BLE is not None and self.routing != "dense":
-            gates_BLE = gates(self.routing, scores_BLE, threshold)
+            kept = top_k(config, self.lte, self.routing)
+            active_BLE = active_experts(scores_BLE, threshold, kept)
+            gates_BLE = gates(self.routing, scores_BLE, active_BLE)
             h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
         y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, weights["down"])
         if config.mlp_bias:  # outside the routing: it belongs to no expert
             bias_D = self.param("down_bias", nn.initializers.zeros, (config.d_model,))
             y_BLD += bias_D.astype(self.dtype)[None, None]
-        return y_BLD, scores_BLE
+        return y_BLD, scores_BLE, active_BLE
 
     def _weights(self, experts: int, neurons: int) -> dict[str, Array]:
         shape = (experts, neurons, self.config.d_model)

@@ -10,6 +10,7 @@ given again after anything, ends in the same result.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import sys
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax import data, hf, metrics, moefy, sharding, stages, trainer
+from lte_jax import data, hf, metrics, report, sharding, stages, tasks, trainer
 from lte_jax.checkpoint import atomic_write
 from lte_jax.config import Experiment, LTEConfig, UserError
 from lte_jax.model import Transformer, abstract_params
+from lte_jax.moefy import add_routers, to_experts
 from lte_jax.sparsity import Control
 
 log = logging.getLogger(__name__)
@@ -61,10 +63,12 @@ class Paths:
 
 
 def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any]:
-    """Runs an experiment from its dense model to its LTE folder, `workdir`/lte.
+    """Runs an experiment from its dense model to its LTE folder and the report on it.
+
+    Without steps for the sparse stages it ends with the dense model: a control to compare with.
 
     Returns:
-      The LTE model and its parameters, as that folder holds them.
+      The last model and its parameters, as its folder holds them.
 
     Raises:
       UserError: on bad configuration, data, models or folders, and where the loss is not finite.
@@ -77,13 +81,13 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any
     writer = _writer(paths, experiment)
     try:
         run = _Run(experiment, paths, mesh, tokenizer, writer)
-        if not (paths.lte / "config.json").exists():
-            run.dense()
+        run.dense()
+        if any(stage.routing != "dense" for stage in run.stages()):
             run.experts()
             run.sparse()
     finally:
         writer.close()
-    return load(paths.lte, experiment.source.compute_dtype)
+    return run.report()
 
 
 def load(
@@ -159,20 +163,22 @@ class _Run:
         rng = np.random.default_rng(self.experiment.seed)
         chosen = rng.permutation(len(train_rows))[: self.experiment.calibration_rows]
         rows = train_rows[np.sort(chosen)]
-        model, params, order_NEM = moefy.to_experts(
+        model, params, order_NEM = to_experts(
             model, params, self.experiment.lte, rows["tokens"], rows["segments"]
         )
-        params = moefy.add_routers(model, params, rows["tokens"], rows["segments"])
+        params = add_routers(model, params, rows["tokens"], rows["segments"])
         self._save(self.paths.experts, model, params, self.paths.dense, order_NEM)
 
     def sparse(self) -> None:
         """The stages that make it sparse, and the LTE folder."""
+        if (self.paths.lte / "config.json").exists():
+            return
         model = self._model(*hf.read_config(self.paths.experts))
         assert model.lte is not None
         params, control = self._load(self.paths.experts, model), Control.start(model.lte)
-        distils = any(stage.distill_weight for stage in self._stages())
+        distils = any(stage.distill_weight for stage in self.stages())
         teacher = jax.tree.map(jnp.copy, params) if distils else None
-        for stage in self._stages():
+        for stage in self.stages():
             if stage.routing != "dense":
                 trained = self._fit(model, stage, params, control, teacher)
                 params, control = trained.params, trained.control
@@ -180,11 +186,44 @@ class _Run:
         order_NEM = hf.load_expert_order(self.paths.experts)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
-    def _stages(self) -> tuple[stages.Stage, ...]:
+    def report(self) -> tuple[Transformer, Any]:
+        """Measures the result beside the dense model: results.json, table.md, figures.
+
+        Returns:
+          The model that was measured and its parameters.
+        """
+        dtype = self.experiment.source.compute_dtype
+        dense = load(self.paths.dense, dtype)
+        is_sparse = (self.paths.lte / "config.json").exists()
+        model, params = load(self.paths.lte, dtype) if is_sparse else dense
+        if jax.process_index() != 0 or (self.paths.root / "results.json").exists():
+            return model, params
+        results = tasks.evaluate(
+            model,
+            params,
+            self._rows(model)[1],
+            baseline=dense if is_sparse else None,
+            tokenizer=self.tokenizer,
+            batch_size=self.experiment.data.batch_size,
+            prompt=self.experiment.sample_prompt,
+            sample_tokens=self.experiment.sample_tokens,
+        )
+        source = {"model": self.experiment.source.path, "data": self.experiment.data.validation}
+        results |= {"environment": report.environment(), "source": source}
+        figures = importlib.util.find_spec("matplotlib") is not None
+        written = report.write([results], self.paths.root, figures)
+        print("", report.table([results]), report.samples([results]), sep="\n")
+        print("wrote", *(f"  {path}" for path in written), sep="\n")
+        if not figures:
+            print("no figures: pip install 'lte-jax[plot]', then python -m lte_jax.report")
+        return model, params
+
+    def stages(self) -> tuple[stages.Stage, ...]:
+        """What this experiment runs."""
         return stages.make(self.experiment.stages, self.experiment.lte)
 
     def _stage(self, name: str) -> stages.Stage | None:
-        return next((stage for stage in self._stages() if stage.name == name), None)
+        return next((stage for stage in self.stages() if stage.name == name), None)
 
     def _fit(self, model, stage, params, control, teacher) -> trainer.Trained:
         return trainer.fit(

@@ -10,6 +10,8 @@ Dimension key: B batch  L length  E experts  N layers
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -28,9 +30,10 @@ _THRESHOLD_RANGE = (0.01, 0.99)
 class Control:
     """What decides the sparsity of the next step; part of every checkpoint. Scalars, float32."""
 
-    efficiency_weight: Float[Array, ""]  # eta of Eq. 6
-    integral: Float[Array, ""]  # of the PI controller
-    threshold: Float[Array, ""]  # tau of Eq. 2
+    # Not annotated by shape: shardings and abstract values take the arrays' places at times.
+    efficiency_weight: Any  # eta of Eq. 6
+    integral: Any  # of the PI controller
+    threshold: Any  # tau of Eq. 2
 
     @classmethod
     def start(cls, lte: LTEConfig) -> Control:

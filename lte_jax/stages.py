@@ -52,11 +52,11 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
     adapt = Stage(
         "adapt",
         stages.adapt,
-        "hard",
+        "top_k" if lte.routing == "top_k" else "hard",
         ((".*/router/.*", None), (".*", 1.0)),
         task_weight=task,
         distill_weight=distill,
-        steer="threshold" if sparse else None,
+        steer="threshold" if sparse and lte.routing != "top_k" else None,
         target_sparsity=lte.target_sparsity,
     )
     return tuple(stage for stage in (finetune, router, adapt) if stage.config.steps)

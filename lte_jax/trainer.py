@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lte_jax import data, losses, optim, sharding
 from lte_jax.checkpoint import Checkpointer
@@ -41,7 +41,7 @@ Batch = dict[str, Array]  # tokens [B, L] and segments [B, L], int32
 class TrainState:
     """Everything a step changes."""
 
-    step: Int[Array, ""]  # of this stage
+    step: Any  # of this stage, int32
     params: Any
     opt_state: Any
     control: Control
@@ -74,7 +74,8 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
             power = model.lte.efficiency_power
-            parts["kept"] = losses.efficiency(out.active, real, counts["real"], power=1)
+            active_NBLE = out.active.astype(jnp.float32)
+            parts["kept"] = losses.efficiency(active_NBLE, real, counts["real"], power=1)
             parts["efficiency"] = losses.efficiency(out.scores, real, counts["real"], power)
             if stage.efficiency:
                 total += control.efficiency_weight * parts["efficiency"]
@@ -98,7 +99,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """One optimizer step of a stage: (state, batch, teacher) -> (state, metrics). Not yet jitted."""
+    """One optimizer step of a stage, not yet jitted: (state, batch, teacher) -> (state, metrics)."""
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
@@ -127,7 +128,7 @@ def make_train_step(
             control = control.steer_weight(parts["kept"], stage.target_sparsity)
         elif stage.steer == "threshold":
             control = control.steer_threshold(parts["kept"], stage.target_sparsity)
-        metrics = parts | {"grad_norm": optax.global_norm(grads), "tokens": counts["real"]}
+        metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
         if "kept" in parts:
             metrics["sparsity"] = 1.0 - metrics.pop("kept")
             metrics |= {"eta": state.control.efficiency_weight, "tau": state.control.threshold}
@@ -142,13 +143,13 @@ def _count(mask: Array) -> Float[Array, ""]:
 
 
 def _interleave(x: Array, parts: int) -> Array:
-    """[B, ...] as [parts, B/parts, ...], part i taking rows i, i+parts, ...: each device keeps its own."""
+    """[B, ...] as [parts, B/parts, ...]; part i takes rows i, i + parts, ...: no row moves device."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Float[Array, ""]]]:
-    """Sums over a batch, under the stage's routing as it will be served: (params, batch, threshold)."""
-    routing = "dense" if stage.routing == "dense" else "hard"
+def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Array]]:
+    """Sums over a batch: (params, batch, threshold) -> sums; routing is as it will be served."""
+    routing = stage.routing if stage.routing in ("dense", "top_k") else "hard"
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
         tokens, segments = batch["tokens"], batch["segments"]

@@ -33,3 +33,4 @@ from lte_jax.config.schema import from_mapping as from_mapping
 from lte_jax.config.schema import nearest as nearest
 from lte_jax.config.schema import num_experts as num_experts
 from lte_jax.config.schema import to_config_dict as to_config_dict
+from lte_jax.config.schema import top_k as top_k

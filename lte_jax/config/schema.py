@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from ml_collections import ConfigDict
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-Routing = Literal["dense", "soft", "hard", "straight_through"]
+Routing = Literal["dense", "soft", "hard", "straight_through", "top_k"]
 T = TypeVar("T")
 
 
@@ -48,7 +48,7 @@ class RopeScaling:
 class ModelConfig:
     """The dense Transformer: everything its forward pass needs besides the weights."""
 
-    vocab_size: int = 256  # V
+    vocab_size: int = 259  # V; of the byte tokenizer
     d_model: int = 64  # D
     d_ff: int = 192  # F
     num_layers: int = 2  # N
@@ -96,7 +96,7 @@ class LTEConfig:
     """Experts, routers and the losses that teach them. Defaults are the preset `ours`."""
 
     expert_size: int = 32  # M; must divide F. The paper: 32 for every model
-    grouping: Literal["kmeans", "coactivation", "random"] = "kmeans"
+    grouping: Literal["kmeans", "coactivation", "random"] = "coactivation"
     seed: int = 0  # of the grouping and of random router starts
     router_bias: bool = True  # the paper's Eq. 1 has none
     router_init: Literal["ridge", "normal", "open"] = "ridge"
@@ -145,12 +145,20 @@ def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
     return config.d_ff // lte.expert_size
 
 
+def top_k(config: ModelConfig, lte: LTEConfig | None, routing: Routing) -> int | None:
+    """How many experts routing="top_k" keeps for each token; None for other routings."""
+    if lte is None or routing != "top_k":
+        return None
+    return max(1, round((1.0 - (lte.target_sparsity or 0.0)) * num_experts(config, lte)))
+
+
 PRESETS: Mapping[str, LTEConfig] = types.MappingProxyType(
     {
         "ours": LTEConfig(),
         # Settings as the paper prints them (section 5.1), the guard of Eq. 5 aside. Eq. 1 has no
         # bias and the initialisation is not stated: small normal weights are the usual choice.
         "paper": LTEConfig(
+            grouping="kmeans",
             router_bias=False,
             router_init="normal",
             router_init_std=1.0,
@@ -186,6 +194,7 @@ class DataConfig:
     batch_size: int = 16  # sequences a step, over all hosts and microbatches
     pack: bool = True  # fill rows with several documents (attention stays within each), or pad
     newline: str = "\n"  # what replaces newlines: some character models never saw one
+    max_documents: int | None = None  # of each source; None: all of them
     max_validation_rows: int = 64  # rows of `length`
 
     def __post_init__(self):
@@ -281,6 +290,7 @@ class Experiment:
     eval_every: int = 100  # steps
     log_every: int = 10  # steps
     sample_prompt: str = "Once upon a time"
+    sample_tokens: int = 100  # of the text that the report shows
 
     def __post_init__(self):
         for name in ("calibration_rows", "eval_every", "log_every"):

@@ -200,7 +200,7 @@ def build(
     _check(data, tokenizer, model_config)
 
     def documents(source: str, split: str) -> list[np.ndarray]:
-        texts = read_texts(source, data.column, data.newline, split=split)
+        texts = read_texts(source, data.column, data.newline, data.max_documents, split=split)
         return tokenize(texts, tokenizer)
 
     train = documents(data.train, "train")

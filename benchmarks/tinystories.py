@@ -1,0 +1,186 @@
+"""LTE against a dense control and two frozen routers, on real pretrained models and real text.
+
+    python benchmarks/tinystories.py --out=runs/tinystories-table            (or: make tinystories)
+
+Every row is one run of train.py on configs/tinystories.py, all with the same steps and data:
+
+  dense control   the dense model, fine-tuned
+  LTE             the preset `ours`: router stage, then adapt
+  ridge, frozen   the same experts and the routers LTE starts from, never trained; all steps adapt
+  random, frozen  random routers and the best k experts of each token (paper, Fig. 12); likewise
+
+Perplexity is over all 324 validation stories, cut at 256 tokens, under hard routing. Two runs go
+side by side, a core each. What is done is not done again: a killed table goes on. Writes
+table.md, results.json and quality.png into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = "../shared/data/tinystories/validation.jsonl"
+TARGETS = (0.5, 0.75, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of the table."""
+
+    model: str
+    method: str
+    expert_size: int | None = None
+    target: float | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = (self.model, self.method, self.expert_size, self.target)
+        return "-".join(str(p).replace(", ", "-") for p in parts if p is not None)
+
+
+def runs(router: int, adapt: int) -> Iterator[Run]:
+    """Every row, those that others are compared with first."""
+    steps = router + adapt
+    frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}", "stages.adapt.learning_rate=5e-4")
+    for model, sizes in (("babyllama", (32, 8)), ("stories260k", (4,))):
+        control = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
+        yield Run(model, "dense control", None, None, (*control, "stages.router.steps=0", "stages.adapt.steps=0"))
+        for size in sizes:
+            for target in TARGETS:
+                lte = (f"lte.expert_size={size}", f"lte.target_sparsity={target}")
+                stages = (f"stages.router.steps={router}", f"stages.adapt.steps={adapt}")
+                yield Run(model, "LTE", size, target, (*lte, *stages))
+                if size != 32 and target != 0.75:
+                    continue
+                random = ("lte.router_init=normal", "lte.routing=top_k")
+                yield Run(model, "ridge, frozen", size, target, (*lte, *frozen))
+                yield Run(model, "random, frozen", size, target, (*lte, *frozen, *random))
+
+
+def train(run: Run, out: Path) -> None:
+    """Runs train.py in a process of its own, on one core."""
+    folder = out / run.name
+    if (folder / "results.json").exists():
+        return
+    variant = ":stories260k" if run.model == "stories260k" else ""
+    command = [sys.executable, "train.py", f"--config=configs/tinystories.py{variant}", f"--workdir={folder.absolute()}"]
+    # Rows are many: no sample text, and validation only at the end of a stage.
+    command += [f"--config.{o}" for o in (*run.overrides, "eval_every=1000", "sample_tokens=0")]
+    # Two runs on one core each are faster than one after the other on two.
+    env = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "TQDM_DISABLE": "1"}
+    start = time.monotonic()
+    with (out / f"{run.name}.log").open("a") as log:
+        code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
+    if code:
+        raise SystemExit(f"{run.name} failed, see {out / run.name}.log")
+    (folder / "seconds").write_text(f"{time.monotonic() - start:.0f}")
+    print(f"{run.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def measure(run: Run, out: Path) -> dict:
+    """Perplexity and sparsity of a finished run, on all validation stories."""
+    import lte_jax
+    from lte_jax import data, tasks
+
+    folder = out / run.name / ("dense" if run.target is None else "lte")
+    model, params = lte_jax.load(folder)
+    tokenizer = lte_jax.load_tokenizer(folder)
+    rows = data.pad_rows(data.tokenize(data.read_texts(DATA, newline=" "), tokenizer), 256)
+    measured = tasks.perplexity(model, params, rows, batch_size=27)
+    return {
+        "model": run.model,
+        "method": run.method,
+        "expert_size": run.expert_size,
+        "target": run.target,
+        "perplexity": measured["token_ppl"],
+        "sparsity": measured["sparsity"],
+        "seconds": int((out / run.name / "seconds").read_text()),
+    }
+
+
+def table(results: list[dict]) -> str:
+    """Markdown; the change is against the dense control of the same model."""
+    lines = [
+        "| model | method | experts of | target | FFN sparsity | perplexity | against control |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    control = {r["model"]: r["perplexity"] for r in results if r["target"] is None}
+    for r in results:
+        dense = r["target"] is None
+        cells = (
+            r["model"],
+            r["method"],
+            "" if dense else str(r["expert_size"]),
+            "" if dense else f"{r['target']:.0%}",
+            "0%" if dense else f"{r['sparsity']:.1%}",
+            f"{r['perplexity']:.3f}",
+            "" if dense else f"{r['perplexity'] / control[r['model']] - 1:+.1%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: list[dict], path: Path) -> None:
+    """Perplexity against sparsity, a panel a model and expert size, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(r["model"], r["expert_size"]) for r in results if r["target"]}, reverse=True)
+    _, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axis, (model, size) in zip(axes, panels, strict=True):
+        mine = [r for r in results if r["model"] == model]
+        control = next(r["perplexity"] for r in mine if r["target"] is None)
+        axis.axhline(control, color="0.6", linestyle="--", label="dense control")
+        for method, style in (("LTE", "o-"), ("ridge, frozen", "s:"), ("random, frozen", "^:")):
+            points = [r for r in mine if r["method"] == method and r["expert_size"] == size]
+            axis.plot(
+                [100 * r["sparsity"] for r in points], [r["perplexity"] for r in points], style, label=method
+            )
+        axis.set(title=f"{model}, experts of {size}", xlabel="FFN sparsity, %", ylabel="perplexity")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    plt.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tinystories-table"))
+    parser.add_argument("--router-steps", type=int, default=240)
+    parser.add_argument("--adapt-steps", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a core each")
+    flags = parser.parse_args()
+    if not (ROOT / DATA).exists():
+        raise SystemExit(f"error: {DATA} is not there: this table needs its models and texts")
+    os.chdir(ROOT)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    start, wanted = time.monotonic(), list(runs(flags.router_steps, flags.adapt_steps))
+    with ThreadPoolExecutor(flags.workers) as pool:
+        list(pool.map(lambda run: train(run, flags.out), wanted))
+    sys.path.insert(0, str(ROOT))
+    from lte_jax import report
+
+    results = [measure(run, flags.out) for run in wanted]
+    text = table(results)
+    (flags.out / "table.md").write_text(text)
+    record = {"steps": flags.router_steps + flags.adapt_steps, "rows": results}
+    record["environment"] = report.environment()
+    (flags.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    figure(results, flags.out / "quality.png")
+    print(text)
+    print(f"{time.monotonic() - start:.0f} s; written to {flags.out}")
+
+
+if __name__ == "__main__":
+    main()

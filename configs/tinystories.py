@@ -1,0 +1,52 @@
+"""A real pretrained Llama becomes sparse on real text: TinyStories.
+
+    python train.py --config=configs/tinystories.py --workdir=runs/tinystories
+    python train.py --config=configs/tinystories.py:stories260k --workdir=runs/stories260k
+
+Default: babyllama, 1 M parameters over 105 characters, experts of 32. ":stories260k": 260 k
+parameters, experts of 4 (its FFN width 172 divides by little else). Both, and the texts, are read
+from ../shared; on other machines name a Llama folder or hub id and a data set, such as
+--config.source.path=... --config.data.train=roneneldan/TinyStories.
+
+Cost: about four minutes on two cores. Expect validation perplexity within 12%, 28% and 55% of a
+dense control at target_sparsity 0.5, 0.75 and 0.9: docs/log.md has the table, which `make
+tinystories` makes. Smoke test: --config=configs/tinystories.py:smoke
+"""
+
+from lte_jax import config
+
+
+def get_config(arg=""):
+    """See above; `arg` is any of "stories260k", "smoke", joined by commas."""
+    variants = config.variants(arg, "stories260k", "smoke")
+    c = config.to_config_dict(config.Experiment(name="tinystories"))
+
+    c.source.path = "../shared/models/babyllama"
+    c.data.train = "../shared/data/tinystories/train.jsonl"
+    c.data.validation = "../shared/data/tinystories/validation.jsonl"
+    c.data.newline = " "  # neither model ever saw a newline
+    c.data.length = 256  # L
+    c.data.batch_size = 8
+    c.data.max_validation_rows = 128
+
+    c.lte.expert_size = 32  # M
+    c.lte.target_sparsity = 0.5
+
+    c.stages.router.steps = 280
+    c.stages.router.learning_rate = 5e-4
+    c.stages.router.router_lr_multiplier = 4.0
+    c.stages.adapt.steps = 80
+    c.stages.adapt.learning_rate = 3e-4
+    c.checkpoint.every = 100
+
+    if "stories260k" in variants:
+        c.source.path = "../shared/models/stories260k"
+        c.lte.expert_size = 4
+    if "smoke" in variants:  # every part of it, in seconds
+        c.data.max_documents, c.data.length, c.data.batch_size = 40, 64, 4
+        c.data.max_validation_rows, c.calibration_rows = 8, 4
+        for stage in (c.stages.router, c.stages.adapt):
+            stage.steps = 4
+        c.log_every = c.eval_every = c.checkpoint.every = 2
+        c.sample_tokens = 8
+    return c

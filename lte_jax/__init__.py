@@ -1,0 +1,168 @@
+"""lte_jax: a dense Transformer learns to use only the experts it needs.
+
+    import lte_jax
+
+    model, params = lte_jax.load("HuggingFaceTB/SmolLM-135M")        # or a folder
+    model, params = lte_jax.moefy(model, params, calibration=tokens)  # experts and routers
+    out = lte_jax.apply(model, params, tokens)                        # hard routing
+    out.logits, out.scores, out.sparsity
+
+Training takes an experiment (`lte_jax.config`), as `python train.py` does. Dimension key of all
+modules: B batch  L length  D model width  E experts  M neurons per expert  N layers  H heads
+K kv heads  C head width  V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lte_jax import hf as _hf
+from lte_jax import moefy as _moefy
+from lte_jax import pipeline as _pipeline
+from lte_jax.config import Experiment, LTEConfig, ModelConfig, Routing, UserError, from_mapping
+from lte_jax.generate import generate, generate_text
+from lte_jax.hf import load_tokenizer
+from lte_jax.model import Output, Transformer
+from lte_jax.tasks import evaluate
+
+__version__ = "0.1.0"
+__all__ = [
+    "Experiment",
+    "LTEConfig",
+    "ModelConfig",
+    "Output",
+    "Transformer",
+    "UserError",
+    "apply",
+    "evaluate",
+    "generate",
+    "generate_text",
+    "load",
+    "load_tokenizer",
+    "moefy",
+    "save",
+    "train",
+]
+
+
+def load(
+    path_or_hub_id: str | Path, dtype: str | None = None
+) -> tuple[Transformer, dict[str, Any]]:
+    """A model and its parameters, from a folder or the Hugging Face hub.
+
+        model, params = lte_jax.load("meta-llama/Llama-2-7b-hf")     # dense
+        model, params = lte_jax.load("runs/demo/lte", "float32")     # what train.py made
+
+    Args:
+      path_or_hub_id: an HF folder, an LTE folder, or a hub id.
+      dtype: to hold parameters and compute in; None: the one that is stored.
+
+    Raises:
+      UserError: where it is neither, or is damaged; names the file and tensor.
+    """
+    return _pipeline.load(path_or_hub_id, dtype)
+
+
+def save(
+    path: str | Path,
+    model: Transformer,
+    params: Mapping[str, Any],
+    *,
+    source: str | Path | None = None,
+) -> None:
+    """Writes an HF folder (dense model) or an LTE folder, whole or not at all.
+
+        lte_jax.save("my-model", model, params, source="meta-llama/Llama-2-7b-hf")
+
+    Args:
+      path: the folder; an older model folder there is replaced.
+      model: as from `load` or `moefy`.
+      params: its parameters.
+      source: folder or hub id whose tokenizer and further settings are taken over.
+
+    Raises:
+      UserError: where it cannot be written, or holds something that is not a model.
+    """
+    _hf.save(path, model.config, model.lte, params, source)
+
+
+def moefy(
+    model: Transformer,
+    params: Mapping[str, Any],
+    calibration: Int[np.ndarray, "R L"] | None = None,
+    mask: Bool[np.ndarray, "R L"] | Int[np.ndarray, "R L"] | None = None,
+    **settings: Any,
+) -> tuple[Transformer, dict[str, Any]]:
+    """Groups the neurons of each FFN into experts and gives each FFN a router.
+
+        model, params = lte_jax.moefy(model, params, tokens, expert_size=32, target_sparsity=0.5)
+
+    With all experts on it computes what the dense model computes.
+
+    Args:
+      model: dense.
+      params: its parameters; they are not changed.
+      calibration: token ids of typical text; some 10,000 tokens are enough. Needed for the
+        default settings grouping="coactivation" and router_init="ridge".
+      mask: where `calibration` is not padding; None: nowhere.
+      settings: fields of `LTEConfig`.
+
+    Raises:
+      UserError: on settings that do not exist or do not fit the model.
+    """
+    lte = from_mapping(LTEConfig, settings, "moefy")
+    sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask)
+    return sparse, _moefy.add_routers(sparse, params, calibration, mask)
+
+
+def apply(
+    model: Transformer,
+    params: Mapping[str, Any],
+    tokens: Int[Array | np.ndarray, "B L"],
+    *,
+    routing: Routing | None = None,
+    mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | None = None,
+    threshold: Float[Array, ""] | float | None = None,
+) -> Output:
+    """The forward pass; can be jitted (model and routing static) and differentiated in `params`.
+
+        out = lte_jax.apply(model, params, tokens)
+        out.logits     # [B, L, V] float32
+        out.scores     # [N, B, L, E] router scores, None under dense routing
+        out.sparsity   # share of the experts of real tokens that did not run
+
+    Args:
+      model: dense or LTE.
+      params: its parameters.
+      tokens: token ids.
+      routing: "dense", "soft", "hard" or "straight_through" (see lte_jax.moe). None: hard for an
+        LTE model, dense for a dense one.
+      mask: True at real tokens, or int segment ids (0 padding) of rows that hold several texts.
+      threshold: scores above it run; None: that of the model.
+    """
+    return model.apply(
+        {"params": params}, tokens, routing=routing, mask=mask, threshold=threshold
+    )
+
+
+def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dict[str, Any]]:
+    """Runs an experiment, dense model to LTE folder; called again, it goes on where it stopped.
+
+        from lte_jax import config
+        experiment = config.load_config("configs/demo.py", ["lte.target_sparsity=0.75"])
+        model, params = lte_jax.train(experiment, "runs/demo")
+
+    Leaves in `workdir` the folders dense/, experts/ and lte/, checkpoints/, metrics.jsonl,
+    tensorboard/, and the report: results.json, table.md and figures.
+
+    Raises:
+      UserError: on bad configuration, data, models or folders, and where the loss is not finite.
+      SystemExit: with code 0 after SIGTERM, once the state is saved.
+    """
+    return _pipeline.train(experiment, workdir)

@@ -1,0 +1,53 @@
+"""Models small enough for a test and batches for them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lte_jax import stages
+from lte_jax.config import LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
+from lte_jax.model import Transformer
+from lte_jax.sparsity import Control
+
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    max_length=32,
+)  # fmt: skip
+LTE = LTEConfig(expert_size=8, target_sparsity=0.5)
+STAGES = StagesConfig(
+    finetune=StageConfig(steps=20, learning_rate=1e-3),
+    router=StageConfig(steps=20, learning_rate=1e-3, router_lr_multiplier=10.0),
+    adapt=StageConfig(steps=20, learning_rate=1e-3),
+)
+
+
+def model_and_params(lte=LTE, config=CONFIG, seed=0, **fields):
+    """A random model; LTE unless `lte` is None."""
+    model = Transformer(config, lte, **fields)
+    return model, model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def batch(rows=8, length=16, seed=0, vocab=CONFIG.vocab_size):
+    """Rows of two segments and some padding, as the data pipeline makes them."""
+    rng = np.random.default_rng(seed)
+    tokens_BL = rng.integers(0, vocab, (rows, length)).astype(np.int32)
+    cut_B1 = rng.integers(3, length - 6, (rows, 1))
+    place_1L = np.arange(length)[None]
+    segments_BL = np.where(place_1L < cut_B1, 1, np.where(place_1L < length - 3, 2, 0))
+    return {"tokens": jnp.asarray(tokens_BL), "segments": jnp.asarray(segments_BL, jnp.int32)}
+
+
+def stage(name, lte=LTE, **changes):
+    """One of the stages of `STAGES`, with fields changed."""
+    [made] = [s for s in stages.make(STAGES, lte) if s.name == name]
+    return dataclasses.replace(made, **changes)
+
+
+def control(lte=LTE):
+    """The control at the start."""
+    return Control.start(lte)
+
+
+OPTIM = OptimConfig()
