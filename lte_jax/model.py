@@ -266,7 +266,8 @@ def attention(
     """
     length = q_BLHC.shape[1]
     size = max(-(-length // _QUERY_BLOCKS), _SMALLEST_BLOCK) if blocked else length
-    attend = jax.checkpoint(jax.nn.dot_product_attention) if blocked else jax.nn.dot_product_attention
+    attend = jax.nn.dot_product_attention
+    attend = jax.checkpoint(attend) if blocked else attend
     blocks = []
     for start in range(0, length, size):
         rows = slice(start, start + size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -181,9 +182,13 @@ class Trained:
 class Interrupted(SystemExit):
     """SIGTERM arrived and the state is saved: ends the program with code 0."""
 
-    def __init__(self, message: str):
+    def __init__(self, stage: str, step: int):
         super().__init__(0)
-        self.message = message
+        print(
+            f"stopped by SIGTERM after step {step} of stage {stage!r}, which is saved: the same "
+            "command goes on from there",
+            file=sys.stderr,
+        )
 
 
 def fit(
@@ -278,10 +283,7 @@ def fit(
                 checkpointer.save(step, state, batches.get_state(), validation)
             if stopping and not last:
                 checkpointer.wait()
-                raise Interrupted(
-                    f"stopped by SIGTERM after step {step} of stage {stage.name!r}, which is "
-                    "saved: the same command goes on from there"
-                )
+                raise Interrupted(stage.name, step)
         validation = validation or validate(state)
         return Trained(
             state.params,
