@@ -4,14 +4,16 @@ Tests run on the CPU wherever they are started, so that they neither need nor di
 accelerator. Those for one are asked for by name: JAX_PLATFORMS=cuda,cpu .venv/bin/pytest -k gpu
 """
 
+import functools
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and the fork of a subprocess do not mix
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns after every fork
 
 import jax
+import optax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -27,3 +29,29 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs the models and data of ../shared, which is not there")
     return SHARED
+
+
+def _with_promotion(function):
+    """`function`, free to mix integers and floats."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _let_optax_promote():
+    """Optax mixes its integer step count with floats: that is not ours to mend."""
+    cosine, adam = optax.cosine_decay_schedule, optax.scale_by_adam
+
+    def scale_by_adam(*args, **kwargs):
+        made = adam(*args, **kwargs)
+        return optax.GradientTransformation(made.init, _with_promotion(made.update))
+
+    optax.cosine_decay_schedule = lambda *args, **kwargs: _with_promotion(cosine(*args, **kwargs))
+    optax.scale_by_adam = scale_by_adam
+
+
+_let_optax_promote()

@@ -105,7 +105,7 @@ BAD_OVERRIDES = {
     "seed=True": "config.seed=True: expected int",
     "source.scratch.eos_ids=a": "expected tuple[int, ...]",
     "source.scratch.eos_ids=1,b": "expected tuple[int, ...]",
-    "source.scratch.rope_scaling.kind=linear": "config.source.scratch.rope_scaling.factor is missing",
+    "source.scratch.rope_scaling.kind=linear": "scratch.rope_scaling.factor is missing",
     "source.scratch.num_kv_heads=3": "config.source.scratch.num_kv_heads=3 does not divide",
     "source.scratch.sliding_layers=True,False": "expected one for each of 32 layers",
     "stages.router.steps=-1": "config.stages.router.steps=-1: expected zero or more",
@@ -126,12 +126,14 @@ BAD_FILES = {
     "def get_config(:": "FILE:1: SyntaxError",
     "import no_such_module": "FILE:1: ModuleNotFoundError: No module named 'no_such_module'",
     "def get_config():\n  return 3": "FILE: get_config() returned int: expected a ConfigDict",
-    START + "    c.lte.expert_sise = 3": 'FILE:6: AttributeError: \'Key "expert_sise" does not exist',
+    START
+    + "    c.lte.expert_sise = 3": 'FILE:6: AttributeError: \'Key "expert_sise" does not exist',
     START + "    c.lte.expert_sise = 4": 'Did you mean "expert_size"',
-    START + "    c.lte.expert_size = 'a'": "FILE:6: TypeError: Could not override field 'expert_size'",
+    START
+    + "    c.lte.expert_size = 'a'": "FILE:6: TypeError: Could not override field 'expert_size'",
     START + "    c.lte.target_sparsity = 1.0\n    return c": "config.lte.target_sparsity=1.0",
     "from ml_collections import ConfigDict\n"
-    "def get_config():\n  return ConfigDict({'lte': {'exprt_size': 3}})": "did you mean 'expert_size'",
+    "def get_config():\n  return ConfigDict({'lte': {'exprt_size': 3}})": "'expert_size'?",
 }
 
 

@@ -1,0 +1,148 @@
+"""The order of the house: every module has a number, and imports only from lower ones.
+
+The numbers are the reading order of docs and the only direction of imports, wherever in a file the
+import stands. A new module gets its number here.
+"""
+
+import ast
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ORDER = {
+    "lte_jax.kernels.reference": 1,
+    "lte_jax.kernels.xla": 2,
+    "lte_jax.kernels.cpu": 2.5,
+    "lte_jax.kernels.gpu_triton": 3,
+    "lte_jax.kernels.tpu_pallas": 4,
+    "lte_jax.kernels.tune": 5,
+    "lte_jax.config": 6,
+    "lte_jax.sharding": 7,
+    "lte_jax.hf": 8,
+    "lte_jax.checkpoint": 9,
+    "lte_jax.kernels": 11,
+    "lte_jax.moe": 12,
+    "lte_jax.moefy": 12.5,  # routers start in moe.py
+    "lte_jax.model": 13,
+    "lte_jax.losses": 14,
+    "lte_jax.sparsity": 15,
+    "lte_jax.optim": 16,
+    "lte_jax.stages": 17,
+    "lte_jax.data": 18,
+    "lte_jax.metrics": 19,
+    "lte_jax.trainer": 20,
+    "lte_jax.baselines": 21,
+    "lte_jax.generate": 22,
+    "lte_jax.tasks": 23,
+    "lte_jax.report": 24,
+    "lte_jax.pipeline": 24.5,
+    "lte_jax": 25,
+    "lte_jax.__main__": 26,
+}
+# Their own folder or script of that name must not be found in place of the packages they shadow.
+SHADOWING = {"kernels", "configs", "train", "evaluate", "tests", "benchmarks"}
+
+PACKAGE = sorted((ROOT / "lte_jax").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+SOURCES = PACKAGE + KERNELS
+
+
+def test_the_files_are_found():
+    assert len(PACKAGE) >= 10 and len(KERNELS) >= 2
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_go_downwards(file):
+    name = _module(file)
+    here = _room(name)
+    assert here != "lte_jax" or name == here, f"{name} has no number in ORDER"
+    for there in filter(None, map(_room, _imports(file.read_text(), file))):
+        message = f"{name} ({ORDER[here]}) imports {there} ({ORDER[there]})"
+        assert there == here or ORDER[there] < ORDER[here], message
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_nothing_imports_by_a_name_that_others_own(file):
+    assert not {name.split(".")[0] for name in _imports(file.read_text(), file)} & SHADOWING
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.name)
+def test_configs_see_only_config(file):
+    rooms = set(map(_room, _imports(file.read_text(), file)))
+    assert rooms <= {None, "lte_jax.config"}
+
+
+def test_each_way_of_importing_is_seen():
+    text = (
+        "import lte_jax\nimport lte_jax.report as r\nfrom lte_jax import trainer, apply\n"
+        "from . import losses\nfrom .model import Transformer\nfrom jax import numpy\n"
+        "def f():\n    from lte_jax.kernels.tune import blocks\n"
+    )
+    imported = _imports(text, ROOT / "lte_jax" / "moe.py")
+    assert [_room(name) for name in imported] == [
+        *("lte_jax", "lte_jax.report", "lte_jax.trainer", "lte_jax"),
+        *("lte_jax.losses", "lte_jax.model", None, "lte_jax.kernels.tune"),
+    ]
+
+
+def test_no_drawer_for_odds_and_ends():
+    assert not [f for f in SOURCES if f.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_scripts_are_short(script):
+    if not (ROOT / script).exists():
+        pytest.skip(f"{script} is not written yet")
+    assert len((ROOT / script).read_text().splitlines()) <= 60
+
+
+def test_the_folder_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or ROOT not in pathlib.Path(spec.origin).parents
+
+
+def test_transformers_is_not_misled_by_the_folder_kernels():
+    """`python train.py` puts the root first on sys.path; transformers then probes `kernels`."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import transformers\n"
+        "transformers.utils.import_utils.is_kernels_available()\n"
+        "from transformers import AutoConfig, AutoTokenizer\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _module(file: pathlib.Path) -> str:
+    """The name a file is imported by: those of kernels/ are modules of lte_jax.kernels."""
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return f"lte_jax.{name}" if name.startswith("kernels.") else name
+
+
+def _room(name: str) -> str | None:
+    """The entry of ORDER that a module, or a name in it, belongs to; None for those of others."""
+    while name and name not in ORDER:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def _imports(text: str, file: pathlib.Path) -> list[str]:
+    """What a file imports, at any depth of its code: "package.module" or "package.module.name"."""
+    package = _module(file).split(".")
+    if file.name != "__init__.py":
+        package.pop()
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found += [f"{base}.{alias.name}" for alias in node.names]
+    return found
