@@ -51,10 +51,20 @@ class Run:
 def runs(router: int, adapt: int) -> Iterator[Run]:
     """Every row, those that others are compared with first."""
     steps = router + adapt
-    frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}", "stages.adapt.learning_rate=5e-4")
+    frozen = (
+        "stages.router.steps=0",
+        f"stages.adapt.steps={steps}",
+        "stages.adapt.learning_rate=5e-4",
+    )
     for model, sizes in (("babyllama", (32, 8)), ("stories260k", (4,))):
         control = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
-        yield Run(model, "dense control", None, None, (*control, "stages.router.steps=0", "stages.adapt.steps=0"))
+        yield Run(
+            model,
+            "dense control",
+            None,
+            None,
+            (*control, "stages.router.steps=0", "stages.adapt.steps=0"),
+        )
         for size in sizes:
             for target in TARGETS:
                 lte = (f"lte.expert_size={size}", f"lte.target_sparsity={target}")
@@ -73,7 +83,12 @@ def train(run: Run, out: Path) -> None:
     if (folder / "results.json").exists():
         return
     variant = ":stories260k" if run.model == "stories260k" else ""
-    command = [sys.executable, "train.py", f"--config=configs/tinystories.py{variant}", f"--workdir={folder.absolute()}"]
+    command = [
+        sys.executable,
+        "train.py",
+        f"--config=configs/tinystories.py{variant}",
+        f"--workdir={folder.absolute()}",
+    ]
     # Rows are many: no sample text, and validation only at the end of a stage.
     command += [f"--config.{o}" for o in (*run.overrides, "eval_every=1000", "sample_tokens=0")]
     # Two runs on one core each are faster than one after the other on two.
@@ -146,7 +161,10 @@ def figure(results: list[dict], path: Path) -> None:
         for method, style in (("LTE", "o-"), ("ridge, frozen", "s:"), ("random, frozen", "^:")):
             points = [r for r in mine if r["method"] == method and r["expert_size"] == size]
             axis.plot(
-                [100 * r["sparsity"] for r in points], [r["perplexity"] for r in points], style, label=method
+                [100 * r["sparsity"] for r in points],
+                [r["perplexity"] for r in points],
+                style,
+                label=method,
             )
         axis.set(title=f"{model}, experts of {size}", xlabel="FFN sparsity, %", ylabel="perplexity")
         axis.grid(alpha=0.3)
@@ -155,7 +173,9 @@ def figure(results: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/tinystories-table"))
     parser.add_argument("--router-steps", type=int, default=240)
     parser.add_argument("--adapt-steps", type=int, default=60)

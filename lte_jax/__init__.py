@@ -14,7 +14,6 @@ K kv heads  C head width  V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,9 +145,7 @@ def apply(
       mask: True at real tokens, or int segment ids (0 padding) of rows that hold several texts.
       threshold: scores above it run; None: that of the model.
     """
-    return model.apply(
-        {"params": params}, tokens, routing=routing, mask=mask, threshold=threshold
-    )
+    return model.apply({"params": params}, tokens, routing=routing, mask=mask, threshold=threshold)
 
 
 def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dict[str, Any]]:

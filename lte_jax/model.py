@@ -305,7 +305,9 @@ def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def make_context(config: ModelConfig, segments_BL, threshold, cache: Cache | None) -> dict[str, Array]:
+def make_context(
+    config: ModelConfig, segments_BL, threshold, cache: Cache | None
+) -> dict[str, Array]:
     """What all layers share: who sees whom, rotary angles, the threshold, the cache index."""
     length = segments_BL.shape[1]
     if cache is None:

@@ -41,9 +41,7 @@ _ACTIVATIONS = {
 }
 
 
-def router_logits(
-    router: Mapping[str, Array], x_BLD: Float[Array, "*B D"]
-) -> Float[Array, "*B E"]:
+def router_logits(router: Mapping[str, Array], x_BLD: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
     """What the sigmoid of Eq. 1 is taken of, in float32 whatever the model computes in."""
     logits = x_BLD.astype(jnp.float32) @ router["kernel"].astype(jnp.float32)
     if "bias" in router:
@@ -119,9 +117,7 @@ class ExpertFFN(nn.Module):
     @nn.compact
     def __call__(
         self, x_BLD: Float[Array, "B L D"], threshold: Float[Array, ""] | float
-    ) -> tuple[
-        Float[Array, "B L D"], Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None
-    ]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None]:
         """The layer's output, router scores, active experts (None under dense routing)."""
         config, experts = self.config, num_experts(self.config, self.lte)
         weights = self._weights(experts, config.d_ff // experts)
@@ -173,7 +169,7 @@ def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: 
       UserError: "open" without a bias, which has nothing to open with.
     """
     if lte.router_init == "open" and not lte.router_bias:
-        raise UserError("lte.router_init='open' needs lte.router_bias=True: the bias opens the gates")
+        raise UserError("lte.router_init='open' needs lte.router_bias=True: a bias opens the gates")
     std = lte.router_init_std * (0.1 if lte.router_init == "open" else 1.0) / d_model**0.5
     router = {"kernel": std * jax.random.normal(key, (num_layers, d_model, experts))}
     if lte.router_bias:
@@ -249,7 +245,9 @@ def _ffn_intermediates(model: nn.Module, params, batch):
         routing="dense",
         mutable="intermediates",
     )
-    (x_NBLD,), (h_NBLEM,) = (sown["intermediates"]["layers"]["ffn"][n] for n in ("ffn_input", "hidden"))
+    (x_NBLD,), (h_NBLEM,) = (
+        sown["intermediates"]["layers"]["ffn"][n] for n in ("ffn_input", "hidden")
+    )
     real_T = (batch["segments"] > 0).astype(jnp.float32).reshape(-1)
     flat = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
     return flat(x_NBLD), flat(h_NBLEM), real_T

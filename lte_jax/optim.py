@@ -44,7 +44,9 @@ def schedule(config: StageConfig) -> optax.Schedule:
     return optax.join_schedules([ramp, decay], [warmup])
 
 
-def make(config: OptimConfig, stage: StageConfig, rules: Sequence[Rule]) -> optax.GradientTransformation:
+def make(
+    config: OptimConfig, stage: StageConfig, rules: Sequence[Rule]
+) -> optax.GradientTransformation:
     """AdamW for each group of `rules`, nothing at all for frozen parameters."""
     rate = schedule(stage)
     groups: dict[str, optax.GradientTransformation] = {_FROZEN: optax.set_to_zero()}

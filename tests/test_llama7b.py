@@ -68,9 +68,7 @@ def test_llama7b_train_step_lowers_on_a_mesh(name):
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         teacher = placed(params, shardings.params) if stage.distill_weight else None
-        lowered = step.lower(
-            placed(state, shardings), {"tokens": rows, "segments": rows}, teacher
-        )
+        lowered = step.lower(placed(state, shardings), {"tokens": rows, "segments": rows}, teacher)
     experts = 344 if lte else 11008
     assert f"{experts}" in lowered.as_text()
     out_state, metrics = lowered.out_info

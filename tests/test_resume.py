@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("LTE_JAX_KILLS", "3"))
 STEPS = 6  # a stage
-CONFIG = f'''
+CONFIG = f"""
 import runpy
 
 def get_config(arg=""):
@@ -28,7 +28,7 @@ def get_config(arg=""):
     c.eval_every = 3
     c.sample_tokens = 0
     return c
-'''
+"""
 
 
 class Runs:
@@ -127,7 +127,10 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     newest = max(int(p.parent.name) for p in stage.glob("[0-9]*/manifest.json"))
-    victim = max((stage / str(newest) / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    victim = max(
+        (stage / str(newest) / "state").rglob("*"),
+        key=lambda p: p.stat().st_size if p.is_file() else 0,
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content if damage == "flipped" else content[: len(content) // 2])

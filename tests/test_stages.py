@@ -23,9 +23,7 @@ from lte_jax.sparsity import Control, flops_per_token
 
 def steps(stage, model, params, count, optim_config=tiny.OPTIM, rows=8):
     optimizer = optim.make(optim_config, stage.config, stage.rules)
-    step = jax.jit(
-        trainer.make_train_step(model, stage, optimizer, optim_config.microbatches)
-    )
+    step = jax.jit(trainer.make_train_step(model, stage, optimizer, optim_config.microbatches))
     lte = model.lte or tiny.LTE
     state = trainer.TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(lte)
@@ -47,7 +45,9 @@ def test_one_step_moves_exactly_the_declared_leaves(name, preset):
     lte = dataclasses.replace(PRESETS[preset], expert_size=8)
     model, params = tiny.model_and_params(None if name == "finetune" else lte)
     # From the teacher itself distillation has no gradient: move away from it first.
-    params = jax.tree.map(lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+    params = jax.tree.map(
+        lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params
+    )
     state, _ = steps(tiny.stage(name, lte, task_weight=1.0), model, params, 1)
     everything = set(traverse_util.flatten_dict(params, sep="/"))
     frozen = {p for p in everything if "router" in p} if name == "adapt" else set()
@@ -61,7 +61,9 @@ def test_routers_are_bit_identical_after_adapt(preset):
     state, _ = steps(tiny.stage("adapt", lte), model, params, 12, OptimConfig(weight_decay=0.1))
     for name, array in params["layers"]["ffn"]["router"].items():
         np.testing.assert_array_equal(array, state.params["layers"]["ffn"]["router"][name])
-    assert not np.array_equal(params["layers"]["ffn"]["down"], state.params["layers"]["ffn"]["down"])
+    assert not np.array_equal(
+        params["layers"]["ffn"]["down"], state.params["layers"]["ffn"]["down"]
+    )
 
 
 @pytest.mark.parametrize("routing", ["soft", "hard"])
@@ -165,15 +167,15 @@ def test_microbatches_add_up_to_the_whole_batch(name):
     stage = tiny.stage(name, task_weight=0.5, distill_weight=0.5)
     whole, _ = steps(stage, model, params, 2)
     parts, _ = steps(stage, model, params, 2, dataclasses.replace(tiny.OPTIM, microbatches=4))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), whole, parts
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), whole, parts)
 
 
 def test_the_controller_finds_the_wanted_sparsity():
     lte = LTEConfig(expert_size=8, target_sparsity=0.75, distill_weight=0.0)
     model, params = tiny.model_and_params(lte)
-    stage = tiny.stage("router", lte, config=StageConfig(steps=150, learning_rate=1e-3, router_lr_multiplier=20.0))
+    stage = tiny.stage(
+        "router", lte, config=StageConfig(steps=150, learning_rate=1e-3, router_lr_multiplier=20.0)
+    )
     _, metrics = steps(stage, model, params, 150)
     assert float(metrics["sparsity"]) == pytest.approx(0.75, abs=0.1)
 

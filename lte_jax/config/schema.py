@@ -303,9 +303,7 @@ def to_config_dict(config: Any) -> ConfigDict:
     return ConfigDict(fields, convert_dict=True).lock()
 
 
-def from_mapping(
-    cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config"
-) -> T:
+def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
     """The dataclass `cls` with `values`; absent keys keep their defaults.
 
     Raises:
