@@ -35,7 +35,7 @@ from lte_jax.model import Transformer
 from lte_jax.sparsity import Control
 from lte_jax.stages import Stage
 
-Batch = dict[str, Array]  # tokens [B, L] and segments [B, L], int32
+Batch = dict[str, Array | np.ndarray]  # tokens [B, L] and segments [B, L], int32
 
 
 @flax.struct.dataclass
