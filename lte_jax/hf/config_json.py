@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_jax.config import (
+    Activation,
     LTEConfig,
     ModelConfig,
     RopeScaling,
@@ -68,7 +69,7 @@ _FAMILIES = {
     ),
 }
 
-_ACTIVATIONS = {  # the first of each kind is what we write
+_ACTIVATIONS: dict[str, Activation] = {  # the first of each kind is what we write
     "silu": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",

@@ -31,9 +31,9 @@ from lte_jax.hf.names import Row, Span
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EXPERT_ORDER = "expert_order.safetensors"
-STORED_DTYPES = dict(zip(("F32", "BF16", "F16"), DTYPES, strict=True))
+STORED_DTYPES: dict[str, str] = dict(zip(("F32", "BF16", "F16"), DTYPES, strict=True))
 _TIED_HEAD = "lm_head.weight"
-_ROWS_AT_ONCE_BYTES = 1 << 24
+_ROWS_AT_ONCE_BYTES = 1 << 22
 
 
 def load_params(
@@ -60,7 +60,7 @@ def load_params(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
     sizes = names.sizes(config, lte)
-    flat = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    placed: dict[str, Any] = traverse_util.flatten_dict(shardings or {}, sep="/")
     params = {}
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(Path(folder), stack)
@@ -69,7 +69,9 @@ def load_params(
         _check_names(folder, tensors, rows, sizes, config)
         for row in rows:
             array_dtype = dtype or _common_dtype(tensors, row, sizes)
-            params[row.path] = _load_row(tensors, row, sizes, array_dtype, flat.get(row.path))
+            params[row.path] = _load_row(
+                tensors, row, sizes, array_dtype, placed[row.path] if placed else None
+            )
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -245,8 +247,9 @@ def _load_row(
 ) -> jax.Array:
     shape, hf_names = row.shape(sizes), row.hf_names(sizes)
 
-    def fill(index: tuple[slice, ...]) -> np.ndarray:
-        """The part of our array that `index` cuts out."""
+    def fill(index: tuple[slice, ...] | None) -> np.ndarray:
+        """The part of our array that `index` cuts out; None: all of it."""
+        index = index or (slice(None),) * len(shape)
         spans = [Span(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
         cut = dict(zip(row.ours, spans, strict=True))
         part = _aligned_zeros([span.stop - span.start for span in spans], np.dtype(dtype))
@@ -256,7 +259,7 @@ def _load_row(
         return part
 
     if sharding is None:
-        return jax.device_put(fill((slice(None),) * len(shape)))
+        return jax.device_put(fill(None))
     return jax.make_array_from_callback(shape, sharding, fill)
 
 

@@ -1,0 +1,385 @@
+"""From results to what people read: a Markdown table, figures, a folder with both.
+
+    python -m lte_jax.report runs/a/results.json runs/b/results.json --out runs/report
+
+Results are what `tasks.evaluate` returns; several of them (other sparsities, other models) make one
+table and one figure of quality against sparsity. No number is typed anywhere by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lte_jax.checkpoint import atomic_write
+from lte_jax.config import UserError, cli_errors
+
+Results = Mapping[str, Any]
+_PACKAGES = ("lte-jax", "jax", "jaxlib", "flax", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the model: versions, commit, device."""
+    import jax
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    device = jax.devices()[0]
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "device": f"{device.platform} {device.device_kind}",
+        "cores": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, "+" where files differ from it; None outside git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = [
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            )
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Results from a results.json.
+
+    Raises:
+      UserError: when the file is absent or something else.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: expected a results.json of evaluate.py") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): expected a results.json") from None
+    models = results.get("models") if isinstance(results, dict) else None
+    needed = {"name", "token_ppl", "sparsity"}
+    if not models or not all(isinstance(m, dict) and needed <= m.keys() for m in models):
+        raise UserError(
+            f'{path}: no results of evaluate.py: expected {{"models": [...]}}, each with '
+            f"{', '.join(sorted(needed))}"
+        )
+    return results
+
+
+def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> list[Path]:
+    """Writes results.json (of one result), table.md and the figures into a folder.
+
+    Returns:
+      The files written.
+
+    Raises:
+      UserError: when the folder cannot be written, or matplotlib is not there (figures come last).
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be made a folder ({error.strerror}): name another place"
+        ) from None
+    files = {out / "table.md": table(results) + "\n" + notes(results) + samples(results)}
+    if len(results) == 1:
+        files[out / "results.json"] = json.dumps(results[0], indent=1) + "\n"
+    for path, text in files.items():
+        atomic_write(path, text)
+    return [*files, *(draw(results, out) if figures else [])]
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def table(results: Sequence[Results]) -> str:
+    """All models of all results as a Markdown table, the dense ones first, then by sparsity."""
+    heads = [
+        "model",
+        "perplexity / token",
+        "/ byte",
+        "FFN sparsity",
+        "GFLOPs / token",
+        "ms / token",
+        "time of dense",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for entry, dense in _entries(results):
+        cells = [
+            entry["name"],
+            f"{entry['token_ppl']:.3f}{_change(entry, dense)}",
+            _number(entry.get("byte_ppl"), ".3f"),
+            f"{entry['sparsity']:.1%}",
+            _number(entry.get("gflops_per_token"), ".3g"),
+            _number(entry.get("latency_ms"), ".3g"),
+            _number(entry.get("latency_ratio"), ".2f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def notes(results: Sequence[Results]) -> str:
+    """What the columns of `table` mean, and where the numbers are from."""
+    lines = [
+        "Perplexity in brackets is relative to the dense model. GFLOPs are 2^30 of attention "
+        "projections, FFN and router, without embedding, head and attention scores. ms per token "
+        "is the median of decoding one text; its ratio is to the dense model in the same run."
+    ]
+    for result in results:
+        env, source = result.get("environment", {}), result.get("source", {})
+        versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items())
+        parts = [
+            source.get("model"),
+            source.get("data"),
+            f"{result['tokens']} tokens predicted" if result.get("tokens") else None,
+            env.get("device"),
+            versions,
+            f"commit {env['commit'][:12]}" if env.get("commit") else None,
+        ]
+        if any(parts):
+            lines.append("- " + "; ".join(str(part) for part in parts if part))
+    return "\n".join(lines) + "\n"
+
+
+def samples(results: Sequence[Results]) -> str:
+    """What each model wrote, as Markdown."""
+    blocks = []
+    for entry, _ in _entries(results):
+        if "sample" in entry:
+            text = entry["sample"]["prompt"] + entry["sample"]["text"]
+            fence = "`" * (3 + text.count("```"))
+            blocks.append(f"\n{label(entry)} wrote:\n\n{fence}text\n{text}\n{fence}\n")
+    return "".join(blocks)
+
+
+def label(entry: Results) -> str:
+    """A model's name with its sparsity, where it has any."""
+    return f"{entry['name']} {entry['sparsity']:.0%}" if entry["sparsity"] else entry["name"]
+
+
+def _entries(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
+    """Each model with the dense model of its results; one that several results share comes once."""
+    entries: list[tuple[Results, Results | None]] = []
+    for result in results:
+        dense = next((entry for entry in result["models"] if not entry["sparsity"]), None)
+        for entry in result["models"]:
+            known = [(old["name"], old["token_ppl"], old["sparsity"]) for old, _ in entries]
+            if (entry["name"], entry["token_ppl"], entry["sparsity"]) not in known:
+                entries.append((entry, dense))
+    return sorted(entries, key=lambda pair: pair[0]["sparsity"])
+
+
+def _change(entry: Results, dense: Results | None) -> str:
+    if dense is None or entry is dense:
+        return ""
+    return f" ({entry['token_ppl'] / dense['token_ppl'] - 1:+.1%})"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+# --------------------------------------------------------------------------------------- figures
+
+_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
+_INK, _FAINT = "#333333", "#9a9a9a"
+_STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+}
+
+
+def draw(results: Sequence[Results], out: Path) -> list[Path]:
+    """Draws the figures that the results have numbers for; returns their files.
+
+    quality.png: perplexity against sparsity. layers.png: sparsity of each layer. scores.png: how
+    router scores are spread.
+
+    Raises:
+      UserError: where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(
+            "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
+        ) from None
+    made = []
+    figures = {"quality": _quality, "layers": _layers, "scores": _scores}
+    with matplotlib.rc_context(_STYLE):
+        for name, make in figures.items():
+            figure = make(results)
+            if figure is not None:
+                image = io.BytesIO()
+                figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
+                atomic_write(out / f"{name}.png", image.getvalue())
+                made.append(out / f"{name}.png")
+    return made
+
+
+def _axes(width: float = 7.0, height: float = 4.2, rows: int = 1):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+
+
+def _quality(results: Sequence[Results]):
+    """Perplexity against FFN sparsity, one line for each name."""
+    entries = _entries(results)
+    if all(entry["sparsity"] == 0 for entry, _ in entries):
+        return None
+    relative = all(dense is not None for _, dense in entries)
+    figure, [axes] = _axes()
+    names = dict.fromkeys(entry["name"] for entry, _ in entries if entry["sparsity"])
+    for name, colour in zip(names, _cycle(_COLOURS), strict=False):
+        mine = [(e, dense) for e, dense in entries if e["name"] == name and e["sparsity"]]
+        x = [100 * e["sparsity"] for e, _ in mine]
+        y = [
+            100 * (e["token_ppl"] / dense["token_ppl"] - 1)
+            if relative and dense
+            else e["token_ppl"]
+            for e, dense in mine
+        ]
+        axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
+        axes.annotate(
+            name, (x[-1], y[-1]), (9, 0), textcoords="offset points", va="center", color=colour
+        )
+    for name, ppl in {(e["name"], e["token_ppl"]) for e, _ in entries if not e["sparsity"]}:
+        level = 0.0 if relative else ppl
+        axes.axhline(level, color=_FAINT, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(name, (0, level), (4, 5), textcoords="offset points", color=_FAINT)
+        if relative:
+            break
+    axes.set_xlim(0, 100)
+    axes.margins(y=0.15)
+    axes.set_xlabel("FFN sparsity, %")
+    axes.set_ylabel("perplexity over dense, %" if relative else "perplexity per token")
+    axes.set_title("What sparsity costs")
+    return figure
+
+
+def _layers(results: Sequence[Results]):
+    """Sparsity of each layer, one line a model."""
+    entries = [entry for entry, _ in _entries(results) if entry.get("sparsity_per_layer")]
+    if not entries:
+        return None
+    figure, [axes] = _axes()
+    for entry, colour in zip(entries, _cycle(_COLOURS), strict=False):
+        share = [100 * value for value in entry["sparsity_per_layer"]]
+        axes.plot(range(1, len(share) + 1), share, "o-", color=colour, markeredgecolor="white")
+        mean = 100 * entry["sparsity"]
+        axes.axhline(mean, color=colour, linestyle=(0, (4, 3)), linewidth=1, alpha=0.7)
+        axes.annotate(
+            f"{entry['name']}, mean {mean:.0f}%",
+            (1, mean),
+            (6, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    axes.set_ylim(0, 100)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("experts skipped, %")
+    axes.set_title("Sparsity of each layer")
+    return figure
+
+
+def _scores(results: Sequence[Results]):
+    """The spread of router scores, one panel a model."""
+    entries = [
+        e for e, _ in _entries(results) if e.get("score_histogram") and e.get("sparsity_per_layer")
+    ]
+    if not entries:
+        return None
+    figure, panels = _axes(height=1.2 + 2.0 * len(entries), rows=len(entries))
+    for entry, colour, axes in zip(entries, _cycle(_COLOURS), panels, strict=False):
+        counts = entry["score_histogram"]
+        total, width = sum(counts), 1 / len(counts)
+        centres = [(i + 0.5) * width for i in range(len(counts))]
+        axes.bar(centres, [100 * c / total for c in counts], width * 0.9, color=colour)
+        threshold = (entry.get("lte") or {}).get("threshold", 0.5)
+        axes.axvline(threshold, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(
+            f"threshold {threshold:.2f}",
+            (threshold, 1),
+            (5, -4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+        )
+        axes.set_ylabel("scores, %")
+        axes.grid(axis="x", visible=False)
+        axes.annotate(
+            label(entry), (0.99, 0.93), xycoords="axes fraction", ha="right", va="top", color=colour
+        )
+    panels[0].set_title("Router scores")
+    panels[-1].set_xlim(0, 1)
+    panels[-1].set_xlabel("score")
+    return figure
+
+
+def _cycle(colours: Sequence[str]):
+    while True:
+        yield from colours
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One table and one set of figures out of one or more results.json."""
+    parser = argparse.ArgumentParser(prog="python -m lte_jax.report", description=main.__doc__)
+    parser.add_argument("results", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("--out", required=True, help="folder for table.md and the figures")
+    parser.add_argument("--no-figures", action="store_true")
+    flags = parser.parse_args(argv)
+    with cli_errors():
+        results = [read(path) for path in flags.results]
+        print(table(results))
+        for path in write(results, flags.out, figures=not flags.no_figures):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

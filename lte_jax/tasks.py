@@ -1,0 +1,307 @@
+"""Evaluation: how well a model predicts text, how sparse it is, what a token costs, how it writes.
+
+`evaluate` measures a model, and beside it the dense model it came from where one is given, and
+returns plain data: what report.py turns into tables and figures.
+
+Dimension key: B batch  L length  R rows  E experts  N layers  V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lte_jax.config import Routing, UserError
+from lte_jax.data import Rows, eval_batches, tokenize
+from lte_jax.generate import decode, generate_text, plan_for
+from lte_jax.generate.decoding import extend, make_knobs, prefill
+from lte_jax.losses import cross_entropy, predicted
+from lte_jax.model import Transformer
+from lte_jax.sparsity import bytes_per_token, flops_per_token, layer_sparsity, union_sparsity
+
+HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
+UNION_SIZES = (1, 2, 4, 8, 16)  # batches whose union of experts is measured
+_GIGA = 2**30  # as in the paper's Table 1
+_LATENCY_TOKENS = 32  # of the prompt, and of the text timed
+
+
+def evaluate(
+    model: Transformer,
+    params: Mapping[str, Any],
+    rows: Rows,
+    *,
+    baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
+    tokenizer: Any = None,
+    routing: Routing | None = None,
+    threshold: float | None = None,
+    name: str | None = None,
+    batch_size: int = 8,
+    prompt: str = "Once upon a time",
+    sample_tokens: int = 100,
+    latency_rounds: int = 9,
+) -> dict[str, Any]:
+    """Quality, sparsity and cost of a model, and of its dense model.
+
+        rows = data.pad_rows(data.tokenize(texts, tokenizer), length=256)
+        results = lte_jax.evaluate(model, params, rows, tokenizer=tokenizer)
+        print(report.table([results]))
+
+    Args:
+      model: dense or LTE.
+      params: its parameters.
+      rows: the text to predict, see `data.pad_rows`.
+      baseline: the dense model to compare with, and its parameters.
+      tokenizer: for figures per byte and a sample text; without it there are none.
+      routing: of `model`, as in `lte_jax.apply`.
+      threshold: in place of `model.lte.threshold`.
+      name: of `model` in the results; None: "LTE" or "dense".
+      batch_size: rows at a time.
+      prompt: of the sample text.
+      sample_tokens: its length, and no more than the model has positions for.
+      latency_rounds: timings, of which the median counts; 0 times nothing.
+
+    Returns:
+      JSON-able: {"tokens", "bytes", "models": [...]}, the baseline first; each model has "name",
+      "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and more. A latency is that of one
+      decoded token of one text. An LTE model without a baseline is timed against itself with all
+      experts on.
+    """
+    _check(model, baseline, batch_size, latency_rounds)
+    entrants = [] if baseline is None else [("dense", *baseline, None, None)]
+    name = name or ("dense" if model.lte is None else "LTE")
+    entrants.append((name, model, params, routing, threshold))
+    num_bytes = None if tokenizer is None else scored_bytes(rows, tokenizer)
+    tokens = int(np.sum(predicted(rows.segments_RL)))
+    entries = []
+    for name, entrant, weights, how, tau in entrants:
+        entry = {"name": name} | describe(entrant)
+        entry |= perplexity(
+            entrant,
+            weights,
+            rows,
+            routing=how,
+            threshold=tau,
+            batch_size=batch_size,
+            num_bytes=num_bytes,
+            label=name,
+        )
+        entry |= cost(entrant, entry["sparsity"])
+        if tokenizer is not None and sample_tokens:
+            entry["sample"] = _sample(entrant, weights, tokenizer, prompt, sample_tokens, how, tau)
+        entries.append(entry)
+    if latency_rounds:
+        runs = [(m, p, how, tau) for _, m, p, how, tau in entrants]
+        if baseline is None and model.lte is not None:
+            runs.insert(0, (model, params, "dense", None))
+        first = rows.tokens_RL[0][rows.segments_RL[0] == 1]
+        times = decode_latency(runs, first, rounds=latency_rounds)
+        for entry, milliseconds in zip(entries, times[-len(entries) :], strict=True):
+            entry["latency_ms"] = milliseconds
+            entry["latency_ratio"] = milliseconds / times[0]
+    return {"tokens": tokens, "bytes": num_bytes, "models": entries}
+
+
+def perplexity(
+    model: Transformer,
+    params: Mapping[str, Any],
+    rows: Rows,
+    *,
+    routing: Routing | None = None,
+    threshold: float | None = None,
+    batch_size: int = 8,
+    num_bytes: int | None = None,
+    label: str = "evaluating",
+) -> dict[str, Any]:
+    """How well the model predicts `rows`, and what its routers do meanwhile.
+
+    Args:
+      model: dense or LTE.
+      params: its parameters.
+      rows: token t + 1 is predicted wherever it is of the same text as token t.
+      routing: as in `lte_jax.apply`.
+      threshold: in place of `model.lte.threshold`.
+      batch_size: rows at a time.
+      num_bytes: of the predicted text in UTF-8, for the figures per byte.
+      label: of the progress bar, which shows on terminals.
+
+    Returns:
+      loss (nats per token), token_ppl; with `num_bytes` also bits_per_byte and byte_ppl; sparsity
+      and sparsity_per_layer (0 and None where all experts run); score_histogram, the number of
+      router scores in each of 64 equal parts of [0, 1]; union_sparsity, the share of experts that
+      none of so many rows needs, by number of rows.
+    """
+    from tqdm import tqdm
+
+    if not np.any(predicted(rows.segments_RL)):
+        raise UserError(
+            "there is no token to predict: expected rows with texts of 2 tokens or more"
+        )
+    routing = model.lte.routing if routing is None and model.lte is not None else routing
+    batch_size = min(batch_size, len(rows))
+    totals: Any = None
+    with tqdm(total=len(rows), desc=label, unit=" rows", disable=None, leave=False) as bar:
+        for batch in eval_batches(rows, batch_size):
+            sums = _measure(
+                model, params, batch["tokens"], batch["segments"], threshold, routing=routing
+            )
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+            bar.update(batch_size)
+    return _summary(totals, num_bytes)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "routing"))
+def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> dict[str, Any]:
+    """Sums over one batch; each mean with the weight it has to be taken with."""
+    out = model.apply(
+        {"params": params}, tokens_BL, routing=routing, mask=segments_BL, threshold=threshold
+    )
+    predicted_BL, real_BL = predicted(segments_BL), segments_BL > 0
+    one = jnp.ones((), jnp.float32)
+    sums = {
+        "nll": cross_entropy(out.logits, tokens_BL, predicted_BL, one),
+        "predicted": jnp.sum(predicted_BL),
+    }
+    if out.scores is None:
+        return sums
+    bins_NBLE = jnp.clip(out.scores * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
+    bins_NBLE = jnp.where(real_BL[None, :, :, None], bins_NBLE, HISTOGRAM_BINS)
+    sums["histogram"] = jnp.bincount(bins_NBLE.ravel(), length=HISTOGRAM_BINS + 1)[:-1]
+    if routing == "soft":  # all experts run
+        return sums
+    real = jnp.sum(real_BL)
+    sums["real"] = real
+    sums["skipped_N"] = layer_sparsity(out.active, real_BL) * real
+    sums["union"] = {}
+    for size in UNION_SIZES:
+        if size > tokens_BL.shape[0]:
+            break
+        together_1L = jnp.all(real_BL[:size], axis=0, keepdims=True)
+        together_BL = jnp.broadcast_to(together_1L, real_BL[:size].shape)
+        weight = jnp.sum(together_1L)
+        skipped = union_sparsity(out.active[:, :size], together_BL) * weight
+        sums["union"][size] = {"skipped": skipped, "weight": weight}
+    return sums
+
+
+def _summary(totals: dict[str, Any], num_bytes: int | None) -> dict[str, Any]:
+    loss = float(totals["nll"] / totals["predicted"])
+    summary: dict[str, Any] = {"loss": loss, "token_ppl": math.exp(loss)}
+    if num_bytes:
+        per_byte = float(totals["nll"]) / num_bytes
+        summary |= {"bits_per_byte": per_byte / math.log(2), "byte_ppl": math.exp(per_byte)}
+    summary |= {"sparsity": 0.0, "sparsity_per_layer": None, "score_histogram": None}
+    if "histogram" in totals:
+        summary["score_histogram"] = [int(count) for count in totals["histogram"]]
+    if "skipped_N" in totals:
+        per_layer_N = totals["skipped_N"] / totals["real"]
+        summary["sparsity"] = float(per_layer_N.mean())
+        summary["sparsity_per_layer"] = per_layer_N.tolist()
+        summary["union_sparsity"] = {
+            str(size): float(union["skipped"] / union["weight"])
+            for size, union in totals["union"].items()
+            if union["weight"] > 0
+        }
+    return summary
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """The configuration of a model as plain data."""
+    lte = None if model.lte is None else dataclasses.asdict(model.lte)
+    return {"config": dataclasses.asdict(model.config), "lte": lte, "dtype": model.dtype}
+
+
+def cost(model: Transformer, sparsity: float) -> dict[str, float]:
+    """What one decoded token costs: giga (2**30) FLOPs and bytes of weights, see sparsity.py."""
+    width = jnp.dtype(model.dtype).itemsize
+    return {
+        "gflops_per_token": flops_per_token(model.config, model.lte, sparsity) / _GIGA,
+        "gbytes_per_token": bytes_per_token(model.config, model.lte, sparsity, width) / _GIGA,
+    }
+
+
+def scored_bytes(rows: Rows, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text that `perplexity` predicts: each text but its first token."""
+    total = 0
+    for tokens_L, segments_L in zip(rows.tokens_RL, rows.segments_RL, strict=True):
+        for segment in range(1, int(segments_L.max()) + 1):
+            ids = tokens_L[segments_L == segment].tolist()
+            given, whole = decode(tokenizer, ids[:1]), decode(tokenizer, ids)
+            total += len(whole.encode()) - len(given.encode())
+    return total
+
+
+def decode_latency(
+    runs: Sequence[tuple[Transformer, Mapping[str, Any], Routing | None, float | None]],
+    prompt: np.ndarray,
+    *,
+    rounds: int = 9,
+    implementation: str = "auto",
+) -> list[float]:
+    """Milliseconds per decoded token of one text, the median of interleaved rounds.
+
+    Args:
+      runs: (model, params, routing, threshold) of each; all of them take turns, so that whatever
+        else the machine does meets them alike.
+      prompt: token ids; the first few are used.
+      rounds: how often each is timed.
+      implementation: of the sparse FFN.
+    """
+    tokens = min(_LATENCY_TOKENS, *(model.config.max_length // 2 for model, *_ in runs))
+    prompt = np.asarray(prompt)[:tokens]
+
+    def ready(model, params, routing, threshold):
+        plan = plan_for(model, routing, implementation, eos_ids=())
+        knobs = make_knobs(model, threshold)
+        state = prefill(model, params, plan, knobs, [prompt], room=tokens)
+        return lambda: extend(model, params, plan, knobs, state, jnp.int32(tokens), tokens)
+
+    decoders = [ready(*run) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds + 1):
+        for decoder, seconds in zip(decoders, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(decoder()[0])
+            if turn:  # the first compiles
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) / tokens * 1e3 for seconds in times]
+
+
+def _check(model, baseline, batch_size: int, latency_rounds: int) -> None:
+    if batch_size < 1 or latency_rounds < 0:
+        raise UserError(
+            f"batch_size={batch_size}, latency_rounds={latency_rounds}: expected at least 1 and 0"
+        )
+    if baseline is None:
+        return
+    if baseline[0].lte is not None:
+        raise UserError("baseline is an LTE model: expected the dense model to compare with")
+    mine, theirs = model.config.vocab_size, baseline[0].config.vocab_size
+    if mine != theirs:
+        raise UserError(
+            f"the model's vocabulary has {mine} tokens, the baseline's {theirs}: expected the "
+            "dense model it was made from, with the same tokenizer"
+        )
+
+
+def _sample(model, params, tokenizer, prompt, tokens, routing, threshold) -> dict[str, str]:
+    room = model.config.max_length - len(tokenize([prompt], tokenizer)[0])
+    text = generate_text(
+        model,
+        params,
+        tokenizer,
+        prompt,
+        max_new_tokens=min(tokens, room),
+        routing=routing,
+        threshold=threshold,
+    )
+    return {"prompt": prompt, "text": text}

@@ -1,0 +1,306 @@
+"""Generation: the cache changes nothing, sampling follows the distribution, streaming adds up."""
+
+import dataclasses
+import functools
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lte_jax import hf
+from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax.data import byte_tokenizer, tokenize
+from lte_jax.generate import decode, generate, generate_text, main, plan_for
+from lte_jax.generate import decoding as d
+from lte_jax.kernels import IMPLEMENTATIONS
+from lte_jax.model import Transformer, abstract_params
+
+LLAMA = ModelConfig(vocab_size=61, d_ff=96, max_length=128, num_kv_heads=2)
+VARIANTS = {
+    "llama": LLAMA,
+    "sliding": dataclasses.replace(
+        LLAMA, sliding_window=4, sliding_layers=(True, False), qk_norm=True, tie_embeddings=True
+    ),
+    "biases": dataclasses.replace(
+        LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, activation="gelu"
+    ),
+}
+PROMPTS = [[1, 7, 9, 30, 2, 2, 5], [4], [60, 3, 3, 18, 44, 12, 9, 9, 9, 23, 50]]
+
+
+@functools.cache
+def make(variant="llama", dtype="float32", **changes):
+    """A random model whose routers keep about half of the experts and whose text is not a loop."""
+    config = dataclasses.replace(VARIANTS[variant], **changes)
+    model = Transformer(config, LTEConfig(expert_size=8), dtype=dtype)
+    rng = np.random.default_rng(0)
+    # A tied model needs lively blocks to say anything but its last token; others, a lively input.
+    embed, block = (0.2, 4.0) if config.tie_embeddings else (3.0, 1.0)
+
+    def draw(path, leaf):
+        keys = {key.key for key in path}
+        if "scale" in keys:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        fan_in = leaf.shape[-1] if keys & {"gate", "up", "down"} else math.prod(leaf.shape[1:-1])
+        scale = 0.3 if path[-1].key.endswith("bias") else fan_in**-0.5
+        scale *= block if keys & {"o", "down"} else 1.0
+        scale = embed if "embed" in keys else scale
+        return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return model, jax.tree.map_with_path(draw, abstract_params(model))
+
+
+def by_full_forward(model, params, prompt, steps, routing=None):
+    """Greedy decoding with no cache: the whole text anew for each token."""
+    apply = jax.jit(
+        lambda tokens, mask: model.apply({"params": params}, tokens, mask=mask, routing=routing)
+    )
+    ids = list(prompt)
+    for _ in range(steps):
+        tokens_1L = np.zeros((1, 64), np.int32)
+        tokens_1L[0, : len(ids)] = ids
+        logits_1LV = apply(tokens_1L, np.arange(64)[None] < len(ids)).logits
+        ids.append(int(jnp.argmax(logits_1LV[0, len(ids) - 1])))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("variant", "routing"),
+    [
+        ("llama", "dense"),
+        ("llama", "top_k"),
+        ("llama", "hard"),
+        ("sliding", "hard"),
+    ],
+)
+def test_equals_repeated_full_forward(variant, routing):
+    model, params = make(variant)
+    new = generate(model, params, PROMPTS[:1], max_new_tokens=20, routing=routing)
+    expected = by_full_forward(model, params, PROMPTS[0], 20, routing)
+    assert new == [expected]
+    assert len(set(expected)) > 3  # else anything would pass
+
+
+def test_routing_matters():
+    """Hard and dense decoding differ, so the comparisons above compare something."""
+    model, params = make()
+    texts = [
+        generate(model, params, PROMPTS, max_new_tokens=20, routing=r) for r in ("dense", "hard")
+    ]
+    assert texts[0] != texts[1]
+    assert texts[0] == generate(
+        model, params, PROMPTS, max_new_tokens=20, threshold=0.0, routing="hard"
+    )
+
+
+@pytest.mark.parametrize("routing", ["dense", "hard"])
+def test_ragged_batch_equals_each_alone(routing):
+    model, params = make()
+    run = functools.partial(generate, model, params, max_new_tokens=25, routing=routing)
+    together = run(PROMPTS)
+    assert together == [run([prompt])[0] for prompt in PROMPTS]
+    padded, mask = np.full((3, 12), 60), np.zeros((3, 12), bool)
+    for row, prompt in enumerate(PROMPTS):
+        padded[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+    assert run(padded, mask=mask) == together
+
+
+def test_dense_model_equals_lte_model_with_all_experts():
+    model, params = make()
+    dense = Transformer(model.config)
+    ffn = {k: p for k, p in params["layers"]["ffn"].items() if k != "router"}
+    one = {k: p.reshape(p.shape[0], 1, -1, p.shape[-1]) for k, p in ffn.items()}
+    params_dense = params | {"layers": params["layers"] | {"ffn": one}}
+    expected = generate(model, params, PROMPTS, max_new_tokens=25, routing="dense")
+    assert generate(dense, params_dense, PROMPTS, max_new_tokens=25) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_step_gives_the_logits_of_the_model(dtype):
+    """With every implementation of the FFN."""
+    model, params = make("biases", dtype=dtype)
+    knobs = d.make_knobs(model)
+    start = d.prefill(model, params, d.Plan("hard"), knobs, [np.array(p) for p in PROMPTS], room=8)
+    step = jax.jit(d.decode_step, static_argnums=(0, 3))
+    experts = {name: d.expert_weights(model, params, "hard") for name in IMPLEMENTATIONS}
+    logits = {}
+    for name, weights in (experts | {"apply": None}).items():
+        state = start
+        for _ in range(3):  # some steps, on the same tokens
+            logits[name], cache = step(model, params, weights, d.Plan("hard", name), knobs, state)
+            state = state.replace(cache=cache, tokens_B=jnp.array([5, 17, 40], jnp.int32))
+    for name in IMPLEMENTATIONS:
+        error = jnp.abs(logits[name] - logits["apply"]).max() / jnp.abs(logits["apply"]).max()
+        assert error < (2e-5 if dtype == "float32" else 5e-2), name
+
+
+def test_decoding_reads_active_experts_only():
+    """Experts that no token uses may be anything: NaN in them leaves no trace."""
+    model, params = make()
+    bias_NE = params["layers"]["ffn"]["router"]["bias"].at[:, ::2].set(-100.0)
+    params = jax.tree.map(lambda p: p, params)
+    params["layers"]["ffn"]["router"]["bias"] = bias_NE
+    poisoned = jax.tree.map(lambda p: p, params)
+    for name in ("gate", "up", "down"):
+        poisoned["layers"]["ffn"][name] = poisoned["layers"]["ffn"][name].at[:, ::2].set(jnp.nan)
+    plan, knobs = plan_for(model, "hard", eos_ids=()), d.make_knobs(model)
+    state = d.prefill(model, params, plan, knobs, [np.array(p) for p in PROMPTS], room=32)
+    clean, _ = d.extend(model, params, plan, knobs, state, jnp.int32(16), 32)
+    dirty, _ = d.extend(model, poisoned, plan, knobs, state, jnp.int32(16), 32)
+    np.testing.assert_array_equal(clean, dirty)
+    assert np.asarray(clean)[:, :16].min() >= 0
+
+
+def test_real_model(shared):
+    folder = shared / "models" / "babyllama"
+    config, lte = hf.read_config(folder)
+    model = Transformer(config, lte)
+    params = hf.load_params(folder, config, lte, dtype="float32")
+    tokenizer = hf.load_tokenizer(folder)
+    text = generate_text(model, params, tokenizer, "Once upon a time", max_new_tokens=40)
+    prompt = tokenize(["Once upon a time"], tokenizer)[0].tolist()
+    expected = by_full_forward(model, params, prompt, 40)
+    assert "Once upon a time" + text == decode(tokenizer, prompt + expected)
+    assert "there was a" in text
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+def test_sampling_frequencies_follow_the_softmax():
+    model, params = make()
+    rows, temperature = 2000, 0.8
+    logits_V = model.apply({"params": params}, jnp.asarray([PROMPTS[0]])).logits[0, -1]
+    expected_V = np.asarray(jax.nn.softmax(logits_V / temperature))
+    assert 0.1 < expected_V.max() < 0.9
+    new = generate(
+        model, params, [PROMPTS[0]] * rows, max_new_tokens=1, temperature=temperature, seed=3
+    )
+    frequency_V = np.bincount(np.array(new)[:, 0], minlength=expected_V.size) / rows
+    noise_V = np.sqrt(expected_V * (1 - expected_V) / rows)
+    assert (np.abs(frequency_V - expected_V) < 4.5 * noise_V + 1 / rows).all()
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1, "top_p": 0.9}, {"top_p": 1e-6}])
+def test_the_narrowest_sampling_is_greedy(limit):
+    model, params = make()
+    greedy = generate(model, params, PROMPTS, max_new_tokens=20)
+    assert greedy == generate(model, params, PROMPTS, max_new_tokens=20, temperature=1.5, **limit)
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits_V = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.3, 0.15]))[None]
+    knobs = d.Knobs(*(jnp.float32(x) for x in (0.5, 1.0, 0.75)))
+
+    def kept(**plan):
+        allowed = d.allowed_logits(d.Plan(greedy=False, **plan), knobs, logits_V)
+        return set(np.flatnonzero(np.isfinite(allowed[0])).tolist())
+
+    assert kept() == {0, 1, 2, 3, 4}
+    assert kept(top_k=2) == {1, 3}
+    assert kept(top_k=99) == {0, 1, 2, 3, 4}
+    assert kept(nucleus=True) == {1, 3, 4}  # 0.4 + 0.3 < 0.75
+    assert kept(nucleus=True, top_k=4) == {1, 3, 4}  # 0.7 / 0.95 < 0.75
+    assert kept(nucleus=True, top_k=3) == {1, 3}  # 0.7 / 0.85 > 0.75
+
+
+def test_seed_and_place_decide_a_sampled_text():
+    model, params = make()
+    sample = functools.partial(generate, model, params, max_new_tokens=20, temperature=1.0)
+    first = sample(PROMPTS, seed=1)
+    assert first == sample(PROMPTS, seed=1)
+    assert first != sample(PROMPTS, seed=2)
+    assert first[0] == sample([PROMPTS[0], PROMPTS[2], PROMPTS[1]], seed=1)[0]
+    thrice = sample([PROMPTS[0]] * 3, seed=1)
+    assert thrice[0] == first[0] and thrice[0] != thrice[1] != thrice[2]
+    assert first == sample(PROMPTS, seed=1, stream=lambda fresh: None)
+    cold = generate(model, params, PROMPTS, max_new_tokens=20, temperature=1e-4)
+    assert cold == generate(model, params, PROMPTS, max_new_tokens=20)
+
+
+# ------------------------------------------------------------------------- ending and streaming
+
+
+def test_eos_ends_a_row_and_no_other():
+    model, params = make()
+    free = generate(model, params, PROMPTS, max_new_tokens=20, eos_ids=())
+    eos_ids = (free[0][5], free[1][9])
+    ended = generate(model, params, PROMPTS, max_new_tokens=20, eos_ids=eos_ids)
+    for row, whole in zip(ended, free, strict=True):
+        stops = [i for i, token in enumerate(whole) if token in eos_ids]
+        assert row == whole[: stops[0] + 1 if stops else None]
+    assert len(ended[0]) <= 6
+    # All rows at their end: the loop stops.
+    plan, knobs = plan_for(model, "hard", eos_ids=eos_ids), d.make_knobs(model)
+    state = d.prefill(model, params, plan, knobs, [np.array(PROMPTS[0])] * 3, room=20)
+    _, state = d.extend(model, params, plan, knobs, state, jnp.int32(20), 32)
+    assert int(state.step) == len(ended[0])
+
+
+def test_eos_of_the_model():
+    model, _ = make()
+    config = dataclasses.replace(model.config, eos_ids=(2, 7))
+    assert plan_for(model.clone(config=config)).eos_ids == (2, 7)
+    assert plan_for(model.clone(config=config), eos_ids=[]).eos_ids == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 30])
+def test_streamed_tokens_add_up(count):
+    model, params = make()
+    chunks = []
+    new = generate(model, params, PROMPTS, max_new_tokens=count, stream=chunks.append)
+    assert [len(row) for row in new] == [count] * 3
+    assert [sum((chunk[row] for chunk in chunks), []) for row in range(3)] == new
+    assert new == generate(model, params, PROMPTS, max_new_tokens=count)
+
+
+def test_streamed_text_adds_up():
+    model, params = make(vocab_size=259)
+    tokenizer = byte_tokenizer()
+    for prompt in ("Zoë", "a", "1 + "):  # random bytes: mostly no valid UTF-8
+        pieces = []
+        run = functools.partial(generate_text, model, params, tokenizer, prompt, max_new_tokens=30)
+        text = run(write=pieces.append)
+        assert "".join(pieces) == text == run()
+        assert len(pieces) > 1 and "\ufffd" in text
+
+
+def test_no_half_character_is_streamed(monkeypatch):
+    tokenizer, said = byte_tokenizer(), "naïve 日本 🎈 fin"
+
+    def one_byte_at_a_time(model, params, prompts, *, stream):
+        for byte in said.encode():
+            stream([[byte]])
+        return [list(said.encode())]
+
+    monkeypatch.setattr(sys.modules[generate.__module__], "generate", one_byte_at_a_time)
+    pieces = []
+    assert generate_text(*make(), tokenizer, "Zoë ", write=pieces.append) == said
+    assert "".join(pieces) == said
+    assert len(pieces) == len(said)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_repeated_calls_compile_nothing():
+    model, params = make()
+    run = functools.partial(generate, model, params)
+    run(PROMPTS, max_new_tokens=10, temperature=0.5, top_p=0.9)
+    before = d.extend._cache_size(), d._prefill._cache_size()
+    other = [p[::-1] + [1, 2] for p in PROMPTS]
+    same = Transformer(model.config, model.lte)  # another object
+    run = functools.partial(generate, same, params)
+    run(other, max_new_tokens=20, temperature=0.9, top_p=0.5, seed=4, threshold=0.6)
+    assert before == (d.extend._cache_size(), d._prefill._cache_size())
+
+
+def test_command_line(tmp_path, capsys):
+    model, params = make(vocab_size=259)
+    hf.save(tmp_path / "model", model.config, model.lte, params)
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    main([str(tmp_path / "model"), "Hello", "--max-new-tokens", "30"])
+    settings = {"write": lambda text: None, "max_new_tokens": 30}
+    text = generate_text(model, params, byte_tokenizer(), "Hello", **settings)
+    assert capsys.readouterr().out == f"Hello{text}\n"
