@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint format bench clean
+.PHONY: help env demo test test-fast lint format bench tinystories resume clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,15 @@ format: $(READY)  ## mend what lint finds, where that can be done by itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY)  ## every benchmark in benchmarks/
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(READY)  ## what learning costs, and grouping of one LLaMA2-7B layer
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/kmeans.py --layer 11008x4096
+
+tinystories: $(READY)  ## LTE against its controls on real models and text: half an hour
+	$(BIN)/python benchmarks/tinystories.py --out=runs/tinystories-table
+
+resume: $(READY)  ## twenty runs killed at random moments end in the same bits: ten minutes
+	LTE_JAX_KILLS=20 $(BIN)/pytest tests/test_resume.py
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf .venv .venv312 build dist .pytest_cache .ruff_cache

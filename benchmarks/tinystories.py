@@ -44,8 +44,10 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Of its folder."""
         parts = (self.model, self.method, self.expert_size, self.target)
-        return "-".join(str(p).replace(", ", "-") for p in parts if p is not None)
+        words = "-".join(str(part) for part in parts if part is not None)
+        return words.replace(", ", "-").replace(" ", "-")
 
 
 def runs(router: int, adapt: int) -> Iterator[Run]:

@@ -100,7 +100,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """One optimizer step of a stage, not yet jitted: (state, batch, teacher) -> (state, metrics)."""
+    """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics)."""
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
@@ -144,7 +144,7 @@ def _count(mask: Array) -> Float[Array, ""]:
 
 
 def _interleave(x: Array, parts: int) -> Array:
-    """[B, ...] as [parts, B/parts, ...]; part i takes rows i, i + parts, ...: no row moves device."""
+    """[B, ...] as [parts, B/parts, ...]: rows i, i + parts, ... so that no row moves device."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
@@ -231,9 +231,15 @@ def fit(
     optimizer = optim.make(experiment.optim, stage.config, stage.rules)
     to_mesh = lambda batch: _to_mesh(batch, mesh)  # noqa: E731
 
-    with jax.set_mesh(mesh), _Interruption() as interruption, Checkpointer(
-        folder, keep_last=experiment.checkpoint.keep_last, keep_best=experiment.checkpoint.keep_best
-    ) as checkpointer:
+    with (
+        jax.set_mesh(mesh),
+        _Interruption() as interruption,
+        Checkpointer(
+            folder,
+            keep_last=experiment.checkpoint.keep_last,
+            keep_best=experiment.checkpoint.keep_best,
+        ) as checkpointer,
+    ):
         start = lambda params: TrainState(  # noqa: E731
             jnp.zeros((), jnp.int32), params, optimizer.init(params), control
         )
