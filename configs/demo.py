@@ -6,16 +6,17 @@ A byte-level Llama of 1 M parameters learns the source of Python's standard libr
 cut into experts of 16, and both LTE stages follow. Cost: under five minutes on two cores. Expect
 half of the FFN skipped for 5 to 10% more perplexity; the table says what it was.
 
-Other sparsities: --config.lte.target_sparsity=0.75. Smoke test: --config=configs/demo.py:smoke
+Other sparsities: --config.lte.target_sparsity=0.75. Variants, joined by commas: ":paper" (the
+paper's losses), ":smoke" (a test).
 """
 
 from lte_jax import config
 
 
 def get_config(arg=""):
-    """See above; `arg` is "" or "smoke"."""
-    smoke = "smoke" in config.variants(arg, "smoke")
-    c = config.to_config_dict(config.Experiment(name="demo"))
+    words = config.variants(arg, "smoke", *config.PRESETS)
+    lte = config.PRESETS["paper" if "paper" in words else "ours"]
+    c = config.to_config_dict(config.Experiment(name="demo", lte=lte))
 
     c.source.scratch.vocab_size = 259  # V: bytes, and <s> </s> <pad>
     c.source.scratch.d_model = 128  # D
@@ -32,7 +33,8 @@ def get_config(arg=""):
     c.data.max_validation_rows = 128
 
     c.lte.expert_size = 16  # M
-    c.lte.target_sparsity = 0.5
+    if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
+        c.lte.target_sparsity = 0.5
 
     c.stages.finetune.steps = 300  # from random weights: this is the pretraining
     c.stages.finetune.learning_rate = 3e-3
@@ -44,7 +46,7 @@ def get_config(arg=""):
     c.checkpoint.every = 100
     c.sample_prompt = "def read("
 
-    if smoke:  # every part of it, in seconds
+    if "smoke" in words:  # every part of it, in seconds
         c.source.scratch.d_model, c.source.scratch.d_ff, c.source.scratch.num_layers = 32, 64, 2
         c.source.scratch.head_dim = 8
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8

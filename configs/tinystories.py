@@ -10,16 +10,16 @@ from ../shared; on other machines name a Llama folder or hub id and a data set, 
 
 Cost: about four minutes on two cores. Expect validation perplexity within 12%, 28% and 55% of a
 dense control at target_sparsity 0.5, 0.75 and 0.9: docs/log.md has the table, which `make
-tinystories` makes. Smoke test: --config=configs/tinystories.py:smoke
+tinystories` makes. Variants, joined by commas: ":stories260k", ":paper" (the paper's losses), ":smoke" (a test).
 """
 
 from lte_jax import config
 
 
 def get_config(arg=""):
-    """See above; `arg` is any of "stories260k", "smoke", joined by commas."""
-    variants = config.variants(arg, "stories260k", "smoke")
-    c = config.to_config_dict(config.Experiment(name="tinystories"))
+    words = config.variants(arg, "stories260k", "smoke", *config.PRESETS)
+    lte = config.PRESETS["paper" if "paper" in words else "ours"]
+    c = config.to_config_dict(config.Experiment(name="tinystories", lte=lte))
 
     c.source.path = "../shared/models/babyllama"
     c.data.train = "../shared/data/tinystories/train.jsonl"
@@ -30,7 +30,8 @@ def get_config(arg=""):
     c.data.max_validation_rows = 128
 
     c.lte.expert_size = 32  # M
-    c.lte.target_sparsity = 0.5
+    if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
+        c.lte.target_sparsity = 0.5
 
     c.stages.router.steps = 280
     c.stages.router.learning_rate = 5e-4
@@ -39,10 +40,10 @@ def get_config(arg=""):
     c.stages.adapt.learning_rate = 3e-4
     c.checkpoint.every = 100
 
-    if "stories260k" in variants:
+    if "stories260k" in words:
         c.source.path = "../shared/models/stories260k"
         c.lte.expert_size = 4
-    if "smoke" in variants:  # every part of it, in seconds
+    if "smoke" in words:  # every part of it, in seconds
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 64, 4
         c.data.max_validation_rows, c.calibration_rows = 8, 4
         for stage in (c.stages.router, c.stages.adapt):
