@@ -10,7 +10,8 @@ from ../shared; on other machines name a Llama folder or hub id and a data set, 
 
 Cost: about four minutes on two cores. Expect validation perplexity within 12%, 28% and 55% of a
 dense control at target_sparsity 0.5, 0.75 and 0.9: docs/log.md has the table, which `make
-tinystories` makes. Variants, joined by commas: ":stories260k", ":paper" (the paper's losses), ":smoke" (a test).
+tinystories` makes. Variants, joined by commas: ":stories260k", ":paper" (the paper's losses),
+":smoke" (a test).
 """
 
 from lte_jax import config
@@ -33,10 +34,10 @@ def get_config(arg=""):
     if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
         c.lte.target_sparsity = 0.5
 
-    c.stages.router.steps = 280
+    c.stages.router.steps = 240
     c.stages.router.learning_rate = 5e-4
     c.stages.router.router_lr_multiplier = 4.0
-    c.stages.adapt.steps = 80
+    c.stages.adapt.steps = 60
     c.stages.adapt.learning_rate = 3e-4
     c.checkpoint.every = 100
 
