@@ -80,7 +80,7 @@ def evaluate(
     name = name or ("dense" if model.lte is None else "LTE")
     entrants.append((name, model, params, routing, threshold))
     num_bytes = None if tokenizer is None else scored_bytes(rows, tokenizer)
-    tokens = int(np.sum(predicted(rows.segments_RL)))
+    tokens = int(jnp.sum(predicted(jnp.asarray(rows.segments_RL))))
     entries = []
     for name, entrant, weights, how, tau in entrants:
         entry = {"name": name} | describe(entrant)
@@ -141,7 +141,7 @@ def perplexity(
     """
     from tqdm import tqdm
 
-    if not np.any(predicted(rows.segments_RL)):
+    if not jnp.any(predicted(jnp.asarray(rows.segments_RL))):
         raise UserError(
             "there is no token to predict: expected rows with texts of 2 tokens or more"
         )

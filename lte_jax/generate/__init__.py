@@ -22,6 +22,7 @@ import numpy as np
 from lte_jax.config import Routing, UserError, cli_errors, nearest
 from lte_jax.data import tokenize
 from lte_jax.generate.decoding import Plan, extend, make_knobs, prefill, round_up
+from lte_jax.kernels import resolve
 from lte_jax.model import Transformer
 
 STREAM_CHUNK = 8  # tokens between two calls of a stream
@@ -155,7 +156,7 @@ def plan_for(
     routing = "dense" if model.lte is None else routing or model.lte.routing
     return Plan(
         routing="hard" if routing == "straight_through" else routing,  # equal going forward
-        implementation=implementation,
+        implementation=resolve(implementation),
         greedy=greedy,
         top_k=top_k,
         nucleus=top_p is not None and top_p < 1,
@@ -166,7 +167,7 @@ def plan_for(
 def _prompts(tokens: Iterable[Any], mask: Any, vocab_size: int) -> list[np.ndarray]:
     """Each prompt as an array of token ids."""
     if mask is not None:
-        tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
+        tokens, mask = _array(tokens), _array(mask).astype(bool)
         if tokens.ndim != 2 or mask.shape != tokens.shape:
             raise UserError(
                 f"tokens {tokens.shape} and mask {mask.shape}: expected two arrays of one shape "
@@ -193,6 +194,14 @@ def _prompts(tokens: Iterable[Any], mask: Any, vocab_size: int) -> list[np.ndarr
                 "the model's own tokenizer"
             )
     return prompts
+
+
+def _array(rows: Any) -> np.ndarray:
+    """An array; of rows of different length, a vector."""
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        return np.empty(len(rows), object)
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:

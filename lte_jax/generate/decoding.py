@@ -40,7 +40,7 @@ class Plan:
     """What a compiled program depends on besides shapes."""
 
     routing: Routing = "dense"
-    implementation: str = "auto"  # of the sparse FFN
+    implementation: str = "xla"  # of the sparse FFN
     greedy: bool = True
     top_k: int | None = None
     nucleus: bool = False  # whether top_p < 1

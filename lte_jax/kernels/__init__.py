@@ -54,16 +54,26 @@ def sparse_ffn(
       UserError: on an implementation that is not there, shapes or types that do not agree, and on
         differentiation: the kernels are for inference.
     """
-    name = _choose() if implementation == "auto" else implementation
-    if name not in IMPLEMENTATIONS:
-        valid = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise UserError(f"implementation={name!r} is not there: valid are {valid}")
+    name = resolve(implementation)
     if layer is None:
         weights, layer = {key: w[None] for key, w in weights.items()}, 0
     _check(x_BD, active_BE, weights, activation)
     kernel = importlib.import_module(f"{__name__}.{name}")
     ffn = functools.partial(kernel.sparse_ffn, activation=activation)
     return _inference_only(ffn, x_BD, active_BE, dict(weights), jnp.asarray(layer, jnp.int32))
+
+
+def resolve(implementation: str) -> str:
+    """The name itself, or what "auto" stands for here.
+
+    Raises:
+      UserError: on a name that is none of these.
+    """
+    name = _choose() if implementation == "auto" else implementation
+    if name not in IMPLEMENTATIONS:
+        valid = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise UserError(f"implementation={name!r} is not there: valid are {valid}")
+    return name
 
 
 @functools.cache
