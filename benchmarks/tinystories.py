@@ -94,7 +94,8 @@ def train(run: Run, out: Path) -> None:
     # Rows are many: no sample text, and validation only at the end of a stage.
     command += [f"--config.{o}" for o in (*run.overrides, "eval_every=1000", "sample_tokens=0")]
     # Two runs on one core each are faster than one after the other on two.
-    env = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "TQDM_DISABLE": "1"}
+    flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
+    env = os.environ | {"XLA_FLAGS": flags, "TQDM_DISABLE": "1"}
     start = time.monotonic()
     with (out / f"{run.name}.log").open("a") as log:
         code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode

@@ -1,0 +1,278 @@
+"""Evaluation against figures worked out by hand; reports; the script from flags to files."""
+
+import copy
+import dataclasses
+import json
+import math
+import pathlib
+import runpy
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lte_jax import hf, report, tasks
+from lte_jax.data import Rows, byte_tokenizer, pack_rows, pad_rows, read_texts, tokenize
+from lte_jax.model import Transformer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOKENIZER = byte_tokenizer()
+CONFIG = dataclasses.replace(tiny.CONFIG, vocab_size=len(TOKENIZER))
+TEXTS = ["def f(x):", "Zoë ate 3 apples.", "a", "The dog ran home and slept."]
+
+
+@pytest.fixture(scope="module")
+def lte():
+    """A random model whose routers are undecided."""
+    return tiny.model_and_params(config=CONFIG)
+
+
+def dense_of(model, params):
+    """The dense model with the same weights."""
+    ffn = {k: p for k, p in params["layers"]["ffn"].items() if k != "router"}
+    one = {k: p.reshape(p.shape[0], 1, -1, p.shape[-1]) for k, p in ffn.items()}
+    return Transformer(model.config), params | {"layers": params["layers"] | {"ffn": one}}
+
+
+def packed():
+    """Three rows with several texts and some padding each."""
+    documents = tokenize(TEXTS * 2, TOKENIZER)
+    rows = pack_rows([document[:12] for document in documents], 30)
+    assert len(rows) >= 3 and rows.segments_RL.max() > 1 and rows.segments_RL.min() == 0
+    return rows
+
+
+def test_perplexity_by_hand(lte):
+    model, params = lte
+    rows = packed()
+    measured = tasks.perplexity(model, params, rows, batch_size=2, num_bytes=100)
+
+    nll, active, scores = [], [], []
+    apply = jax.jit(lambda t, s: model.apply({"params": params}, t, mask=s))
+    for r in range(len(rows)):
+        one = rows[r : r + 1]
+        out = apply(one["tokens"], one["segments"])
+        for t in range(rows.tokens_RL.shape[1]):
+            segment = rows.segments_RL[r, t]
+            if segment:
+                active.append(np.asarray(out.active[:, 0, t]))
+                scores.append(np.asarray(out.scores[:, 0, t]))
+            if segment and t + 1 < 30 and rows.segments_RL[r, t + 1] == segment:
+                logp_V = jax.nn.log_softmax(out.logits[0, t])
+                nll.append(-float(logp_V[rows.tokens_RL[r, t + 1]]))
+    assert measured["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert measured["token_ppl"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-5)
+    assert measured["byte_ppl"] == pytest.approx(math.exp(np.sum(nll) / 100), rel=1e-5)
+    assert measured["bits_per_byte"] == pytest.approx(np.sum(nll) / 100 / math.log(2), rel=1e-5)
+    per_layer_N = 1 - np.mean(active, axis=(0, 2))
+    assert 0.1 < per_layer_N.mean() < 0.9
+    np.testing.assert_allclose(measured["sparsity_per_layer"], per_layer_N, atol=1e-6)
+    assert measured["sparsity"] == pytest.approx(per_layer_N.mean(), abs=1e-6)
+    expected, _ = np.histogram(scores, bins=64, range=(0, 1))
+    np.testing.assert_array_equal(measured["score_histogram"], expected)
+
+
+def test_union_sparsity_falls_with_the_batch(lte):
+    model, params = lte
+    rows = Rows(np.random.default_rng(0).integers(0, 256, (8, 16)), np.ones((8, 16), int))
+    rows = Rows(rows.tokens_RL.astype(np.int32), rows.segments_RL.astype(np.int32))
+    measured = tasks.perplexity(model, params, rows, batch_size=8)
+    union = measured["union_sparsity"]
+    assert list(union) == ["1", "2", "4", "8"]
+    active_NBLE = model.apply({"params": params}, jnp.asarray(rows.tokens_RL)).active
+    for size, value in union.items():
+        expected = 1 - np.asarray(active_NBLE)[:, : int(size)].any(axis=1).mean()
+        assert value == pytest.approx(expected, abs=1e-6)
+    assert union["1"] > union["2"] > union["8"]
+
+
+def test_bytes_of_the_scored_text():
+    documents = tokenize(TEXTS, TOKENIZER)
+    whole = pad_rows(documents, 40)
+    assert tasks.scored_bytes(whole, TOKENIZER) == sum(len(text.encode()) for text in TEXTS)
+    # One byte is one token here; the first of a row, <s> or not, is given.
+    assert tasks.scored_bytes(packed(), TOKENIZER) == sum(
+        len(segment) - 1
+        for row in range(len(packed()))
+        for number in range(1, packed().segments_RL[row].max() + 1)
+        if len(segment := np.flatnonzero(packed().segments_RL[row] == number))
+    )
+
+
+def test_evaluate_beside_the_dense_model(lte):
+    model, params = lte
+    results = tasks.evaluate(
+        model,
+        params,
+        pad_rows(tokenize(TEXTS, TOKENIZER), 24),
+        baseline=dense_of(model, params),
+        tokenizer=TOKENIZER,
+        threshold=0.0,  # all experts on: the dense model in other words
+        prompt="def",
+        latency_rounds=2,
+    )
+    json.dumps(results)
+    dense, sparse = results["models"]
+    assert (dense["name"], sparse["name"]) == ("dense", "LTE")
+    assert sparse["token_ppl"] == pytest.approx(dense["token_ppl"], rel=1e-4)
+    assert sparse["sparsity"] == 0.0 and dense["score_histogram"] is None
+    assert sparse["sample"] == dense["sample"] and len(dense["sample"]["text"]) > 5
+    assert dense["latency_ratio"] == 1.0 and sparse["latency_ms"] > 0
+    assert sparse["gflops_per_token"] > dense["gflops_per_token"]  # the router is charged
+    assert results["tokens"] == sum(min(len(text.encode()), 23) for text in TEXTS)
+
+
+def test_perplexity_of_a_real_model(shared):
+    folder = shared / "models" / "babyllama"
+    config, lte = hf.read_config(folder)
+    params = hf.load_params(folder, config, lte, dtype="float32")
+    stories = shared / "data" / "tinystories" / "validation.jsonl"
+    texts = read_texts(str(stories), newline=" ", limit=40)
+    rows = pad_rows(tokenize(texts, hf.load_tokenizer(folder)), 256)
+    measured = tasks.perplexity(Transformer(config, lte), params, rows)
+    assert measured["token_ppl"] == pytest.approx(2.000, rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------- reports
+
+DENSE = {
+    "name": "dense",
+    "token_ppl": 4.0,
+    "byte_ppl": 2.0,
+    "sparsity": 0.0,
+    "gflops_per_token": 12.0625,
+    "latency_ms": 3.0,
+    "latency_ratio": 1.0,
+}
+
+
+def sparse(sparsity, ppl, name="LTE"):
+    """An entry of an LTE model of eight layers."""
+    rng = np.random.default_rng(0)
+    layers = np.clip(sparsity + 0.1 * rng.standard_normal(8), 0, 1)
+    scores = np.concatenate([rng.beta(1, 8, 7000), rng.beta(8, 2, 3000)])
+    return DENSE | {
+        "name": name,
+        "token_ppl": ppl,
+        "sparsity": sparsity,
+        "sparsity_per_layer": layers.tolist(),
+        "score_histogram": np.histogram(scores, 64, (0, 1))[0].tolist(),
+        "lte": {"threshold": 0.47},
+        "latency_ratio": 0.6,
+        "sample": {"prompt": "Once", "text": " upon\n```a``` time"},
+    }
+
+
+def test_table():
+    results = [{"models": [DENSE, sparse(0.75, 5.0)]}, {"models": [DENSE, sparse(0.5, 4.4)]}]
+    lines = report.table(results).splitlines()
+    assert len(lines) == 5  # the dense model, which both share, once
+    assert lines[2] == "| dense | 4.000 | 2.000 | 0.0% | 12.1 | 3 | 1.00 |"
+    assert lines[3] == "| LTE | 4.400 (+10.0%) | 2.000 | 50.0% | 12.1 | 3 | 0.60 |"
+    assert lines[4].startswith("| LTE | 5.000 (+25.0%) | 2.000 | 75.0%")
+    assert len({line.count("|") for line in lines}) == 1
+    bare = [{"models": [{"name": "x", "token_ppl": 2.0, "sparsity": 0.3}]}]
+    assert report.table(bare).splitlines()[2] == "| x | 2.000 |  | 30.0% |  |  |  |"
+
+
+def test_report_of_several_results(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    points = {
+        "LTE": [(0.5, 4.3), (0.75, 4.9), (0.9, 6.0)],
+        "random router": [(0.5, 5), (0.75, 6.5)],
+    }
+    files = []
+    for name, pairs in points.items():
+        for sparsity, ppl in pairs:
+            files.append(tmp_path / f"{name}-{sparsity}.json")
+            files[-1].write_text(json.dumps({"models": [DENSE, sparse(sparsity, ppl, name)]}))
+    report.main([*map(str, files), "--out", str(tmp_path / "report")])
+    out = capsys.readouterr().out
+    assert out.count("| LTE |") == 3 and out.count("| random router |") == 2
+    made = {path.name: path for path in (tmp_path / "report").iterdir()}
+    assert set(made) == {"table.md", "quality.png", "layers.png", "scores.png"}
+    text = made["table.md"].read_text()
+    assert "random router 75% wrote" in text and "````text" in text
+    for name in ("quality.png", "layers.png", "scores.png"):
+        assert made[name].read_bytes().startswith(b"\x89PNG") and made[name].stat().st_size > 10_000
+
+
+def test_quality_figure_shows_every_point():
+    matplotlib = pytest.importorskip("matplotlib")
+    assert matplotlib
+    results = [{"models": [DENSE, sparse(0.5, 4.4), sparse(0.75, 5.0)]}]
+    [axes] = report._quality(results).axes
+    [line, *_] = axes.lines
+    np.testing.assert_allclose(line.get_xdata(), [50, 75])
+    np.testing.assert_allclose(line.get_ydata(), [10, 25])
+    assert report._quality([{"models": [DENSE]}]) is None
+    assert report._layers([{"models": [DENSE]}]) is report._scores([{"models": [DENSE]}]) is None
+
+
+def test_environment_names_versions_and_commit():
+    env = report.environment()
+    json.dumps(env)
+    assert env["versions"]["jax"] == jax.__version__
+    if (ROOT / ".git").exists():
+        assert len(env["commit"].removesuffix("+")) == 40
+
+
+# ---------------------------------------------------------------------------------------- script
+
+
+def run_script(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+
+
+def test_script_from_folders_to_table_and_figures(lte, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    model, params = lte
+    for name, (made, weights) in {"lte": lte, "dense": dense_of(model, params)}.items():
+        hf.save(tmp_path / name, made.config, made.lte, weights)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    flags = {
+        "model": tmp_path / "lte",
+        "dense": tmp_path / "dense",
+        "data": tmp_path / "texts.jsonl",
+        "length": 24,
+        "rows": 3,
+        "prompt": "def",
+        "out": tmp_path / "eval",
+    }
+    run_script(monkeypatch, *(f"--{key}={value}" for key, value in flags.items()))
+    out = capsys.readouterr().out
+    assert "| dense |" in out and "| LTE |" in out and "wrote:" in out
+    made = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert made == {"results.json", "table.md", "quality.png", "layers.png", "scores.png"}
+    results = report.read(tmp_path / "eval" / "results.json")
+    again = copy.deepcopy(results)
+    assert report.table([again]) in out
+    assert results["source"]["rows"] == 3 and results["environment"]["versions"]["jax"]
+    dense, sparse_one = results["models"]
+    assert (
+        dense["config"]
+        == sparse_one["config"]
+        == dataclasses.asdict(CONFIG)
+        | {
+            "sliding_layers": None,
+            "eos_ids": [],
+        }
+    )
+    assert sparse_one["lte"]["expert_size"] == 8
+
+
+def test_script_bad_input(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(
+            monkeypatch, "--model", tmp_path / "no", "--data=x.jsonl", "--out", tmp_path / "o"
+        )
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
