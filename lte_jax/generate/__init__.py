@@ -10,8 +10,6 @@ Dimension key: B batch  L prompt length  V vocabulary  S new tokens
 
 from __future__ import annotations
 
-import argparse
-import functools
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax.config import Routing, UserError, cli_errors, nearest
+from lte_jax.config import Routing, UserError, nearest
 from lte_jax.data import tokenize
 from lte_jax.generate.decoding import Plan, extend, make_knobs, prefill, round_up
 from lte_jax.kernels import resolve
@@ -219,31 +217,3 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         raise UserError(f"top_k={top_k}: expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p}: expected within (0, 1], or None for all tokens")
-
-
-# ----------------------------------------------------------------------------------- command line
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m lte_jax MODEL PROMPT`: the continuation on the terminal as it is made."""
-    parser = argparse.ArgumentParser(prog="python -m lte_jax", description=main.__doc__)
-    parser.add_argument("model", help="HF or LTE folder, or hub id")
-    parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--routing", choices=["dense", "soft", "hard"])
-    parser.add_argument("--implementation", default="auto", help="of the sparse FFN")
-    flags = vars(parser.parse_args(argv))
-    with cli_errors():
-        import lte_jax
-
-        path, prompt = flags.pop("model"), flags.pop("prompt")
-        model, params = lte_jax.load(path)
-        tokenizer = lte_jax.load_tokenizer(path)
-        print(prompt, end="", flush=True)
-        write = functools.partial(print, end="", flush=True)
-        generate_text(model, params, tokenizer, prompt, write=write, **flags)
-        print()

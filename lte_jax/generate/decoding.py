@@ -188,7 +188,7 @@ def decode_step(
         x_BLD, cache = block.apply(
             {"params": p}, x_BLD, cache, slides, context, method=Block.attend
         )
-        h_BD = norm.apply({"params": p["ffn_norm"]}, x_BLD)[:, 0]
+        h_BD = norm.apply({"params": p["ffn_norm"]}, x_BLD)[:, 0]  # pyright: ignore[reportCallIssue]
         active_BE = jnp.broadcast_to(
             ~state.done_B[:, None], (h_BD.shape[0], experts["up"].shape[1])
         )
@@ -218,7 +218,7 @@ def decode_step(
     x_BLD, kv = jax.lax.scan(
         layer, x_BLD, (small, kv, jnp.asarray(sliding_layers(config)), indices)
     )
-    x_BD = norm.apply({"params": params["final_norm"]}, x_BLD)[:, 0]
+    x_BD = norm.apply({"params": params["final_norm"]}, x_BLD)[:, 0]  # pyright: ignore[reportCallIssue]
     tied = config.tie_embeddings
     head_DV = params["embed"]["embedding"].T if tied else params["lm_head"]["kernel"]
     logits_BV = jnp.einsum(
