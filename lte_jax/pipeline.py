@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lte_jax import data, hf, metrics, report, sharding, stages, tasks, trainer
 from lte_jax.checkpoint import atomic_write
@@ -256,11 +257,14 @@ class _Run:
         return hf.load_params(folder, model.config, model.lte, "float32", shardings)
 
     def _save(self, folder: Path, model: Transformer, params: Any, source, order_NEM=None) -> None:
-        if jax.process_index() != 0:
-            return
-        hf.save(folder, model.config, model.lte, params, source, order_NEM)
-        if source is None or self.experiment.source.tokenizer:
-            self.tokenizer.save_pretrained(folder)
+        if jax.process_count() > 1:  # parts of arrays lie elsewhere: all processes take part
+            params = multihost_utils.process_allgather(params, tiled=True)
+        if jax.process_index() == 0:
+            own = source is None or self.experiment.source.tokenizer
+            tokenizer = self.tokenizer if own else None
+            hf.save(folder, model.config, model.lte, params, source, order_NEM, tokenizer=tokenizer)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"saved {folder}")
 
 
 def _claim(paths: Paths, experiment: Experiment) -> None:

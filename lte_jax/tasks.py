@@ -178,7 +178,7 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     sums["histogram"] = jnp.bincount(bins_NBLE.ravel(), length=HISTOGRAM_BINS + 1)[:-1]
     if routing == "soft":  # all experts run
         return sums
-    real = jnp.sum(real_BL)
+    real = jnp.sum(real_BL, dtype=jnp.float32)
     sums["real"] = real
     sums["skipped_N"] = layer_sparsity(out.active, real_BL) * real
     sums["union"] = {}
@@ -187,7 +187,7 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
             break
         together_1L = jnp.all(real_BL[:size], axis=0, keepdims=True)
         together_BL = jnp.broadcast_to(together_1L, real_BL[:size].shape)
-        weight = jnp.sum(together_1L)
+        weight = jnp.sum(together_1L, dtype=jnp.float32)
         skipped = union_sparsity(out.active[:, :size], together_BL) * weight
         sums["union"][size] = {"skipped": skipped, "weight": weight}
     return sums

@@ -42,6 +42,7 @@ def save(
     *,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    tokenizer: Any = None,
 ) -> None:
     """Writes a model folder, whole or not at all.
 
@@ -56,6 +57,7 @@ def save(
       dtype: of the stored tensors, routers aside, which keep theirs: rounding would move scores
         across the threshold. None: each as in `source`, else config.dtype.
       max_shard_bytes: larger models are cut into several files with an index.
+      tokenizer: a transformers tokenizer to put in the folder, in place of that of `source`.
 
     Raises:
       UserError: where the parameters are not those of the model, `source` is another model, or
@@ -70,6 +72,8 @@ def save(
     with _replacing(Path(folder)) as new:
         if source is not None:
             _copy_companions(source, new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         if isinstance(settings, Path):
             shutil.copyfile(settings, new / _CONFIG)
         else:
