@@ -27,10 +27,10 @@ demo: $(READY)  ## a small dense model becomes a sparse one, before your eyes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
 test: $(READY)  ## the whole suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: $(READY)  ## the suite without the tests marked slow
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(READY)  ## style, formatting and types
 	$(BIN)/ruff check
