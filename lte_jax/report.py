@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -182,8 +183,9 @@ def _entries(results: Sequence[Results]) -> list[tuple[Results, Results | None]]
     """Each model with the dense model of its results; one that several results share comes once."""
     entries: list[tuple[Results, Results | None]] = []
     for result in results:
-        dense = next((entry for entry in result["models"] if not entry["sparsity"]), None)
-        for entry in result["models"]:
+        models = result["models"]
+        dense = next((m for m in models if not (m.get("lte") or m["sparsity"])), None)
+        for entry in models:
             known = [(old["name"], old["token_ppl"], old["sparsity"]) for old, _ in entries]
             if (entry["name"], entry["token_ppl"], entry["sparsity"]) not in known:
                 entries.append((entry, dense))
@@ -203,13 +205,13 @@ def _number(value: float | None, spec: str) -> str:
 # --------------------------------------------------------------------------------------- figures
 
 _COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
-_INK, _FAINT = "#333333", "#9a9a9a"
+_INK, _FAINT, _DASHES = "#333333", "#8a8a8a", (0, (4, 3))
 _STYLE = {
     "font.size": 11,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 14,
+    "axes.titlepad": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _FAINT,
@@ -254,23 +256,55 @@ def draw(results: Sequence[Results], out: Path) -> list[Path]:
     return made
 
 
-def _axes(width: float = 7.0, height: float = 4.2, rows: int = 1):
+def _panels(count: int, columns: int = 3, height: float = 2.4):
+    """A figure of `count` panels with common axes, and the panels; one alone is larger."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    if count == 1:
+        figure = Figure(figsize=(7.0, 4.2))
+        return figure, [figure.subplots()]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.0 * columns, height * rows + 1.0), layout="constrained")
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for unused in grid[count:]:
+        unused.remove()
+    return figure, grid[:count]
+
+
+def _colours(entries: Sequence[Results]) -> dict[str, str]:
+    """A colour for each name, the same in all figures."""
+    names = dict.fromkeys(entry["name"] for entry in entries if entry["sparsity"])
+    return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places, in ascending order, moved up where they are closer than `gap`."""
+    spread: list[float] = []
+    for place in places:
+        spread.append(max(place, spread[-1] + gap) if spread else place)
+    return spread
+
+
+def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
+    """Names beside the right ends of lines, which are at `x` of the axes' width or data."""
+    low, high = axes.get_ylim()
+    names = sorted(places, key=lambda name: places[name])
+    for name, y in zip(names, _spread(sorted(places.values()), 0.065 * (high - low)), strict=True):
+        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(name, (x, y), (6, 0), va="center", color=colours[name], **where)
 
 
 def _quality(results: Sequence[Results]):
     """Perplexity against FFN sparsity, one line for each name."""
-    entries = _entries(results)
-    if all(entry["sparsity"] == 0 for entry, _ in entries):
+    entries = [(e, dense) for e, dense in _entries(results) if e["sparsity"]]
+    if not entries:
         return None
     relative = all(dense is not None for _, dense in entries)
-    figure, [axes] = _axes()
-    names = dict.fromkeys(entry["name"] for entry, _ in entries if entry["sparsity"])
-    for name, colour in zip(names, _cycle(_COLOURS), strict=False):
-        mine = [(e, dense) for e, dense in entries if e["name"] == name and e["sparsity"]]
+    figure, [axes] = _panels(1)
+    colours, ends = _colours([entry for entry, _ in entries]), {}
+    for name, colour in colours.items():
+        mine = [(e, dense) for e, dense in entries if e["name"] == name]
         x = [100 * e["sparsity"] for e, _ in mine]
         y = [
             100 * (e["token_ppl"] / dense["token_ppl"] - 1)
@@ -279,17 +313,15 @@ def _quality(results: Sequence[Results]):
             for e, dense in mine
         ]
         axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
-        axes.annotate(
-            name, (x[-1], y[-1]), (9, 0), textcoords="offset points", va="center", color=colour
-        )
-    for name, ppl in {(e["name"], e["token_ppl"]) for e, _ in entries if not e["sparsity"]}:
-        level = 0.0 if relative else ppl
-        axes.axhline(level, color=_FAINT, linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.annotate(name, (0, level), (4, 5), textcoords="offset points", color=_FAINT)
         if relative:
-            break
+            axes.plot([0, x[0]], [0, y[0]], color=colour, linewidth=1, linestyle=_DASHES, zorder=1)
+        ends[name] = y[-1]
+    if relative:
+        axes.plot(0, 0, "o", color=_FAINT, markersize=8, clip_on=False, zorder=3)
+        axes.annotate("dense", (0, 0), (9, -12), textcoords="offset points", color=_FAINT)
     axes.set_xlim(0, 100)
     axes.margins(y=0.15)
+    _label_right(axes, ends, colours, 1.0)
     axes.set_xlabel("FFN sparsity, %")
     axes.set_ylabel("perplexity over dense, %" if relative else "perplexity per token")
     axes.set_title("What sparsity costs")
@@ -297,71 +329,62 @@ def _quality(results: Sequence[Results]):
 
 
 def _layers(results: Sequence[Results]):
-    """Sparsity of each layer, one line a model."""
-    entries = [entry for entry, _ in _entries(results) if entry.get("sparsity_per_layer")]
+    """Sparsity of each layer: a panel for each name, a line for each model of that name."""
+    entries = [e for e, _ in _entries(results) if e["sparsity"] and e.get("sparsity_per_layer")]
     if not entries:
         return None
-    figure, [axes] = _axes()
-    for entry, colour in zip(entries, _cycle(_COLOURS), strict=False):
-        share = [100 * value for value in entry["sparsity_per_layer"]]
-        axes.plot(range(1, len(share) + 1), share, "o-", color=colour, markeredgecolor="white")
-        mean = 100 * entry["sparsity"]
-        axes.axhline(mean, color=colour, linestyle=(0, (4, 3)), linewidth=1, alpha=0.7)
-        axes.annotate(
-            f"{entry['name']}, mean {mean:.0f}%",
-            (1, mean),
-            (6, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-        )
-    axes.set_ylim(0, 100)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="x", visible=False)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("experts skipped, %")
-    axes.set_title("Sparsity of each layer")
+    colours = _colours(entries)
+    figure, panels = _panels(len(colours), height=3.4)
+    for (name, colour), axes in zip(colours.items(), panels, strict=True):
+        means = {}
+        for entry in (entry for entry in entries if entry["name"] == name):
+            share = [100 * value for value in entry["sparsity_per_layer"]]
+            axes.plot(
+                range(1, len(share) + 1), share, "o-", color=colour, markeredgecolor="white",
+                clip_on=False,
+            )  # fmt: skip
+            mean = 100 * entry["sparsity"]
+            axes.axhline(mean, color=colour, linestyle=_DASHES, linewidth=1, alpha=0.7)
+            means[f"mean {mean:.0f}%"] = mean
+        axes.set_ylim(0, 100)
+        _label_right(axes, means, dict.fromkeys(means, colour), 1.0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("layer")
+        axes.set_title(f"Sparsity of each layer: {name}" if len(panels) == 1 else name)
+    panels[0].set_ylabel("experts skipped, %")
     return figure
 
 
 def _scores(results: Sequence[Results]):
     """The spread of router scores, one panel a model."""
-    entries = [
-        e for e, _ in _entries(results) if e.get("score_histogram") and e.get("sparsity_per_layer")
-    ]
+    entries = [e for e, _ in _entries(results) if e["sparsity"] and e.get("score_histogram")]
     if not entries:
         return None
-    figure, panels = _axes(height=1.2 + 2.0 * len(entries), rows=len(entries))
-    for entry, colour, axes in zip(entries, _cycle(_COLOURS), panels, strict=False):
+    colours = _colours(entries)
+    figure, panels = _panels(len(entries), columns=len(colours) if len(colours) > 1 else 3)
+    for i, (entry, axes) in enumerate(zip(entries, panels, strict=True)):
         counts = entry["score_histogram"]
         total, width = sum(counts), 1 / len(counts)
-        centres = [(i + 0.5) * width for i in range(len(counts))]
-        axes.bar(centres, [100 * c / total for c in counts], width * 0.9, color=colour)
+        centres = [(bin + 0.5) * width for bin in range(len(counts))]
+        heights = [100 * count / total for count in counts]
+        axes.bar(centres, heights, width * 0.9, color=colours[entry["name"]])
         threshold = (entry.get("lte") or {}).get("threshold", 0.5)
-        axes.axvline(threshold, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.axvline(threshold, color=_INK, linestyle=_DASHES, linewidth=1.2)
         axes.annotate(
-            f"threshold {threshold:.2f}",
+            "threshold" if i == 0 else "",
             (threshold, 1),
             (5, -4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             va="top",
         )
-        axes.set_ylabel("scores, %")
         axes.grid(axis="x", visible=False)
-        axes.annotate(
-            label(entry), (0.99, 0.93), xycoords="axes fraction", ha="right", va="top", color=colour
-        )
-    panels[0].set_title("Router scores")
-    panels[-1].set_xlim(0, 1)
-    panels[-1].set_xlabel("score")
+        axes.set_xlim(0, 1)
+        axes.set_title(label(entry) if len(panels) > 1 else f"Router scores: {label(entry)}")
+    figure.supxlabel("router score", size="medium")
+    figure.supylabel("share of scores, %", size="medium")
     return figure
-
-
-def _cycle(colours: Sequence[str]):
-    while True:
-        yield from colours
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -203,7 +203,7 @@ def _summary(totals: dict[str, Any], num_bytes: int | None) -> dict[str, Any]:
     if "histogram" in totals:
         summary["score_histogram"] = [int(count) for count in totals["histogram"]]
     if "skipped_N" in totals:
-        per_layer_N = totals["skipped_N"] / totals["real"]
+        per_layer_N = (totals["skipped_N"] / totals["real"]).round(6)  # the sums are float32
         summary["sparsity"] = float(per_layer_N.mean())
         summary["sparsity_per_layer"] = per_layer_N.tolist()
         summary["union_sparsity"] = {

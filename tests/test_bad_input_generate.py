@@ -8,9 +8,10 @@ import pytest
 import tiny
 
 from lte_jax import report, tasks
+from lte_jax.__main__ import main
 from lte_jax.config import UserError
 from lte_jax.data import pad_rows
-from lte_jax.generate import generate, main
+from lte_jax.generate import generate
 from lte_jax.model import Transformer, abstract_params
 
 MODEL = Transformer(tiny.CONFIG, tiny.LTE)
@@ -114,9 +115,10 @@ def test_bad_input_figures_without_matplotlib(tmp_path, monkeypatch):
     assert (tmp_path / "results.json").exists()  # the measuring is not lost
 
 
-def test_bad_input_of_the_command_line(tmp_path, capsys):
+def test_bad_input_of_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lte_jax", str(tmp_path / "absent"), "Hello"])
     with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "absent"), "Hello"])
+        main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "absent" in error and error.count("\n") == 1

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from lte_jax import hf
+from lte_jax.__main__ import main
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.data import byte_tokenizer, tokenize
-from lte_jax.generate import decode, generate, generate_text, main, plan_for
+from lte_jax.generate import decode, generate, generate_text, plan_for
 from lte_jax.generate import decoding as d
 from lte_jax.kernels import IMPLEMENTATIONS
 from lte_jax.model import Transformer, abstract_params
@@ -297,11 +298,13 @@ def test_repeated_calls_compile_nothing():
     assert before == (d.extend._cache_size(), d._prefill._cache_size())
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
     model, params = make(vocab_size=259)
     hf.save(tmp_path / "model", model.config, model.lte, params)
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    main([str(tmp_path / "model"), "Hello", "--max-new-tokens", "30"])
+    flags = ["lte_jax", str(tmp_path / "model"), "Hello", "--max-new-tokens", "30"]
+    monkeypatch.setattr(sys, "argv", flags)
+    main()
     settings = {"write": lambda text: None, "max_new_tokens": 30}
     text = generate_text(model, params, byte_tokenizer(), "Hello", **settings)
     assert capsys.readouterr().out == f"Hello{text}\n"
