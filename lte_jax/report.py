@@ -261,7 +261,7 @@ def _panels(count: int, columns: int = 3, height: float = 2.4):
     from matplotlib.figure import Figure
 
     if count == 1:
-        figure = Figure(figsize=(7.0, 4.2))
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
         return figure, [figure.subplots()]
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -287,12 +287,12 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
-    """Names beside the right ends of lines, which are at `x` of the axes' width or data."""
+    """Names beside the right ends of lines, at the fraction `x` of the axes' width."""
     low, high = axes.get_ylim()
     names = sorted(places, key=lambda name: places[name])
     for name, y in zip(names, _spread(sorted(places.values()), 0.065 * (high - low)), strict=True):
         where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(name, (x, y), (6, 0), va="center", color=colours[name], **where)
+        axes.annotate(name, (x, y), (8, 0), va="center", color=colours[name], **where)
 
 
 def _quality(results: Sequence[Results]):
@@ -321,7 +321,7 @@ def _quality(results: Sequence[Results]):
         axes.annotate("dense", (0, 0), (9, -12), textcoords="offset points", color=_FAINT)
     axes.set_xlim(0, 100)
     axes.margins(y=0.15)
-    _label_right(axes, ends, colours, 1.0)
+    _label_right(axes, ends, colours, max(e["sparsity"] for e, _ in entries))
     axes.set_xlabel("FFN sparsity, %")
     axes.set_ylabel("perplexity over dense, %" if relative else "perplexity per token")
     axes.set_title("What sparsity costs")
