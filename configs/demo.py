@@ -3,8 +3,10 @@
     python train.py --config=configs/demo.py --workdir=runs/demo        (or: make demo)
 
 A byte-level Llama of 1 M parameters learns the source of Python's standard library, its FFNs are
-cut into experts of 16, and both LTE stages follow. Cost: under five minutes on two cores. Expect
-half of the FFN skipped for 5 to 10% more perplexity; the table says what it was.
+cut into experts of 16, and both LTE stages follow.
+
+Cost:   under five minutes on two cores.
+Expect: half of the FFN skipped for 5 to 10% more perplexity per byte; the table says what it was.
 
 Other sparsities: --config.lte.target_sparsity=0.75. Variants, joined by commas: ":paper" (the
 paper's losses), ":smoke" (a test).

@@ -8,10 +8,11 @@ parameters, experts of 4 (its FFN width 172 divides by little else). Both, and t
 from ../shared; on other machines name a Llama folder or hub id and a data set, such as
 --config.source.path=... --config.data.train=roneneldan/TinyStories.
 
-Cost: about four minutes on two cores. Expect validation perplexity within 12%, 28% and 55% of a
-dense control at target_sparsity 0.5, 0.75 and 0.9: docs/log.md has the table, which `make
-tinystories` makes. Variants, joined by commas: ":stories260k", ":paper" (the paper's losses),
-":smoke" (a test).
+Cost:   three to five minutes on two cores.
+Expect: validation perplexity within 12%, 28% and 55% of a dense control at target_sparsity 0.5,
+        0.75 and 0.9: docs/log.md has the table, which `make tinystories` makes.
+
+Variants, joined by commas: ":stories260k", ":paper" (the paper's losses), ":smoke" (a test).
 """
 
 from lte_jax import config

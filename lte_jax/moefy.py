@@ -167,13 +167,12 @@ def group_neurons(
     if lte.grouping == "coactivation":
         assert covariance_FF is not None
         return balanced_partition(covariance_FF, experts, seed=seed)
-    x_FD = normalize(first_FD)
-    if not np.isfinite(x_FD).all():
+    if not np.isfinite(first_FD.astype(np.float32)).all():
         raise UserError(
             f"layers/ffn: the first matrix of layer {layer} has values that are not finite; "
             "expected the weights of a working model"
         )
-    return balanced_kmeans(x_FD, experts, seed=seed)
+    return balanced_kmeans(normalize(first_FD), experts, seed=seed)
 
 
 # ----------------------------------------------------------------------------- balanced clustering
@@ -346,7 +345,8 @@ def coactivations(
             f"lte.grouping='coactivation': calibration has shape {shape}, expected token ids "
             "[rows, length]; give some, or choose lte.grouping='kmeans'"
         )
-    mask_RL = np.ones(calibration.shape, np.int32) if mask is None else np.asarray(mask)
+    mask_RL = np.ones(calibration.shape) if mask is None else mask
+    mask_RL = np.asarray(mask_RL, np.int32)
     num_tokens = int(np.sum(mask_RL > 0))
     if not num_tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")

@@ -44,7 +44,17 @@ def loss_and_gradients(lte, stage, mesh):
 
 @pytest.mark.parametrize(
     ("mesh", "name"),
-    [(MESHES[0], "finetune"), (MESHES[0], "adapt"), *((mesh, "router") for mesh in MESHES)],
+    [
+        (MESHES[0], "router"),
+        *(
+            pytest.param(mesh, name, marks=pytest.mark.slow)
+            for mesh, name in [
+                (MESHES[0], "finetune"),
+                (MESHES[0], "adapt"),
+                *((mesh, "router") for mesh in MESHES[1:]),
+            ]
+        ),
+    ],
     ids=str,
 )
 def test_mesh_gives_the_loss_and_gradients_of_one_device(mesh, name):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("LTE_JAX_KILLS", "3"))
 STEPS = 6  # a stage
