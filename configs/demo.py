@@ -38,12 +38,12 @@ def get_config(arg=""):
     if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
         c.lte.target_sparsity = 0.5
 
-    c.stages.finetune.steps = 300  # from random weights: this is the pretraining
+    c.stages.finetune.steps = 240  # from random weights: this is the pretraining
     c.stages.finetune.learning_rate = 3e-3
-    c.stages.router.steps = 150
+    c.stages.router.steps = 120
     c.stages.router.learning_rate = 1e-3
     c.stages.router.router_lr_multiplier = 4.0
-    c.stages.adapt.steps = 50
+    c.stages.adapt.steps = 40
     c.stages.adapt.learning_rate = 5e-4
     c.checkpoint.every = 100
     c.sample_prompt = "def read("

@@ -69,12 +69,11 @@ def get_config(arg=""):
 
 def _shrink(c):
     c.source.path = ""
-    c.source.scratch = config.to_config_dict(config.ModelConfig())
+    c.source.scratch = config.to_config_dict(config.ModelConfig(vocab_size=259))  # bytes, specials
     c.data.train = c.data.validation = "python-stdlib"
-    c.data.length = 64
-    c.data.batch_size = 8
-    c.data.max_validation_rows = 8
-    c.calibration_rows = 8
+    c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8
+    c.data.max_validation_rows, c.calibration_rows = 8, 4
     for stage in c.stages.values():
         stage.steps = 2
-    c.checkpoint.every = c.eval_every = c.log_every = 1
+    c.log_every = c.eval_every = c.checkpoint.every = 1
+    c.sample_tokens = 8

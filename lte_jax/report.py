@@ -348,7 +348,7 @@ def _layers(results: Sequence[Results]):
             means[f"mean {mean:.0f}%"] = mean
         axes.set_ylim(0, 100)
         _label_right(axes, means, dict.fromkeys(means, colour), 1.0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("layer")
         axes.set_title(f"Sparsity of each layer: {name}" if len(panels) == 1 else name)
