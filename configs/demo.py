@@ -5,7 +5,7 @@
 A byte-level Llama of 1 M parameters learns the source of Python's standard library, its FFNs are
 cut into experts of 16, and both LTE stages follow.
 
-Cost:   under five minutes on two cores.
+Cost:   seven minutes of CPU time.
 Expect: half of the FFN skipped for 5 to 10% more perplexity per byte; the table says what it was.
 
 Other sparsities: --config.lte.target_sparsity=0.75. Variants, joined by commas: ":paper" (the
