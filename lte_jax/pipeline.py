@@ -188,7 +188,9 @@ class _Run:
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
     def report(self) -> tuple[Transformer, Any]:
-        """Measures the result beside the dense model: results.json, table.md, figures.
+        """Measures the result beside the dense model, if that is asked for and not done.
+
+        Writes results.json, table.md and figures.
 
         Returns:
           The model that was measured and its parameters.
@@ -197,7 +199,8 @@ class _Run:
         dense = load(self.paths.dense, dtype)
         is_sparse = (self.paths.lte / "config.json").exists()
         model, params = load(self.paths.lte, dtype) if is_sparse else dense
-        if jax.process_index() != 0 or (self.paths.root / "results.json").exists():
+        done = (self.paths.root / "results.json").exists()
+        if done or not self.experiment.report or jax.process_index() != 0:
             return model, params
         results = tasks.evaluate(
             model,

@@ -289,6 +289,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval_every: int = 100  # steps
     log_every: int = 10  # steps
+    report: bool = True  # measure the result at the end, beside the dense model
     sample_prompt: str = "Once upon a time"
     sample_tokens: int = 100  # of the text that the report shows
 
