@@ -9,9 +9,10 @@ Every row is one run of train.py on configs/tinystories.py, all with the same st
   ridge, frozen   the same experts and the routers LTE starts from, never trained; all steps adapt
   random, frozen  random routers and the best k experts of each token (paper, Fig. 12); likewise
 
-200 steps each, as half an hour allows; the config itself makes 300. Perplexity is over all 324 validation stories, cut at 256 tokens, under hard routing. Two runs go
-side by side, a core each. What is done is not done again: a killed table goes on. Writes
-table.md, results.json and quality.png into --out.
+Each makes 200 steps, as half an hour allows; the config by itself makes 300. Perplexity is over all
+324 validation stories, cut at 256 tokens, under hard routing. Two runs go side by side, a core
+each. What is done is not done again: a killed table goes on. Writes table.md, results.json and
+quality.png into --out.
 """
 
 from __future__ import annotations
