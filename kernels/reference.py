@@ -18,6 +18,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+
+class Unsupported(Exception):
+    """What an implementation cannot run, or cannot run here: one line with the reason."""
+
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -58,3 +63,10 @@ def sparse_ffn(
     h_BEM = act(project("gate")) * project("up") if "gate" in w else act(project("up"))
     h_BEM = jnp.where(active_BE[..., None], h_BEM, 0.0)
     return jnp.einsum("BEM,EMD->BD", h_BEM, w["down"], precision="highest").astype(x_BD.dtype)
+
+
+def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+    """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
+    w_KO = w[layer].astype(jnp.float32)
+    w_KO = w_KO.T if transposed else w_KO
+    return jnp.matmul(x_BK.astype(jnp.float32), w_KO, precision="highest")

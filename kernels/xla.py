@@ -52,3 +52,10 @@ def sparse_ffn(
 
     y_BD = jax.lax.fori_loop(0, count, add_expert, jnp.zeros(x_BD.shape, jnp.float32))
     return y_BD.astype(x_BD.dtype)
+
+
+def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+    """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
+    w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
+    contracted = ((1,), (1 if transposed else 0,))
+    return jax.lax.dot_general(x_BK, w, (contracted, ((), ())), preferred_element_type=jnp.float32)

@@ -125,14 +125,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(self.config.norm_eps, self.dtype)
         self.ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype)
 
-    def attend(self, x_BLD, cache, slides, context):
-        """The first half: x with attention added, and the extended cache."""
-        y_BLD, cache = self.attn(self.attn_norm(x_BLD), cache, slides, context)
-        return sharding.constrain(x_BLD + y_BLD, "batch", None, None), cache
-
     def __call__(self, x_BLD, cache, slides, context):
         """One layer of the scan: (x, (router scores, active experts, cache))."""
-        x_BLD, cache = self.attend(x_BLD, cache, slides, context)
+        y_BLD, cache = self.attn(self.attn_norm(x_BLD), cache, slides, context)
+        x_BLD = sharding.constrain(x_BLD + y_BLD, "batch", None, None)
         y_BLD, scores_BLE, active_BLE = self.ffn(self.ffn_norm(x_BLD), context["threshold"])
         x_BLD = sharding.constrain(x_BLD + y_BLD, "batch", None, None)
         return x_BLD, (scores_BLE, active_BLE, cache)
@@ -194,9 +190,7 @@ class Attention(nn.Module):
                 "v": jax.lax.dynamic_update_slice(cache["v"], v_BLKC, start),
             }
             k_BLKC, v_BLKC = cache["k"], cache["v"]
-        visible_BLT = context["visible_BLT"]
-        if c.sliding_window is not None:
-            visible_BLT &= context["near_BLT"] | ~slides
+        visible_BLT = visible_keys(c, slides, context)
         y_BLHC = attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=cache is None)
         out = Projection((c.d_model,), c.out_bias, name="o")((c.num_heads, c.head_dim))
         y_BLD = jnp.einsum("BLHC,HCD->BLD", y_BLHC, out["kernel"].astype(self.dtype))
@@ -246,6 +240,13 @@ def sliding_layers(config: ModelConfig) -> tuple[bool, ...]:
     if config.sliding_layers is not None:
         return config.sliding_layers
     return (config.sliding_window is not None,) * config.num_layers
+
+
+def visible_keys(config: ModelConfig, slides, context) -> Bool[Array, "B L T"]:
+    """The keys each query of this layer may see; `slides` says whether its window is bounded."""
+    if config.sliding_window is None:
+        return context["visible_BLT"]
+    return context["visible_BLT"] & (context["near_BLT"] | ~slides)
 
 
 _QUERY_BLOCKS, _SMALLEST_BLOCK = 8, 32

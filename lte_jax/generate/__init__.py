@@ -151,10 +151,11 @@ def plan_for(
     valid = typing.get_args(Routing)
     if routing not in (None, *valid):
         raise UserError(f"routing={routing!r}: {nearest(str(routing), valid)}")
+    resolve(implementation)  # refuses a name that is none
     routing = "dense" if model.lte is None else routing or model.lte.routing
     return Plan(
         routing="hard" if routing == "straight_through" else routing,  # equal going forward
-        implementation=resolve(implementation),
+        implementation=implementation,
         greedy=greedy,
         top_k=top_k,
         nucleus=top_p is not None and top_p < 1,

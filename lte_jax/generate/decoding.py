@@ -18,21 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lte_jax import kernels
 from lte_jax.config import Routing, top_k
-from lte_jax.kernels import sparse_ffn
 from lte_jax.model import (
-    Block,
     Cache,
     RMSNorm,
     Transformer,
+    attention,
     init_cache,
     make_context,
+    rotate,
     sliding_layers,
+    visible_keys,
 )
-from lte_jax.moe import active_experts, router_logits
+from lte_jax.moe import active_experts
 
 _BUCKET = 32  # prompts and new tokens are rounded up to multiples of this: fewer compiled programs
-_DENSE_ROWS = 256  # a dense FFN is read in blocks of at most so many neurons on a CPU
+_DENSE_ROWS = 32  # a dense FFN is read in blocks of at most so many neurons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ def extend(
       tokens_BS: int32 [B, size]; -1 where a row had ended, and beyond what was asked for.
       the state after them.
     """
-    experts = expert_weights(model, params, plan.routing)
+    stacked = large_params(model, params, plan.routing)
 
     def more(carry):
         i, state, _ = carry
@@ -145,7 +147,7 @@ def extend(
 
     def one(carry):
         i, before, tokens_BS = carry
-        logits_BV, cache = decode_step(model, params, experts, plan, knobs, before)
+        logits_BV, cache = decode_step(model, params, stacked, plan, knobs, before)
         state = _choose(plan, knobs, before, logits_BV, cache)
         chosen_B = jnp.where(before.done_B, -1, state.tokens_B)
         return i + 1, state, tokens_BS.at[:, i].set(chosen_B)
@@ -158,18 +160,19 @@ def extend(
 def decode_step(
     model: Transformer,
     params: Mapping[str, Any],
-    experts: Mapping[str, Array] | None,
+    stacked: Mapping[str, Any] | None,
     plan: Plan,
     knobs: Knobs,
     state: State,
 ) -> tuple[Array, Cache]:
     """Logits [B, V] of the token after `state.tokens_B`, and the cache with that token in it.
 
-    The same function as `model.apply` with the cache, but for where FFN weights are read: a scan
-    over layers that would slice them layer by layer would copy all experts, idle ones too.
+    The same function as `model.apply` with the cache, but for how weights are read: through the
+    door, with all layers stacked (`stacked`, from large_params) and the layer as an index. A scan
+    that sliced them layer by layer would copy them, idle experts too.
     """
     tokens_B1 = state.tokens_B[:, None]
-    if experts is None:
+    if stacked is None:
         out = model.apply(
             {"params": params},
             tokens_B1,
@@ -179,74 +182,132 @@ def decode_step(
         )
         return out.logits[:, 0], out.cache
     config, dtype = model.config, jnp.dtype(model.dtype)
-    block = Block(config, model.lte, plan.routing, dtype)
-    norm = RMSNorm(config.norm_eps, dtype)
-    context = make_context(config, jnp.ones_like(tokens_B1), knobs.threshold, state.cache)
+    batch, context = (
+        tokens_B1.shape[0],
+        make_context(config, jnp.ones_like(tokens_B1), knobs.threshold, state.cache),
+    )
+    linear = functools.partial(kernels.linear, implementation=plan.implementation)
 
-    def layer(x_BLD, scanned):
-        p, cache, slides, index = scanned
-        x_BLD, cache = block.apply(
-            {"params": p}, x_BLD, cache, slides, context, method=Block.attend
+    def norm(x, scale):
+        return RMSNorm(config.norm_eps, dtype).apply({"params": {"scale": scale}}, x)
+
+    def layer(carry, scanned):
+        x_BD, k_NBTKC, v_NBTKC = carry
+        small, slides, index = scanned
+
+        def project(name: str, x_BK):
+            y_BO = linear(x_BK, stacked["attn"][name], layer=index).astype(dtype)
+            bias = small["attn"].get(name, {}).get("bias")
+            return y_BO if bias is None else y_BO + bias.astype(dtype).reshape(1, -1)
+
+        def heads(name: str, x_BD, count: int):
+            x_B1HC = project(name, x_BD).reshape(batch, 1, count, config.head_dim)
+            if config.qk_norm and name != "v":
+                x_B1HC = norm(x_B1HC, small["attn"][f"{name}_norm"]["scale"])
+            return x_B1HC if name == "v" else rotate(x_B1HC, context["angles_BLC"])
+
+        h_BD = norm(x_BD, small["attn_norm"]["scale"])
+        here = (index, 0, context["index"], 0, 0)
+        k_B1KC, v_B1KC = (heads(name, h_BD, config.num_kv_heads) for name in "kv")
+        k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_B1KC[None], here)
+        v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_B1KC[None], here)
+        y_B1HC = attention(
+            heads("q", h_BD, config.num_heads),
+            jax.lax.dynamic_index_in_dim(k_NBTKC, index, keepdims=False),
+            jax.lax.dynamic_index_in_dim(v_NBTKC, index, keepdims=False),
+            visible_keys(config, slides, context),
+            blocked=False,
         )
-        h_BD = norm.apply({"params": p["ffn_norm"]}, x_BLD)[:, 0]  # pyright: ignore[reportCallIssue]
-        active_BE = jnp.broadcast_to(
-            ~state.done_B[:, None], (h_BD.shape[0], experts["up"].shape[1])
-        )
-        if plan.routing != "dense":
-            scores_BE = jax.nn.sigmoid(router_logits(p["ffn"]["router"], h_BD))
+        x_BD += project("o", y_B1HC.reshape(batch, -1))
+
+        h_BD = norm(x_BD, small["ffn_norm"]["scale"])
+        active_BE = ~state.done_B[:, None]
+        if plan.routing == "dense":
+            active_BE = jnp.broadcast_to(active_BE, (batch, stacked["ffn"]["up"].shape[1]))
+        else:
+            logits_BE = linear(h_BD.astype(jnp.float32), stacked["router"], layer=index)
+            if "router_bias" in small:
+                logits_BE += small["router_bias"].astype(jnp.float32)[None]
             kept = top_k(config, model.lte, plan.routing)
-            active_BE &= active_experts(scores_BE, knobs.threshold, kept)
-        y_BD = sparse_ffn(
+            active_BE &= active_experts(jax.nn.sigmoid(logits_BE), knobs.threshold, kept)
+        x_BD += kernels.sparse_ffn(
             h_BD,
             active_BE,
-            experts,
+            stacked["ffn"],
             activation=config.activation,
             layer=index,
             implementation=plan.implementation,
         )
         if config.mlp_bias:
-            y_BD += p["ffn"]["down_bias"].astype(dtype)[None]
-        return x_BLD + y_BD[:, None], cache
+            x_BD += small["down_bias"].astype(dtype)[None]
+        return (x_BD, k_NBTKC, v_NBTKC), None
 
     embed = nn.Embed(config.vocab_size, config.d_model, dtype=dtype)
-    x_BLD = embed.apply({"params": params["embed"]}, tokens_B1)
-    layers = params["layers"]
-    small = {key: value for key, value in layers.items() if key != "ffn"}
-    small["ffn"] = {k: v for k, v in layers["ffn"].items() if k in ("router", "down_bias")}
-    kv = {"k": state.cache["k"], "v": state.cache["v"]}
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    x_BLD, kv = jax.lax.scan(
-        layer, x_BLD, (small, kv, jnp.asarray(sliding_layers(config)), indices)
+    x_BD = embed.apply({"params": params["embed"]}, state.tokens_B)
+    slides_N = jnp.asarray(sliding_layers(config))
+    indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
+    (x_BD, k, v), _ = jax.lax.scan(
+        layer,
+        (x_BD, state.cache["k"], state.cache["v"]),
+        (small_params(params["layers"]), slides_N, indices_N),
     )
-    x_BD = norm.apply({"params": params["final_norm"]}, x_BLD)[:, 0]  # pyright: ignore[reportCallIssue]
-    tied = config.tie_embeddings
-    head_DV = params["embed"]["embedding"].T if tied else params["lm_head"]["kernel"]
-    logits_BV = jnp.einsum(
-        "BD,DV->BV", x_BD, head_DV.astype(dtype), preferred_element_type=jnp.float32
-    )
+    x_BD = norm(x_BD, params["final_norm"]["scale"])
+    logits_BV = linear(x_BD, stacked["head"], transposed=config.tie_embeddings)
     index = state.cache["index"] + 1
-    return logits_BV, kv | {"segments": context["segments_BT"], "index": index}
+    return logits_BV, {"k": k, "v": v, "segments": context["segments_BT"], "index": index}
 
 
-def expert_weights(
+def small_params(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The vectors among the layers' parameters, which a scan may slice: norms and biases."""
+    ffn = layers["ffn"]
+    small = {name: layers[name] for name in ("attn_norm", "ffn_norm")}
+    small["attn"] = {
+        name: {k: v for k, v in part.items() if k != "kernel"}
+        for name, part in layers["attn"].items()
+    }
+    if "down_bias" in ffn:
+        small["down_bias"] = ffn["down_bias"]
+    if "bias" in ffn.get("router", {}):
+        small["router_bias"] = ffn["router"]["bias"]
+    return small
+
+
+def large_params(
     model: Transformer, params: Mapping[str, Any], routing: Routing
-) -> dict[str, Array] | None:
-    """FFN weights as the door wants them, [N, E, M, D]; None where it cannot serve the routing.
+) -> dict[str, Any] | None:
+    """The matrices as the door wants them, all layers stacked; None if it has no such routing.
 
-    A dense FFN is cut into blocks, all of them active: a block is sliced and multiplied while it
-    is in the CPU's cache, where whole layers would be copied first.
+    Returns:
+      attn: q, k, v, o [N, inputs, outputs]; ffn: gate, up, down [N, E, M, D] and biases; router
+      [N, D, E], float32; head [D, V], or the embedding [V, D] where it is the head too.
+
+    A dense FFN is cut into blocks, all of them active: work for every thread of a CPU and every
+    multiprocessor of a GPU.
     """
     if routing == "soft":
         return None
+    config, dtype = model.config, jnp.dtype(model.dtype)
+    layers = params["layers"]
+    attn = {name: layers["attn"][name]["kernel"].astype(dtype) for name in "qkvo"}
+    inputs = {"q": config.d_model, "k": config.d_model, "v": config.d_model}
+    attn = {
+        name: w.reshape(w.shape[0], inputs.get(name, config.num_heads * config.head_dim), -1)
+        for name, w in attn.items()
+    }
     names = ("gate", "up", "down", "gate_bias", "up_bias")
-    dtype = jnp.dtype(model.dtype)
-    weights = {k: w.astype(dtype) for k, w in params["layers"]["ffn"].items() if k in names}
-    if routing != "dense":
-        return weights
-    width = model.config.d_ff
-    most = _DENSE_ROWS if jax.default_backend() == "cpu" else width
-    rows = max(m for m in range(1, min(most, width) + 1) if width % m == 0)
-    return {k: w.reshape(w.shape[0], width // rows, rows, *w.shape[3:]) for k, w in weights.items()}
+    ffn = {name: w.astype(dtype) for name, w in layers["ffn"].items() if name in names}
+    tied = config.tie_embeddings
+    head = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
+    stacked = {"attn": attn, "ffn": ffn, "head": head.astype(dtype)}
+    if routing == "dense":
+        rows = max(m for m in range(1, min(_DENSE_ROWS, config.d_ff) + 1) if config.d_ff % m == 0)
+        blocks = config.d_ff // rows
+        stacked["ffn"] = {
+            name: w.reshape(w.shape[0], blocks, rows, *w.shape[3:]) for name, w in ffn.items()
+        }
+    else:
+        stacked["router"] = layers["ffn"]["router"]["kernel"].astype(jnp.float32)
+    return stacked
 
 
 def _choose(plan: Plan, knobs: Knobs, state: State, logits_BV: Array, cache: Cache) -> State:

@@ -25,7 +25,16 @@ _HERE = pathlib.Path(__file__).resolve().parent
 if not (_HERE / "reference.py").exists():  # a checkout or an editable install
     __path__.append(str(_HERE.parents[1] / "kernels"))
 
-IMPLEMENTATIONS = ("reference", "xla")  # each a module of this name with a sparse_ffn
+_MODULES = {
+    "reference": "reference",
+    "xla": "xla",
+    "cpu": "cpu",
+    "triton": "gpu_triton",
+    "pallas": "tpu_pallas",
+}
+_BEST = {"cpu": "cpu", "gpu": "triton", "tpu": "pallas"}  # by jax's name of the device
+IMPLEMENTATIONS = tuple(_MODULES)
+_log = logging.getLogger(__name__)
 
 
 def sparse_ffn(
@@ -51,16 +60,51 @@ def sparse_ffn(
       implementation: one of IMPLEMENTATIONS, or "auto" for the one that suits the device.
 
     Raises:
-      UserError: on an implementation that is not there, shapes or types that do not agree, and on
-        differentiation: the kernels are for inference.
+      UserError: on an implementation that cannot run here, shapes or types that do not agree, and
+        on differentiation: the kernels are for inference.
     """
-    name = resolve(implementation)
     if layer is None:
         weights, layer = {key: w[None] for key, w in weights.items()}, 0
     _check(x_BD, active_BE, weights, activation)
-    kernel = importlib.import_module(f"{__name__}.{name}")
-    ffn = functools.partial(kernel.sparse_ffn, activation=activation)
-    return _inference_only(ffn, x_BD, active_BE, dict(weights), jnp.asarray(layer, jnp.int32))
+
+    def ffn(kernel, x_BD, active_BE, weights, layer):
+        return kernel.sparse_ffn(x_BD, active_BE, weights, layer, activation=activation)
+
+    operands = (x_BD, active_BE, dict(weights), jnp.asarray(layer, jnp.int32))
+    return _run(ffn, operands, implementation)
+
+
+def linear(
+    x_BK: Array,
+    w: Array,
+    *,
+    layer: Array | int | None = None,
+    transposed: bool = False,
+    implementation: str = "auto",
+) -> Array:
+    """x w for a few rows, at the speed at which w can be read: float32 [B, O].
+
+    Args:
+      x_BK: float.
+      w: [K, O] or, transposed, [O, K]; of x_BK's type.
+      layer: with it w is stacked, [N, K, O] or [N, O, K], and this layer is used in place.
+      transposed: see w.
+      implementation: as in sparse_ffn.
+
+    Raises: as sparse_ffn.
+    """
+    if layer is None:
+        w, layer = w[None], 0
+    if x_BK.ndim != 2 or w.ndim != 3 or w.shape[-1 if transposed else 1] != x_BK.shape[1]:
+        expected = "[O, K]" if transposed else "[K, O]"
+        raise UserError(f"linear: x {x_BK.shape} and w {w.shape}: expected [B, K] and {expected}")
+    if w.dtype != x_BK.dtype:
+        raise UserError(f"linear: x is {x_BK.dtype} and w {w.dtype}: expected one type")
+
+    def product(kernel, x_BK, w, layer):
+        return kernel.linear(x_BK, w, layer, transposed=transposed)
+
+    return _run(product, (x_BK, w, jnp.asarray(layer, jnp.int32)), implementation)
 
 
 def resolve(implementation: str) -> str:
@@ -76,12 +120,45 @@ def resolve(implementation: str) -> str:
     return name
 
 
+def unavailable(name: str) -> str | None:
+    """Why this implementation cannot run here, in words; None if it can."""
+    kernel = _module(name)
+    return kernel.unavailable() if hasattr(kernel, "unavailable") else None
+
+
 @functools.cache
 def _choose() -> str:
     """The implementation for this process's device, said once in the log."""
-    name = "xla"
-    logging.getLogger(__name__).info("sparse_ffn: %s on %s", name, jax.default_backend())
+    backend = jax.default_backend()
+    name = _BEST.get(backend, "xla")
+    if reason := unavailable(name):
+        _log.warning("kernels: the slower XLA loop, as %r cannot run: %s", name, reason)
+        return "xla"
+    _log.info("kernels: %s on %s", name, backend)
     return name
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _log.warning(line)
+
+
+def _module(name: str):
+    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+
+
+def _run(function: Callable[..., Array], operands: tuple, implementation: str) -> Array:
+    """`function` of the implementation's module; what it refuses goes to "xla" under "auto"."""
+    from .reference import Unsupported
+
+    name = resolve(implementation)
+    try:
+        return _inference_only(functools.partial(function, _module(name)), *operands)
+    except Unsupported as reason:
+        if implementation != "auto":
+            raise UserError(f"implementation={name!r} cannot run: {reason}") from reason
+        _say_once(f"kernels: the slower XLA loop, as {name!r} cannot run: {reason}")
+        return _inference_only(functools.partial(function, _module("xla")), *operands)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

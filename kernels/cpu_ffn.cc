@@ -1,0 +1,385 @@
+// The sparse expert feed-forward network and matrix-vector products for CPUs, as XLA FFI calls.
+//
+// At a few rows a token costs the time of streaming weights from memory: each weight is read once,
+// in the order it lies, and used for all rows that want it. Two inner loops do all the work:
+//
+//   dots   out[r][m] = sum_d weights[m][d] x[r][d]      (gate, up; w^T x)
+//   axpys  y[r][d]  += sum_m h[r][m] weights[m][d]      (down; x w)
+//
+// Work is cut into chunks of neighbouring experts (or rows of a matrix), each with a sum of its own;
+// the sums are added in the order of the chunks, so the same input gives the same bits, whichever
+// thread took which chunk. The contract is in README.md beside this file.
+//
+// Letters: B rows  D model width  E experts  M neurons per expert  N layers  K, O inputs and outputs
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// ---- Vectors: GCC's and Clang's own, which they split where the CPU's are shorter.
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kTile = 4;  // 4 x 4 sums stay in the 32 registers
+#else
+constexpr int kLanes = 8, kTile = 2;
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float Load(const float* p) { return *p; }
+inline float Load(const BFloat16* p) {
+  const uint32_t bits = uint32_t(p->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline Vec LoadVec(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec LoadVec(const BFloat16* p) {
+  Half half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+}
+inline void StoreVec(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void Store(float* p, float value) { *p = value; }
+inline void Store(BFloat16* p, float value) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p->bits = nan ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float Sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// ---- The two inner loops. R rows of x and W rows of weights at a time.
+
+template <int R, int W, class T>
+inline void DotTile(const T* weights, int64_t stride, const float* const* x, int64_t width, float* out,
+                    int64_t out_stride) {
+  Vec sums[R][W] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    Vec w[W];
+    for (int j = 0; j < W; ++j) w[j] = LoadVec(weights + j * stride + d);
+    for (int r = 0; r < R; ++r) {
+      const Vec v = LoadVec(x[r] + d);
+      for (int j = 0; j < W; ++j) sums[r][j] += v * w[j];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < W; ++j) {
+      float total = Sum(sums[r][j]);
+      for (int64_t i = d; i < width; ++i) total += x[r][i] * Load(weights + j * stride + i);
+      out[r * out_stride + j] = total;
+    }
+  }
+}
+
+// out[r * out_stride + m] = weights[m] . x[r], for `rows` rows of x and `count` of weights.
+template <class T>
+void Dots(const T* weights, int64_t count, int64_t width, const float* const* x, int64_t rows,
+          float* out, int64_t out_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) {
+    const T* w = weights + m * width;
+    int64_t r = 0;
+    for (; r + kTile <= rows; r += kTile)
+      DotTile<kTile, 4>(w, width, x + r, width, out + r * out_stride + m, out_stride);
+    for (; r < rows; ++r) DotTile<1, 4>(w, width, x + r, width, out + r * out_stride + m, out_stride);
+  }
+  for (; m < count; ++m)
+    for (int64_t r = 0; r < rows; ++r)
+      DotTile<1, 1>(weights + m * width, width, x + r, width, out + r * out_stride + m, out_stride);
+}
+
+template <int R, int W, class T>
+inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h_stride, int64_t width,
+                     float* const* y) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    Vec w[W];
+    for (int j = 0; j < W; ++j) w[j] = LoadVec(weights + j * stride + d);
+    for (int r = 0; r < R; ++r) {
+      Vec sum = LoadVec(y[r] + d);
+      for (int j = 0; j < W; ++j) sum += h[r * h_stride + j] * w[j];
+      StoreVec(y[r] + d, sum);
+    }
+  }
+  for (; d < width; ++d)
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < W; ++j) y[r][d] += h[r * h_stride + j] * Load(weights + j * stride + d);
+}
+
+// y[r] += sum_m h[r * h_stride + m] weights[m], for `rows` rows of y and `count` of weights.
+template <class T>
+void Axpys(const T* weights, int64_t count, int64_t width, const float* h, int64_t h_stride,
+           int64_t rows, float* const* y) {
+  int64_t m = 0;
+  for (; m + 8 <= count; m += 8) {
+    const T* w = weights + m * width;
+    int64_t r = 0;
+    for (; r + kTile <= rows; r += kTile)
+      AxpyTile<kTile, 8>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+    for (; r < rows; ++r) AxpyTile<1, 8>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+  }
+  for (; m < count; ++m)
+    for (int64_t r = 0; r < rows; ++r)
+      AxpyTile<1, 1>(weights + m * width, width, h + r * h_stride + m, h_stride, width, y + r);
+}
+
+// ---- Threads.
+
+// Calls work(0) ... work(chunks - 1) on XLA's threads and this one. This thread takes chunks too and
+// waits only for those that others have begun, so it ends even where the pool never runs a helper:
+// several calls may be under way on few threads.
+template <class Work>
+void ParallelFor(ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, chunks, &work] {  // `work` lives until the last chunk is done
+    for (int64_t chunk; (chunk = shared->next.fetch_add(1)) < chunks;) {
+      work(chunk);
+      std::lock_guard<std::mutex> lock(shared->mutex);
+      if (++shared->done == chunks) shared->all_done.notify_one();
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), chunks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([take] { take(); });
+  take();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == chunks; });
+}
+
+// More chunks than threads, so that a thread that was held up is waited for less.
+int64_t NumChunks(const ffi::ThreadPool& pool, int64_t items) {
+  return std::max<int64_t>(1, std::min<int64_t>(items, 4 * pool.num_threads()));
+}
+
+// Runs work(chunk, sums [B][width]) on chunks of `items`, then out = the chunks' sums in order.
+template <class Out, class Work>
+void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t width, Out* out,
+                   const Work& work) {
+  const int64_t size = batch * width;
+  std::vector<float> sums(chunks * size);
+  ParallelFor(pool, chunks, [&](int64_t chunk) { work(chunk, sums.data() + chunk * size); });
+  for (int64_t i = 0; i < size; ++i) {
+    float total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk * size + i];
+    Store(out + i, total);
+  }
+}
+
+// ---- The sparse FFN.
+
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu };  // as reference.ACTIVATIONS
+
+inline float Activate(Activation activation, float z) {
+  switch (activation) {
+    case kSilu:
+      return z / (1 + std::exp(-z));
+    case kGelu:
+      return 0.5f * z * (1 + std::erf(z * 0.70710678f));
+    case kGeluTanh:
+      return 0.5f * z * (1 + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
+    default:
+      return std::max(z, 0.0f);
+  }
+}
+
+template <class T>
+struct Weights {
+  const T *gate, *up, *down, *gate_bias, *up_bias;  // null where the model has none
+};
+
+// y[b] += down^T act(gate x[b]) * (up x[b]) for one expert and the rows that use it.
+template <class T>
+void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
+               const std::vector<const float*>& x, const std::vector<float*>& y,
+               std::vector<float>& scratch) {
+  const int64_t rows = x.size();
+  scratch.resize(2 * rows * M);
+  float *h = scratch.data(), *gate = h + rows * M;
+  Dots(w.up, M, D, x.data(), rows, h, M);
+  if (w.gate) Dots(w.gate, M, D, x.data(), rows, gate, M);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t m = 0; m < M; ++m) {
+      float& up = h[r * M + m];
+      if (w.up_bias) up += Load(w.up_bias + m);
+      if (w.gate) {
+        const float bias = w.gate_bias ? Load(w.gate_bias + m) : 0;
+        up *= Activate(activation, gate[r * M + m] + bias);
+      } else {
+        up = Activate(activation, up);
+      }
+    }
+  }
+  Axpys(w.down, M, D, h, M, rows, y.data());
+}
+
+template <class T>
+std::vector<float> ToFloat(const T* x, int64_t size) {
+  std::vector<float> made(size);
+  for (int64_t i = 0; i < size; ++i) made[i] = Load(x + i);
+  return made;
+}
+
+template <class T>
+void SparseFfn(ffi::ThreadPool& pool, const T* x, const bool* active, Weights<T> w, T* out,
+               Activation activation, int64_t B, int64_t D, int64_t E, int64_t M) {
+  std::vector<int64_t> used;  // by any row
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t b = 0; b < B; ++b)
+      if (active[b * E + e]) {
+        used.push_back(e);
+        break;
+      }
+  const std::vector<float> x_BD = ToFloat(x, B * D);
+  const int64_t count = used.size(), chunks = NumChunks(pool, count);
+  SumOverChunks(pool, chunks, B, D, out, [&](int64_t chunk, float* y_BD) {
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    std::vector<float> scratch;
+    for (int64_t k = count * chunk / chunks; k < count * (chunk + 1) / chunks; ++k) {
+      const int64_t e = used[k];
+      from.clear(), to.clear();
+      for (int64_t b = 0; b < B; ++b) {
+        if (!active[b * E + e]) continue;
+        from.push_back(x_BD.data() + b * D);
+        to.push_back(y_BD + b * D);
+      }
+      const auto matrix = [&](const T* p) { return p ? p + e * M * D : nullptr; };
+      const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
+      const Weights<T> expert = {matrix(w.gate), matrix(w.up), matrix(w.down),
+                                 vector(w.gate_bias), vector(w.up_bias)};
+      AddExpert(expert, activation, M, D, from, to, scratch);
+    }
+  });
+}
+
+// Operands after x, active and layer: up, down, then gate, up_bias, gate_bias as the flags say.
+template <class T>
+ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& active,
+                  int64_t layer, const ffi::RemainingArgs& rest, ffi::Result<ffi::AnyBuffer> y,
+                  int64_t activation, bool gated, bool biased) {
+  const auto up = rest.get<ffi::AnyBuffer>(0);
+  const int64_t B = x.dimensions()[0], D = x.dimensions()[1], E = active.dimensions()[1];
+  const int64_t N = up->dimensions()[0], M = up->dimensions()[2];
+  layer = std::min(std::max<int64_t>(layer, 0), N - 1);  // as XLA's own dynamic slices
+  size_t next = 0;
+  const auto take = [&](int64_t layer_size) {
+    const auto buffer = rest.get<ffi::AnyBuffer>(next++);
+    return static_cast<const T*>(buffer->untyped_data()) + layer * layer_size;
+  };
+  Weights<T> w = {};
+  w.up = take(E * M * D);
+  w.down = take(E * M * D);
+  if (gated) w.gate = take(E * M * D);
+  if (biased) w.up_bias = take(E * M);
+  if (biased && gated) w.gate_bias = take(E * M);
+  SparseFfn(pool, static_cast<const T*>(x.untyped_data()),
+            static_cast<const bool*>(active.untyped_data()), w, static_cast<T*>(y->untyped_data()),
+            Activation(activation), B, D, E, M);
+  return ffi::Error::Success();
+}
+
+ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer active,
+               ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
+               int64_t activation, bool gated, bool biased) {
+  const int64_t index = layer.typed_data()[0];
+  if (x.element_type() == ffi::F32)
+    return RunFfn<float>(pool, x, active, index, rest, y, activation, gated, biased);
+  return RunFfn<BFloat16>(pool, x, active, index, rest, y, activation, gated, biased);
+}
+
+// ---- Matrix-vector products.
+
+// y [B, O] = x [B, K] w[layer], w [N, K, O]; or, transposed, w [N, O, K].
+template <class T>
+ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t layer,
+                     const ffi::AnyBuffer& w, ffi::Result<ffi::Buffer<ffi::F32>> y, bool transposed) {
+  const int64_t B = x.dimensions()[0], K = x.dimensions()[1], O = y->dimensions()[1];
+  layer = std::min(std::max<int64_t>(layer, 0), int64_t(w.dimensions()[0]) - 1);
+  const T* weights = static_cast<const T*>(w.untyped_data()) + layer * K * O;
+  const std::vector<float> x_BK = ToFloat(static_cast<const T*>(x.untyped_data()), B * K);
+  float* out = y->typed_data();
+  std::vector<const float*> from;
+  for (int64_t b = 0; b < B; ++b) from.push_back(x_BK.data() + b * K);
+  const int64_t items = transposed ? O : K, chunks = NumChunks(pool, items / 8);
+  const auto begin = [&](int64_t chunk) { return items / 8 * chunk / chunks * 8; };
+  const auto end = [&](int64_t chunk) { return chunk + 1 == chunks ? items : begin(chunk + 1); };
+  if (transposed) {
+    ParallelFor(pool, chunks, [&](int64_t chunk) {
+      const int64_t o = begin(chunk);
+      Dots(weights + o * K, end(chunk) - o, K, from.data(), B, out + o, O);
+    });
+    return ffi::Error::Success();
+  }
+  SumOverChunks(pool, chunks, B, O, out, [&](int64_t chunk, float* y_BO) {
+    std::vector<float*> to;
+    for (int64_t b = 0; b < B; ++b) to.push_back(y_BO + b * O);
+    const int64_t k = begin(chunk);
+    Axpys(weights + k * O, end(chunk) - k, O, x_BK.data() + k, K, B, to.data());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer,
+                  ffi::AnyBuffer w, ffi::Result<ffi::Buffer<ffi::F32>> y, bool transposed) {
+  const int64_t index = layer.typed_data()[0];
+  if (x.element_type() == ffi::F32) return RunLinear<float>(pool, x, index, w, y, transposed);
+  return RunLinear<BFloat16>(pool, x, index, w, y, transposed);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxFfn, Ffn,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("activation")
+                                  .Attr<bool>("gated")
+                                  .Attr<bool>("biased"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxLinear, Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("transposed"));
