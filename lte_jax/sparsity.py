@@ -86,7 +86,7 @@ def flops_per_token(
     Table 1's "GFLOPs" are units of 2**30, and leave out embedding, head and attention scores;
     LLaMA-7B has 12.0625 of them. The router is charged in full, which the table says of LTE.
     """
-    return 2.0 * _weights_per_token(config, lte, sparsity)
+    return 2.0 * (_weights_per_token(config, sparsity) + _router_weights(config, lte))
 
 
 def bytes_per_token(
@@ -94,15 +94,18 @@ def bytes_per_token(
 ) -> float:
     """Bytes of weights that one token of batch-1 decoding must read, `width` bytes each.
 
-    Counts what flops_per_token counts and the output head; the floor of a decode step's time is
-    this over the memory bandwidth.
+    Counts what flops_per_token counts and the output head; routers are float32. The floor of a
+    decode step's time is this, and the cached keys and values, over the memory bandwidth.
     """
-    head = config.vocab_size * config.d_model
-    return width * (_weights_per_token(config, lte, sparsity) + head)
+    weights = _weights_per_token(config, sparsity) + config.vocab_size * config.d_model
+    return width * weights + 4 * _router_weights(config, lte)
 
 
-def _weights_per_token(config: ModelConfig, lte: LTEConfig | None, sparsity: float) -> float:
+def _weights_per_token(config: ModelConfig, sparsity: float) -> float:
     attention = 2 * config.d_model * config.head_dim * (config.num_heads + config.num_kv_heads)
     ffn = (3 if config.gated else 2) * config.d_model * config.d_ff
-    router = 0 if lte is None else config.d_model * num_experts(config, lte)
-    return config.num_layers * (attention + ffn * (1.0 - sparsity) + router)
+    return config.num_layers * (attention + ffn * (1.0 - sparsity))
+
+
+def _router_weights(config: ModelConfig, lte: LTEConfig | None) -> int:
+    return 0 if lte is None else config.num_layers * config.d_model * num_experts(config, lte)

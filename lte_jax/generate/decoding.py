@@ -66,6 +66,9 @@ class State:
     done_B: Array  # bool: an end-of-text token has been chosen
     step: Array  # int32, tokens chosen so far
     key: Array
+    read: (
+        Array  # float32: share of experts that the batch used, mean over layers, summed over steps
+    )
     cache: Cache
 
 
@@ -119,7 +122,8 @@ def _prefill(model, params, plan: Plan, knobs: Knobs, tokens_BL, real_BL, room: 
         cache=init_cache(model, batch, length + room),
     )
     zeros_B = jnp.zeros(batch, jnp.int32)
-    state = State(zeros_B, zeros_B > 0, jnp.zeros((), jnp.int32), key, out.cache)
+    zero = jnp.zeros((), jnp.float32)
+    state = State(zeros_B, zeros_B > 0, jnp.zeros((), jnp.int32), key, zero, out.cache)
     return _choose(plan, knobs, state, out.logits[:, -1], out.cache)
 
 
@@ -147,8 +151,9 @@ def extend(
 
     def one(carry):
         i, before, tokens_BS = carry
-        logits_BV, cache = decode_step(model, params, stacked, plan, knobs, before)
+        logits_BV, cache, read = decode_step(model, params, stacked, plan, knobs, before)
         state = _choose(plan, knobs, before, logits_BV, cache)
+        state = state.replace(read=state.read + read)
         chosen_B = jnp.where(before.done_B, -1, state.tokens_B)
         return i + 1, state, tokens_BS.at[:, i].set(chosen_B)
 
@@ -164,8 +169,8 @@ def decode_step(
     plan: Plan,
     knobs: Knobs,
     state: State,
-) -> tuple[Array, Cache]:
-    """Logits [B, V] of the token after `state.tokens_B`, and the cache with that token in it.
+) -> tuple[Array, Cache, Array]:
+    """Logits [B, V] after `state.tokens_B`, the cache with that token, the share of experts read.
 
     The same function as `model.apply` with the cache, but for how weights are read: through the
     door, with all layers stacked (`stacked`, from large_params) and the layer as an index. A scan
@@ -180,7 +185,7 @@ def decode_step(
             threshold=knobs.threshold,
             cache=state.cache,
         )
-        return out.logits[:, 0], out.cache
+        return out.logits[:, 0], out.cache, jnp.ones((), jnp.float32)
     config, dtype = model.config, jnp.dtype(model.dtype)
     batch, context = (
         tokens_B1.shape[0],
@@ -240,21 +245,23 @@ def decode_step(
         )
         if config.mlp_bias:
             x_BD += small["down_bias"].astype(dtype)[None]
-        return (x_BD, k_NBTKC, v_NBTKC), None
+        read = jnp.mean(jnp.any(active_BE, axis=0), dtype=jnp.float32)
+        return (x_BD, k_NBTKC, v_NBTKC), read
 
     embed = nn.Embed(config.vocab_size, config.d_model, dtype=dtype)
     x_BD = embed.apply({"params": params["embed"]}, state.tokens_B)
     slides_N = jnp.asarray(sliding_layers(config))
     indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x_BD, k, v), _ = jax.lax.scan(
+    (x_BD, k, v), read_N = jax.lax.scan(
         layer,
         (x_BD, state.cache["k"], state.cache["v"]),
         (small_params(params["layers"]), slides_N, indices_N),
     )
     x_BD = norm(x_BD, params["final_norm"]["scale"])
     logits_BV = linear(x_BD, stacked["head"], transposed=config.tie_embeddings)
-    index = state.cache["index"] + 1
-    return logits_BV, {"k": k, "v": v, "segments": context["segments_BT"], "index": index}
+    segments_BT, index = context["segments_BT"], state.cache["index"] + 1
+    cache = {"k": k, "v": v, "segments": segments_BT, "index": index}
+    return logits_BV, cache, jnp.mean(read_N)
 
 
 def small_params(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +332,7 @@ def _choose(plan: Plan, knobs: Knobs, state: State, logits_BV: Array, cache: Cac
     done_B = state.done_B
     for eos in plan.eos_ids:
         done_B |= tokens_B == eos
-    return State(tokens_B, done_B, state.step + 1, state.key, cache)
+    return State(tokens_B, done_B, state.step + 1, state.key, state.read, cache)
 
 
 def allowed_logits(plan: Plan, knobs: Knobs, logits_BV: Array) -> Array:
