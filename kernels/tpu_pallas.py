@@ -21,7 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .reference import ACTIVATIONS, compact
+from .reference import ACTIVATIONS, Unsupported, compact
+from .xla import linear  # XLA's own matrix-vector products do on a TPU
+
+__all__ = ["linear", "sparse_ffn"]
 
 # Of the fast memory of a TPU, VMEM: for the operands, and with what the compiler adds to them for
 # float32 products. A TPU has 64 MiB or more from v5 on; unless it asks, a kernel gets 16.
@@ -46,7 +49,7 @@ def sparse_ffn(
     other arguments are those of the contract, README.md beside this file.
 
     Raises:
-      ValueError: on a type or shape that a TPU does not take, in interpret mode too.
+      Unsupported: on a type or shape that a TPU does not take, in interpret mode too.
     """
     _check(x_BD, active_BE, weights)
     if interpret is None:
@@ -55,7 +58,7 @@ def sparse_ffn(
     biases = [f"{name}_bias" for name in names if f"{name}_bias" in weights]
     layer = layer.astype(jnp.int32)
     ids_E, count = compact(active_BE)
-    # In one list, as each scalar by itself would be a temporary in HBM.
+    # In one list: by themselves, scalars become temporaries in HBM, of 32 KB each.
     plan = jnp.concatenate([jnp.stack([layer, count]), ids_E])
     # One row of [N, E, M] is no block that a TPU fetches, so this layer's biases come as a whole.
     bias_EM = [jax.lax.dynamic_index_in_dim(weights[b], layer, keepdims=False) for b in biases]
@@ -148,16 +151,16 @@ def _tiled(shape: tuple[int, int], dtype) -> int:
 
 def _check(x_BD, active_BE, weights) -> None:
     if x_BD.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"tpu_pallas: x is {x_BD.dtype}, the kernel has float32 and bfloat16")
+        raise Unsupported(f"tpu_pallas: x is {x_BD.dtype}, the kernel has float32 and bfloat16")
     neurons, width = weights["up"].shape[2:]
     if neurons % 8 or width % 128:
-        raise ValueError(
+        raise Unsupported(
             f"tpu_pallas: experts of {neurons} neurons at width {width} would be copied at every "
             "call: a TPU takes them as they lie in multiples of 8 neurons and of 128 in width"
         )
     needed = vmem_bytes(x_BD, active_BE, weights)
     if needed > OPERAND_BYTES:
-        raise ValueError(
+        raise Unsupported(
             f"tpu_pallas: {x_BD.shape[0]} rows and experts of {neurons} neurons at width {width} "
             f"take {needed / 2**20:.1f} MiB of VMEM, {OPERAND_BYTES >> 20} can be had: run fewer "
             "rows at a time, or experts of fewer neurons"
