@@ -1,0 +1,295 @@
+"""The sparse kernels for NVIDIA GPUs: Triton, called through jax-triton.
+
+Two launches. `hidden` has a program for every few neurons of every expert; those of idle experts
+end after one load, the others leave hidden activations and, between them, the list of used experts
+with its count. `combine` multiplies them with the down projection: its programs walk equal shares
+of that list. Their partial sums are added by XLA in a fixed order. Nothing waits for the host.
+The kernels themselves are in triton_kernels.py, their block sizes are chosen by `blocks` here.
+
+Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
+               O outputs  S splits
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .reference import Unsupported
+
+TUNED = pathlib.Path(__file__).with_name("tuned")  # <device>.json, by tune.py
+ROWS = (1, 8, 16, 32, 64)  # what rows of x are padded to; each has block sizes of its own
+_TYPES = ("float32", "bfloat16")
+_PROGRAMS = 512  # that `combine` is split into: about four for each of an H200's 132 processors
+
+
+class Blocks(NamedTuple):
+    """How one kernel is cut: a tile is `m` rows of the weights by `d` columns."""
+
+    m: int
+    d: int
+    warps: int
+    stages: int  # tiles on their way at once, and one in use
+    splits: int = 1  # shares of the sum (`combine`)
+
+
+def sparse_ffn(
+    x_BD: jax.Array,
+    active_BE: jax.Array,
+    weights: Mapping[str, jax.Array],
+    layer: jax.Array,
+    *,
+    activation: str,
+) -> jax.Array:
+    """Output [B, D] of x's type, accumulated in float32; weights are stacked [N, E, M, D].
+
+    Raises:
+      Unsupported: on other types than float32 and bfloat16, more than 64 rows, or no jax-triton.
+    """
+    e, m, d = weights["up"].shape[1:]
+    shape = (x_BD.shape[0], m, d, x_BD.dtype.name)
+    h_EBM, ids_E, count = hidden(
+        x_BD, active_BE, weights, layer, activation=activation, cut=blocks("hidden", *shape)
+    )
+    cut = blocks("combine", *shape, experts=e)
+    return combine(h_EBM, weights["down"], layer, ids_E, count, cut=cut).astype(x_BD.dtype)
+
+
+def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+    """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K].
+
+    Raises: as sparse_ffn.
+    """
+    shape = (x_BK.shape[0], *w.shape[1:], x_BK.dtype.name)
+    if transposed:
+        return project(x_BK, w, layer, cut=blocks("project", *shape))
+    # K weighted rows to be summed, like the experts' of a down projection: all of one expert.
+    return combine(x_BK[None], w[:, None], layer, cut=blocks("combine", *shape))
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, in words; None if they can."""
+    if jax.default_backend() != "gpu":
+        return f"it is for NVIDIA GPUs, and jax runs on {jax.default_backend()}"
+    device = jax.devices()[0]
+    if "rocm" in device.client.platform_version.lower():
+        return f"it is for NVIDIA GPUs, and this is {device.device_kind}"
+    if float(device.compute_capability) < 8.0:
+        return f"{device.device_kind} has compute capability {device.compute_capability} (8.0 on)"
+    try:
+        _jax_triton()
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# The launches
+
+
+def hidden(
+    x_BD: jax.Array,
+    active_BE: jax.Array,
+    weights: Mapping[str, jax.Array],
+    layer: jax.Array,
+    *,
+    activation: str,
+    cut: Blocks,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden activations of the used experts, and which they are.
+
+    Returns:
+      h_EBM: of x's type, zero where a row does not use an expert; undefined where no row does.
+      ids_E: int32, the used experts, ascending; undefined from count on.
+      count: int32 [1].
+    """
+    b, d = x_BD.shape
+    e, m = weights["up"].shape[1:3]
+    up = weights["up"]
+    out = (
+        jax.ShapeDtypeStruct((e, b, m), x_BD.dtype),
+        jax.ShapeDtypeStruct((e,), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    return _call(
+        "hidden",
+        (x_BD, active_BE, layer, up)
+        # What is not there is not read, but a kernel takes a fixed number of arrays.
+        + tuple(weights.get(name, up) for name in ("gate", "up_bias", "gate_bias")),
+        out,
+        (e, -(-m // cut.m)),
+        cut,
+        **hidden_constants(b, e, m, d, cut),
+        ACTIVATION=activation,
+        GATED="gate" in weights,
+        UP_BIAS="up_bias" in weights,
+        GATE_BIAS="gate_bias" in weights,
+    )
+
+
+def combine(
+    h_EBM: jax.Array,
+    w: jax.Array,
+    layer: jax.Array,
+    ids_E: jax.Array | None = None,
+    count: jax.Array | None = None,
+    *,
+    cut: Blocks,
+) -> jax.Array:
+    """Sum over listed experts (all of them without a list) of h w[layer]: float32 [B, D]."""
+    (e, b, m), d = h_EBM.shape, w.shape[-1]
+    listed = ids_E is not None
+    partial_SBD = _call(
+        "combine",
+        (h_EBM, w, layer) + ((ids_E, count) if listed else (layer, layer)),
+        jax.ShapeDtypeStruct((cut.splits, b, d), jnp.float32),
+        (-(-d // cut.d), cut.splits),
+        cut,
+        **combine_constants(b, e, m, d, cut),
+        GATHER=listed,
+    )
+    return partial_SBD.sum(axis=0)
+
+
+def project(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, cut: Blocks) -> jax.Array:
+    """x w[layer] transposed: float32 [B, O], for w stacked [N, O, K]."""
+    (b, k), o = x_BK.shape, w.shape[1]
+    out = jax.ShapeDtypeStruct((b, o), jnp.float32)
+    grid = (-(-o // cut.m),)
+    return _call("project", (x_BK, w, layer), out, grid, cut, **project_constants(b, o, k, cut))
+
+
+def hidden_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
+    """What the kernel is compiled for, but for the flags of the FFN's kind."""
+    experts = 1 << (e - 1).bit_length()
+    return {"E": e, "BLOCK_E": experts} | project_constants(b, m, d, cut)
+
+
+def combine_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
+    """What the kernel is compiled for, but for GATHER: h is [E, B, M]."""
+    lengths = project_constants(b, m, d, cut)
+    lengths["ROWS"] = padded(b) if b == 1 else max(16, padded(b))  # rows are the mma's longer side
+    return lengths | {"E": e, "SPLITS": cut.splits, "H_EXPERT": b * m, "H_ROW": m}
+
+
+def project_constants(b: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
+    """What the kernel is compiled for."""
+    lengths = {"B": b, "M": m, "D": d, "ROWS": padded(b)}
+    return lengths | {"BLOCK_M": cut.m, "BLOCK_D": cut.d, "STAGES": cut.stages}
+
+
+def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, **constants):
+    """One launch: arrays of the shapes `out`."""
+    jax_triton = _jax_triton()
+    from . import triton_kernels
+
+    version = tuple(int(part) for part in jax_triton.__version__.split(".")[:2])
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=getattr(triton_kernels, kernel),
+        grid=grid,
+        name=f"lte_jax_{kernel}",
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **{"out_shape" if version < (0, 4) else "out_type": out},
+        **constants,
+    )
+
+
+@functools.cache
+def _jax_triton():
+    try:
+        import jax_triton
+        import triton  # noqa: F401  jax_triton imports without it
+    except ImportError as error:
+        raise Unsupported(
+            f"no jax-triton ({str(error).splitlines()[0]}): pip install 'lte-jax[gpu]'"
+        ) from error
+    return jax_triton
+
+
+# ---------------------------------------------------------------------------------------------
+# Block sizes
+
+
+def padded(b: int) -> int:
+    """The number of rows that b rows are computed as.
+
+    Raises:
+      Unsupported: on more than the kernels take.
+    """
+    for rows in ROWS:
+        if b <= rows:
+            return rows
+    raise Unsupported(f"{b} rows: the Triton kernels take up to {ROWS[-1]} at once")
+
+
+def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
+    """Tuned for this device, kernel, shape of the weights, type and rows; else by rule.
+
+    Raises:
+      Unsupported: on a type or number of rows that the kernels do not take.
+      ValueError: on a file of tuned blocks that cannot be read.
+    """
+    if dtype not in _TYPES:
+        raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
+    tuned = _tuned(tuned_path()) if jax.default_backend() == "gpu" else {}
+    return tuned.get(key(kernel, b, m, d, dtype)) or by_rule(
+        kernel, b, m, d, dtype, experts=experts
+    )
+
+
+def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
+    """Block sizes from arithmetic alone.
+
+    A processor (SM) of an H200 gets 36 GB/s, and a load takes up to a microsecond under way: 36 KB
+    have to be in flight on each at all times. The rules aim at twice that: 8 KiB or so a tile,
+    some tiles ahead in each program, several programs on a processor; registers (some 70 a thread)
+    and shared memory (160 KB on an A100) allow them. A tile's rows are 256 bytes or longer.
+    """
+    rows, size = padded(b), jnp.dtype(dtype).itemsize
+    power = 1 << (m - 1).bit_length()  # no tile needs more rows than that
+    if kernel == "combine":
+        if rows == 1:
+            cut = Blocks(m=min(16, power), d=256 // size, warps=4, stages=6)
+        else:  # the list of experts takes every second stage
+            cut = Blocks(m=min(32, max(16, power)), d=256 // size, warps=4, stages=7)
+        panels, columns = experts * -(-m // cut.m), -(-d // cut.d)
+        # Many rows make the partial sums as large as the weights: fewer of them.
+        programs = _PROGRAMS if rows <= 16 else _PROGRAMS // 2
+        return cut._replace(splits=min(panels, -(-programs // columns)))
+    if rows == 1:
+        # `project` reads one matrix, `hidden` two: as many bytes from a deeper pipeline.
+        stages = 3 if kernel == "hidden" else 5
+        return Blocks(m=min(4, power), d=1024 // size, warps=4, stages=stages)
+    # x is read again for each tile: the more rows it has, the taller the tile.
+    tall = 16 if rows <= 8 else 32
+    # Off the tensor cores, in float32, four warps would run out of registers.
+    warps = 8 if dtype == "float32" and rows > 16 else 4
+    return Blocks(m=min(tall, max(16, power)), d=256 // size, warps=warps, stages=5)
+
+
+def key(kernel: str, b: int, m: int, d: int, dtype: str) -> str:
+    """The name of an entry in a file of tuned blocks, such as "hidden 32x4096 bfloat16 rows 8"."""
+    return f"{kernel} {m}x{d} {dtype} rows {padded(b)}"
+
+
+def tuned_path() -> pathlib.Path:
+    """The file for this process's device, such as tuned/nvidia-h200.json."""
+    return TUNED / (jax.devices()[0].device_kind.lower().replace(" ", "-") + ".json")
+
+
+@functools.cache
+def _tuned(path: pathlib.Path) -> dict[str, Blocks]:
+    if not path.exists():
+        return {}
+    try:
+        return {name: Blocks(**cut) for name, cut in json.loads(path.read_text())["blocks"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: no file of tuned blocks ({error}): delete it") from error
