@@ -151,17 +151,17 @@ def _tiled(shape: tuple[int, int], dtype) -> int:
 
 def _check(x_BD, active_BE, weights) -> None:
     if x_BD.dtype not in (jnp.float32, jnp.bfloat16):
-        raise Unsupported(f"tpu_pallas: x is {x_BD.dtype}, the kernel has float32 and bfloat16")
+        raise Unsupported(f"x is {x_BD.dtype}, the kernel has float32 and bfloat16")
     neurons, width = weights["up"].shape[2:]
     if neurons % 8 or width % 128:
         raise Unsupported(
-            f"tpu_pallas: experts of {neurons} neurons at width {width} would be copied at every "
+            f"experts of {neurons} neurons at width {width} would be copied at every "
             "call: a TPU takes them as they lie in multiples of 8 neurons and of 128 in width"
         )
     needed = vmem_bytes(x_BD, active_BE, weights)
     if needed > OPERAND_BYTES:
         raise Unsupported(
-            f"tpu_pallas: {x_BD.shape[0]} rows and experts of {neurons} neurons at width {width} "
+            f"{x_BD.shape[0]} rows and experts of {neurons} neurons at width {width} "
             f"take {needed / 2**20:.1f} MiB of VMEM, {OPERAND_BYTES >> 20} can be had: run fewer "
             "rows at a time, or experts of fewer neurons"
         )
