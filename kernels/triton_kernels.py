@@ -11,11 +11,14 @@ gpu_triton.py launches them from jax, and says how block sizes are chosen.
 Dimension key: B rows of x  D model width  E experts  M neurons per expert  N layers
 """
 
+from typing import no_type_check  # checkers of types wrap functions, which Triton does not expect
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return z * tl.sigmoid(z)
@@ -29,6 +32,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _project(
     x,
     first,
@@ -83,6 +87,7 @@ def _project(
 
 
 @triton.jit
+@no_type_check
 def hidden(
     x,  # [B, D]
     active,  # [B, E], bool
@@ -151,6 +156,7 @@ def hidden(
 
 
 @triton.jit
+@no_type_check
 def combine(
     h,  # element (b, m) of expert e lies at e H_EXPERT + b H_ROW + m
     w,  # [N, E, M, D]
@@ -212,6 +218,7 @@ def combine(
 
 
 @triton.jit
+@no_type_check
 def project(
     x,  # [B, D]
     w,  # [N, M, D]

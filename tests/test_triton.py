@@ -1,0 +1,202 @@
+"""The Triton kernels without a GPU: compiled for two generations of them, run in the interpreter.
+
+On a GPU they are held to the contract by test_kernels.py, as every implementation is.
+`python -m tests.test_triton` prints the table of docs/kernels.md.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import pytest
+from lte_jax.kernels.reference import Unsupported
+
+from lte_jax.kernels import gpu_triton
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install 'lte-jax[gpu]'")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1 rules compiling out", allow_module_level=True)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# LLaMA2-7B: 344 experts of 32 neurons, width 4096; its vocabulary for `project`.
+E, M, D, V = 344, 32, 4096, 32000
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have, A100 and H100/H200
+PROOFS = [
+    pytest.param(kernel, arch, dtype, rows, marks=[pytest.mark.slow] if dtype == "float32" else [])
+    for kernel in ("hidden", "combine", "project")
+    for arch in SHARED
+    for dtype in ("bfloat16", "float32")
+    for rows in (1, 8, 64)
+]
+
+
+def compiled(kernel, arch, dtype, rows, e=E, m=M, d=D, activation="silu", flags=(True, False)):
+    """Block sizes by rule, and the compiler's account of the kernel: a dict of figures."""
+    from lte_jax.kernels import triton_kernels
+
+    if kernel == "project":
+        m = V if m == M else m
+    cut = gpu_triton.by_rule(kernel, rows, m, d, dtype, experts=e)
+    gated, bias = flags
+    constants = {
+        "hidden": lambda: (
+            gpu_triton.hidden_constants(rows, e, m, d, cut)
+            | {
+                "ACTIVATION": activation,
+                "GATED": gated,
+                "UP_BIAS": bias,
+                "GATE_BIAS": bias and gated,
+            }
+        ),
+        "combine": lambda: gpu_triton.combine_constants(rows, e, m, d, cut) | {"GATHER": True},
+        "project": lambda: gpu_triton.project_constants(rows, m, d, cut),
+    }[kernel]()
+    function = getattr(triton_kernels, kernel)
+    element = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    pointers = {"active": "*i1", "layer": "*i32", "ids": "*i32", "count": "*i32"}
+    pointers |= {"partial": "*fp32", "y": "*fp32"}
+    names = function.arg_names
+    source = triton.compiler.ASTSource(
+        fn=function,
+        signature={n: "constexpr" if n in constants else pointers.get(n, element) for n in names},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    options = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=target, options=options)
+    return cut, binary.asm | usage(binary.asm["cubin"]) | {"shared": binary.metadata.shared}
+
+
+def usage(cubin):
+    """Registers of a thread, and bytes of its memory that they did not suffice for."""
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", told)}
+    return {"registers": figures["REG"], "spilled": figures["STACK"] + figures["LOCAL"]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    """Nothing compiled before counts, and nothing is left behind."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        yield
+
+
+@pytest.mark.parametrize(("kernel", "arch", "dtype", "rows"), PROOFS)
+def test_compiles(kernel, arch, dtype, rows, record_property):
+    _, made = compiled(kernel, arch, dtype, rows)
+    for figure in ("registers", "spilled", "shared"):
+        record_property(figure, made[figure])
+    assert made["cubin"].startswith(b"\x7fELF")
+    assert made["spilled"] == 0
+    assert made["shared"] <= SHARED[arch]
+    # Weights go to shared memory by themselves, 16 bytes at a time, while others are computed with.
+    assert re.search(r"cp\.async\.cg\S* .*0x10", made["ptx"])
+    tensor_cores = re.search(r"\bw?g?mma\.", made["ptx"]) is not None
+    assert tensor_cores == (rows > 1 and dtype == "bfloat16")
+    assert not re.search(r"\b(atom|red)\.", made["ptx"])
+
+
+@pytest.mark.parametrize("flags", [(True, True), (False, False), (False, True)])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_kinds_of_ffn_compile(activation, flags):
+    made = compiled("hidden", 90, "bfloat16", 2, activation=activation, flags=flags)[1]
+    assert made["spilled"] == 0
+
+
+@pytest.mark.parametrize(("e", "m", "d"), [(43, 4, 64), (43, 8, 128), (80, 64, 5120), (10, 6, 20)])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_other_shapes_compile(rows, e, m, d):
+    for kernel in ("hidden", "combine"):
+        made = compiled(kernel, 80, "bfloat16", rows, e, m, d)[1]
+        assert made["spilled"] == 0 and made["shared"] <= SHARED[80]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    pytest.importorskip("torch", reason="Triton's interpreter needs torch")
+    command = [sys.executable, "-m", "tests.triton_interpreter"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_against_float64(interpreted):
+    """One row to 33; every mask, kind of FFN and odd size that tests/triton_interpreter.py lists.
+
+    bfloat16: hidden activations are rounded to it, and nothing else is: a product of two such
+    numbers is exact in float32.
+    """
+    tolerance = {"float32": 2e-6, "bfloat16": 1e-2}
+    wrong = {n: e for n, e in interpreted.items() if not e < tolerance[n.split()[0]]}
+    assert len(interpreted) > 80 and not wrong
+
+
+def test_rules_stay_within_what_is_there():
+    for kernel in ("hidden", "combine", "project"):
+        for b in (1, 2, 8, 9, 64):
+            for m, d in ((1, 16), (4, 128), (32, 4096), (43, 20), (11008, 4096)):
+                cut = gpu_triton.by_rule(kernel, b, m, d, "bfloat16", experts=3)
+                assert all(n >= 1 and n & (n - 1) == 0 for n in cut[:3])
+                assert 1 <= cut.splits <= 3 * -(-m // cut.m)
+
+
+def test_refusals_in_one_line():
+    for match, kernel, b, dtype in (
+        ("65 rows.*64", "hidden", 65, "float32"),
+        ("float16.*float32 and bfloat16", "combine", 1, "float16"),
+    ):
+        with pytest.raises(Unsupported, match=match):
+            gpu_triton.blocks(kernel, b, M, D, dtype)
+    if jax.default_backend() == "cpu":
+        assert "jax runs on cpu" in gpu_triton.unavailable()
+
+
+def test_tuned_blocks_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "nvidia-h200.json"
+    monkeypatch.setattr(gpu_triton, "tuned_path", lambda: path)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    by_rule = gpu_triton.by_rule("hidden", 5, M, D, "bfloat16")
+    assert gpu_triton.blocks("hidden", 5, M, D, "bfloat16") == by_rule
+    cut = by_rule._replace(stages=9)
+    name = gpu_triton.key("hidden", 8, M, D, "bfloat16")
+    path.write_text(json.dumps({"blocks": {name: cut._asdict()}}))
+    gpu_triton._tuned.cache_clear()
+    assert gpu_triton.blocks("hidden", 5, M, D, "bfloat16") == cut
+    assert gpu_triton.blocks("hidden", 9, M, D, "bfloat16") != cut
+    path.write_text('{"blocks": {"hidden": {"m": 1}}}')
+    gpu_triton._tuned.cache_clear()
+    with pytest.raises(ValueError, match="nvidia-h200.json.*delete it"):
+        gpu_triton.blocks("hidden", 1, M, D, "bfloat16")
+    gpu_triton._tuned.cache_clear()
+
+
+def table():
+    """The compile proofs, as docs/kernels.md shows them."""
+    yield "| kernel | type | rows | tile, warps, stages | sm_80 | sm_90 |"
+    yield "| --- | --- | ---: | --- | ---: | ---: |"
+    for kernel in ("hidden", "combine", "project"):
+        for dtype in ("bfloat16", "float32"):
+            for rows in (1, 8, 16, 64):
+                cells = []
+                for arch in SHARED:
+                    cut, made = compiled(kernel, arch, dtype, rows)
+                    cells.append("{registers} / {shared:,} / {spilled}".format(**made))
+                tile = f"{cut.m} × {cut.d}, {cut.warps}, {cut.stages}"
+                yield f"| {kernel} | {dtype} | {rows} | {tile} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(f"triton {triton.__version__}; registers of a thread / bytes shared / bytes spilled\n")
+    for line in table():
+        print(line, flush=True)

@@ -1,0 +1,175 @@
+"""Runs the Triton kernels in Triton's interpreter, on the CPU, against NumPy in float64.
+
+Run by test_triton.py in a process of its own, as TRITON_INTERPRET=1 holds for a whole process.
+Prints a JSON object: for each case the largest error, relative to the largest value expected.
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from lte_jax.kernels import gpu_triton, triton_kernels
+
+E, N, LAYER = 5, 3, 1
+ERF = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "silu": lambda z: z / (1 + np.exp(-z)),
+    "gelu": lambda z: 0.5 * z * (1 + ERF(z / math.sqrt(2))),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "relu": lambda z: np.maximum(z, 0),
+}
+
+
+def repair_dot():
+    """The interpreter keeps bfloat16 as bits and multiplies those in tl.dot: give it numbers."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def numbers(operand):
+        if operand.dtype != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, numbers(a), numbers(b), *rest)
+
+    builder.create_dot = create_dot
+
+
+def launch(kernel, grid, arrays, constants):
+    getattr(triton_kernels, kernel)[grid](*arrays, **constants)
+
+
+def normal(rng, dtype, *shape):
+    return torch.tensor(rng.normal(size=shape, scale=0.5)).to(getattr(torch, dtype))
+
+
+def mask(rng, rows, kind):
+    active = np.zeros((rows, E), bool)
+    if kind == "all":
+        active[:] = True
+    elif kind == "one":
+        active[:, E - 1] = True
+    elif kind == "disjoint":
+        for expert in range(E):
+            active[expert % rows, expert] = True
+    elif kind == "some":
+        active = rng.random((rows, E)) < 0.4
+        active[:, 0] = False  # the program that stores the count is idle
+    return active
+
+
+def ffn(rows, dtype, kind, m, d, activation="silu", gated=True, bias=False):
+    """Error of the two kernels, launched as gpu_triton launches them."""
+    rng = np.random.default_rng(rows)
+    x, active = normal(rng, dtype, rows, d), torch.tensor(mask(rng, rows, kind))
+    names = ("up", "down", "gate")[: 3 if gated else 2]
+    w = {name: normal(rng, dtype, N, E, m, d) for name in names}
+    if bias:
+        w |= {f"{n}_bias": normal(rng, dtype, N, E, m) for n in ("up", "gate") if n in w}
+    # Memory that nothing wrote shows: NaN in idle experts, in outputs and scratch.
+    for weights in w.values():
+        weights[LAYER, ~active.any(0)] = math.nan
+        weights[[i for i in range(N) if i != LAYER]] = math.nan
+
+    shape = (rows, m, d, dtype)
+    first = gpu_triton.by_rule("hidden", *shape)
+    second = gpu_triton.by_rule("combine", *shape, experts=E)
+    layer = torch.tensor(LAYER, dtype=torch.int32)
+    h = torch.full((E, rows, m), math.nan, dtype=x.dtype)
+    ids, count = torch.full((E,), 10**6, dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)
+    optional = [w.get(name, w["up"]) for name in ("gate", "up_bias", "gate_bias")]
+    launch(
+        "hidden",
+        (E, -(-m // first.m)),
+        (x, active, layer, w["up"], *optional, h, ids, count),
+        gpu_triton.hidden_constants(rows, E, m, d, first)
+        | {"ACTIVATION": activation, "GATED": gated}
+        | {"UP_BIAS": bias, "GATE_BIAS": bias and gated},
+    )
+    used = np.flatnonzero(active.numpy().any(0))
+    assert count.item() == used.size and (ids[: used.size].numpy() == used).all(), (ids, count)
+    partial = torch.full((second.splits, rows, d), math.nan)
+    launch(
+        "combine",
+        (-(-d // second.d), second.splits),
+        (h, w["down"], layer, ids, count, partial),
+        gpu_triton.combine_constants(rows, E, m, d, second) | {"GATHER": True},
+    )
+
+    x, active = x.double().numpy(), active.numpy()
+    w = {name: value[LAYER].double().numpy() for name, value in w.items()}
+
+    def project(name):
+        bias = w[f"{name}_bias"][None] if f"{name}_bias" in w else 0.0
+        return np.einsum("bd,emd->bem", x, w[name]) + bias
+
+    act = ACTIVATIONS[activation]
+    hidden = act(project("gate")) * project("up") if gated else act(project("up"))
+    hidden = np.where(active[..., None], hidden, 0.0)
+    down = np.where(active.any(0)[:, None, None], w["down"], 0.0)
+    return error(partial.sum(0), np.einsum("bem,emd->bd", hidden, down))
+
+
+def linear(rows, dtype, k, o, transposed):
+    rng = np.random.default_rng(rows)
+    x, layer = normal(rng, dtype, rows, k), torch.tensor(LAYER, dtype=torch.int32)
+    w = normal(rng, dtype, N, *((o, k) if transposed else (k, o)))
+    w[[i for i in range(N) if i != LAYER]] = math.nan
+    expected = x.double() @ (w[LAYER].double().T if transposed else w[LAYER].double())
+    shape = (rows, *w.shape[1:], dtype)
+    if transposed:
+        cut = gpu_triton.by_rule("project", *shape)
+        y = torch.full((rows, o), math.nan)
+        constants = gpu_triton.project_constants(rows, o, k, cut)
+        launch("project", (-(-o // cut.m),), (x, w, layer, y), constants)
+        return error(y, expected)
+    cut = gpu_triton.by_rule("combine", *shape)
+    partial = torch.full((cut.splits, rows, o), math.nan)
+    constants = gpu_triton.combine_constants(rows, 1, k, o, cut) | {"GATHER": False}
+    arrays = (x, w, layer, layer, layer, partial)
+    launch("combine", (-(-o // cut.d), cut.splits), arrays, constants)
+    return error(partial.sum(0), expected)
+
+
+def error(y, expected):
+    y, expected = np.asarray(y, np.float64), np.asarray(expected)
+    return float(np.abs(y - expected).max() / (np.abs(expected).max() or 1.0))
+
+
+def main():
+    repair_dot()
+    errors = {}
+    for rows, kind in itertools.product(
+        (1, 2, 3, 8, 16), ("none", "one", "some", "disjoint", "all")
+    ):
+        errors[f"float32 rows {rows} {kind}"] = ffn(rows, "float32", kind, 8, 48)
+        if kind in ("none", "some"):
+            errors[f"bfloat16 rows {rows} {kind}"] = ffn(rows, "bfloat16", kind, 8, 48)
+    errors["float32 rows 33 some"] = ffn(33, "float32", "some", 8, 48)
+    for activation, gated, bias in itertools.product(ACTIVATIONS, (True, False), (True, False)):
+        name = f"float32 rows 1 {activation} gated={gated} bias={bias}"
+        errors[name] = ffn(1, "float32", "some", 4, 32, activation, gated, bias)
+    for dtype, rows in itertools.product(("float32", "bfloat16"), (1, 3)):
+        name = f"{dtype} rows {rows} silu gated=True bias=True"
+        errors[name] = ffn(rows, dtype, "some", 16, 32, bias=True)
+        for m, d in ((32, 544), (64, 80), (6, 20), (43, 128)):  # several tiles; odd sizes
+            errors[f"{dtype} rows {rows} {m}x{d}"] = ffn(rows, dtype, "some", m, d)
+        for transposed, (k, o) in itertools.product((False, True), ((600, 40), (24, 84))):
+            name = f"{dtype} rows {rows} linear {k}x{o} transposed={transposed}"
+            errors[name] = linear(rows, dtype, k, o, transposed)
+    json.dump(errors, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
