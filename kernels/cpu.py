@@ -144,10 +144,9 @@ def _compiler() -> str:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [
-            done.stderr[-200:]
-        ]
-        raise Unsupported(f"{command[0]} failed: {lines[0].strip()}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[-1])
+        raise Unsupported(f"{command[0]} failed: {line.strip()}")
     return done.stdout
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lte_jax.config import (
@@ -178,7 +179,9 @@ def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: 
     return router
 
 
-def ridge_router(model: nn.Module, params, batches: Sequence[Mapping[str, Array]], lte: LTEConfig):
+def ridge_router(
+    model: nn.Module, params, batches: Sequence[Mapping[str, Array | np.ndarray]], lte: LTEConfig
+):
     """Routers regressed on what an oracle would choose: kernel [N, D, E] and bias [N, E].
 
     On each real token of `batches` ({"tokens", "segments"} [B, L]) the oracle keeps the experts
@@ -195,7 +198,7 @@ def ridge_router(model: nn.Module, params, batches: Sequence[Mapping[str, Array]
         x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
         importance_NTE = jax.vmap(contribution)(h_NTEM, params["layers"]["ffn"]["down"])
         least_NT1 = jax.lax.top_k(importance_NTE, top)[0][..., -1:]
-        chosen_NTE = (importance_NTE >= least_NT1) * real_T[None, :, None]
+        chosen_NTE = (importance_NTE >= least_NT1).astype(jnp.float32) * real_T[None, :, None]
         x_NTD = jnp.concatenate([x_NTD, jnp.ones_like(x_NTD[..., :1])], -1) * real_T[None, :, None]
         return {
             "gram": jnp.einsum("NTD,NTK->NDK", x_NTD, x_NTD),
