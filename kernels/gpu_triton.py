@@ -53,11 +53,10 @@ def sparse_ffn(
       Unsupported: on other types than float32 and bfloat16, more than 64 rows, or no jax-triton.
     """
     e, m, d = weights["up"].shape[1:]
-    shape = (x_BD.shape[0], m, d, x_BD.dtype.name)
-    h_EBM, ids_E, count = hidden(
-        x_BD, active_BE, weights, layer, activation=activation, cut=blocks("hidden", *shape)
-    )
-    cut = blocks("combine", *shape, experts=e)
+    b, dtype = x_BD.shape[0], x_BD.dtype.name
+    cut = blocks("hidden", b, m, d, dtype)
+    h_EBM, ids_E, count = hidden(x_BD, active_BE, weights, layer, activation=activation, cut=cut)
+    cut = blocks("combine", b, m, d, dtype, experts=e)
     return combine(h_EBM, weights["down"], layer, ids_E, count, cut=cut).astype(x_BD.dtype)
 
 
@@ -66,11 +65,12 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
 
     Raises: as sparse_ffn.
     """
-    shape = (x_BK.shape[0], *w.shape[1:], x_BK.dtype.name)
+    kernel = "project" if transposed else "combine"
+    cut = blocks(kernel, x_BK.shape[0], w.shape[1], w.shape[2], x_BK.dtype.name)
     if transposed:
-        return project(x_BK, w, layer, cut=blocks("project", *shape))
+        return project(x_BK, w, layer, cut=cut)
     # K weighted rows to be summed, like the experts' of a down projection: all of one expert.
-    return combine(x_BK[None], w[:, None], layer, cut=blocks("combine", *shape))
+    return combine(x_BK[None], w[:, None], layer, cut=cut)
 
 
 def unavailable() -> str | None:
@@ -239,7 +239,7 @@ def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1)
     """
     if dtype not in _TYPES:
         raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
-    tuned = _tuned(tuned_path()) if jax.default_backend() == "gpu" else {}
+    tuned = read_tuned(tuned_path()) if jax.default_backend() == "gpu" else {}
     return tuned.get(key(kernel, b, m, d, dtype)) or by_rule(
         kernel, b, m, d, dtype, experts=experts
     )
@@ -286,7 +286,8 @@ def tuned_path() -> pathlib.Path:
 
 
 @functools.cache
-def _tuned(path: pathlib.Path) -> dict[str, Blocks]:
+def read_tuned(path: pathlib.Path) -> dict[str, Blocks]:
+    """The entries of a file that tune.py wrote, by `key`; none if there is no file."""
     if not path.exists():
         return {}
     try:

@@ -171,14 +171,14 @@ def test_tuned_blocks_are_read(tmp_path, monkeypatch):
     cut = by_rule._replace(stages=9)
     name = gpu_triton.key("hidden", 8, M, D, "bfloat16")
     path.write_text(json.dumps({"blocks": {name: cut._asdict()}}))
-    gpu_triton._tuned.cache_clear()
+    gpu_triton.read_tuned.cache_clear()
     assert gpu_triton.blocks("hidden", 5, M, D, "bfloat16") == cut
     assert gpu_triton.blocks("hidden", 9, M, D, "bfloat16") != cut
     path.write_text('{"blocks": {"hidden": {"m": 1}}}')
-    gpu_triton._tuned.cache_clear()
+    gpu_triton.read_tuned.cache_clear()
     with pytest.raises(ValueError, match="nvidia-h200.json.*delete it"):
         gpu_triton.blocks("hidden", 1, M, D, "bfloat16")
-    gpu_triton._tuned.cache_clear()
+    gpu_triton.read_tuned.cache_clear()
 
 
 def table():

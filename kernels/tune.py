@@ -1,0 +1,232 @@
+"""Times the Triton kernels' block sizes on the GPU at hand and keeps the fastest.
+
+`python -m lte_jax.kernels.tune` writes tuned/<device>.json beside this file, which gpu_triton.py
+reads; entries of other shapes stay in it. The search starts from the rule for the shape and varies
+one number at a time, until a round brings nothing: some thirty variants a kernel, a second or two
+each, nearly all of it compilation.
+
+Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from . import gpu_triton
+from .gpu_triton import Blocks
+
+ROUNDS = 3  # at most, of varying each number
+LAYERS, INPUTS = 8, 4  # distinct calls in one measurement: XLA computes equal ones once only
+Run = Callable[[tuple, int, Blocks], jax.Array]  # arrays; number, below LAYERS * INPUTS; blocks
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Flags to `tune`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lte_jax.kernels.tune", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--d-model", type=int, default=4096, metavar="D")
+    parser.add_argument("--d-ff", type=int, default=11008, metavar="F", help="E times M")
+    parser.add_argument("--expert-size", type=int, default=32, metavar="M")
+    parser.add_argument(
+        "--linear",
+        type=_matrix,
+        nargs="*",
+        default=[_matrix("4096x4096"), _matrix("4096x32000")],
+        metavar="KxO",
+        help="other matrices of the model, inputs by outputs; KxOt: stored [O, K]",
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="B")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of each row's experts")
+    parser.add_argument("--no-gate", action="store_true", help="an FFN of two matrices")
+    parser.add_argument("--out", type=Path, help="instead of the file that is read")
+    flags = parser.parse_args(argv)
+    try:
+        if reason := gpu_triton.unavailable():
+            raise gpu_triton.Unsupported(f"no block sizes can be timed here: {reason}")
+        path = flags.out or gpu_triton.tuned_path()
+        gpu_triton.read_tuned(path)  # before the work, should it be damaged
+        for rows in flags.rows:
+            for name, cut, measured in tune(flags, rows):
+                _add(path, name, cut, measured)
+    except (gpu_triton.Unsupported, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(path)
+
+
+def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[str, float]]]:
+    """For each kernel and shape: its key, the best blocks, and what was measured."""
+    d, m, dtype = flags.d_model, flags.expert_size, jnp.dtype(flags.dtype)
+    if m < 1 or flags.d_ff % m:
+        raise ValueError(f"--d-ff {flags.d_ff} is no multiple of --expert-size {m}")
+    e = flags.d_ff // m
+    keys = iter(jax.random.split(jax.random.key(0), 100 + 10 * len(flags.linear)))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype) / math.sqrt(shape[-1])
+
+    names = ("up", "down") if flags.no_gate else ("up", "down", "gate")
+    weights = {name: normal(LAYERS, e, m, d) for name in names}
+    x = [normal(b, d) for _ in range(INPUTS)]
+    active = [jax.random.uniform(next(keys), (b, e)) >= flags.sparsity for _ in range(INPUTS)]
+    used = sum(float(a.any(axis=0).mean()) for a in active) / INPUTS  # of the experts, by some row
+    size = used * e * m * d * dtype.itemsize
+    arrays = (x, active, weights)
+    yield best("hidden", b, m, d, dtype.name, 1, _hidden, arrays, size * (len(names) - 1))
+
+    rule = gpu_triton.by_rule("hidden", b, m, d, dtype.name)
+    lists = [
+        jax.jit(_hidden, static_argnums=(1, 2))(arrays, i * LAYERS, rule) for i in range(INPUTS)
+    ]
+    yield best("combine", b, m, d, dtype.name, e, _combine, (lists, weights["down"]), size)
+
+    for k, o, transposed in flags.linear:
+        size = k * o * dtype.itemsize
+        x = [normal(b, k) for _ in range(INPUTS)]
+        if transposed:
+            arrays = (x, normal(LAYERS, o, k))
+            yield best("project", b, o, k, dtype.name, 1, _project, arrays, size)
+        else:
+            arrays = (x, normal(LAYERS, k, o))
+            yield best("combine", b, k, o, dtype.name, 1, _linear, arrays, size)
+
+
+def _matrix(text: str) -> tuple[int, int, bool]:
+    if not (found := re.fullmatch(r"(\d+)x(\d+)(t?)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected inputs by outputs, such as 4096x4096")
+    return int(found[1]), int(found[2]), bool(found[3])
+
+
+# One call each, by its number: the layer varies first, then the input.
+
+
+def _hidden(arrays: tuple, i: int, cut: Blocks):
+    x, active, weights = arrays
+    layer, case = jnp.int32(i % LAYERS), i // LAYERS
+    return gpu_triton.hidden(x[case], active[case], weights, layer, activation="silu", cut=cut)
+
+
+def _combine(arrays: tuple, i: int, cut: Blocks):
+    lists, down = arrays
+    h_EBM, ids_E, count = lists[i // LAYERS]
+    return gpu_triton.combine(h_EBM, down, jnp.int32(i % LAYERS), ids_E, count, cut=cut)
+
+
+def _linear(arrays: tuple, i: int, cut: Blocks):
+    x, w = arrays
+    return gpu_triton.combine(x[i // LAYERS][None], w[:, None], jnp.int32(i % LAYERS), cut=cut)
+
+
+def _project(arrays: tuple, i: int, cut: Blocks):
+    x, w = arrays
+    return gpu_triton.project(x[i // LAYERS], w, jnp.int32(i % LAYERS), cut=cut)
+
+
+def best(
+    kernel: str,
+    b: int,
+    m: int,
+    d: int,
+    dtype: str,
+    experts: int,
+    run: Run,
+    arrays: tuple,
+    size: float,
+) -> tuple[str, Blocks, dict[str, float]]:
+    """The fastest blocks found for a kernel that reads `size` bytes of weights in a call."""
+    from tqdm import tqdm
+
+    rule = gpu_triton.by_rule(kernel, b, m, d, dtype, experts=experts)
+    name = gpu_triton.key(kernel, b, m, d, dtype)
+    times = {rule: milliseconds(run, arrays, rule)}
+    bar = tqdm(desc=name, unit=" variants", initial=1)
+    for _ in range(ROUNDS):
+        before = min(times, key=times.__getitem__)
+        for field, values in variants(kernel, b, dtype, rule).items():
+            for value in values:
+                cut = min(times, key=times.__getitem__)._replace(**{field: value})
+                if cut not in times:
+                    times[cut] = milliseconds(run, arrays, cut)
+                    bar.update()
+                    bar.set_postfix_str(f"{size / min(times.values()) / 1e6:.0f} GB/s")
+        if min(times, key=times.__getitem__) == before:
+            break
+    bar.close()
+    if math.isinf(min(times.values())):
+        raise ValueError(f"{name}: no variant runs on this GPU")
+    cut = min(times, key=times.__getitem__)
+    measured = {"ms": times[cut], "ms_by_rule": times[rule], "gb_per_s": size / times[cut] / 1e6}
+    return name, cut, measured
+
+
+def variants(kernel: str, b: int, dtype: str, rule: Blocks) -> dict[str, list[int]]:
+    """Values to try for each number; a tensor core takes 16 rows of weights or more."""
+    size = jnp.dtype(dtype).itemsize
+    low = 1 if b == 1 else 16
+    found = {
+        "m": [m for m in (1, 2, 4, 8, 16, 32, 64) if low <= m and rule.m / 4 <= m <= rule.m * 4],
+        "d": [n // size for n in (128, 256, 512, 1024, 2048, 4096)],
+        "stages": [1, 2, 3, 4, 5, 7, 9],
+        "warps": [1, 2, 4, 8],
+    }
+    if kernel == "combine":
+        found["splits"] = sorted(
+            {max(1, round(rule.splits * f)) for f in (0.25, 0.5, 1, 1.5, 2, 4)}
+        )
+    return found
+
+
+def milliseconds(run: Run, arrays: tuple, cut: Blocks) -> float:
+    """Median time of a call; infinite where these blocks cannot be compiled or run."""
+    calls = LAYERS * INPUTS
+    try:
+        everything = jax.jit(lambda arrays: [run(arrays, i, cut) for i in range(calls)])
+        jax.block_until_ready(everything(arrays))
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready(everything(arrays))
+            times.append(time.perf_counter() - start)
+    except Exception:  # Triton, ptxas and XLA each have errors of their own for too large a tile
+        return math.inf
+    return statistics.median(times) / calls * 1e3
+
+
+def _add(path: Path, name: str, cut: Blocks, measured: dict[str, float]) -> None:
+    """Enters a result in the file, which is replaced as a whole: a reader never sees half of it."""
+    import jax_triton
+    import triton
+
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found["device"] = jax.devices()[0].device_kind
+    found["versions"] = {
+        "jax": jax.__version__,
+        "jax_triton": jax_triton.__version__,
+        "triton": triton.__version__,
+    }
+    found.setdefault("blocks", {})[name] = cut._asdict()
+    found.setdefault("measured", {})[name] = {k: round(v, 5) for k, v in measured.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(found, file, indent=1)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+if __name__ == "__main__":
+    main()
