@@ -189,7 +189,12 @@ def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, *
     jax_triton = _jax_triton()
     from . import triton_kernels
 
-    version = tuple(int(part) for part in jax_triton.__version__.split(".")[:2])
+    # Products and sums in one instruction: a later Triton will not do it unasked.
+    fused = {"enable_fp_fusion": True}
+    if tuple(int(part) for part in jax_triton.__version__.split(".")[:2]) < (0, 4):
+        by_version = {"out_shape": out, **fused}
+    else:
+        by_version = {"out_type": out, "backend_options": fused}
     return jax_triton.triton_call(
         *arrays,
         kernel=getattr(triton_kernels, kernel),
@@ -197,7 +202,7 @@ def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, *
         name=f"lte_jax_{kernel}",
         num_warps=cut.warps,
         num_stages=cut.stages,
-        **{"out_shape" if version < (0, 4) else "out_type": out},
+        **by_version,
         **constants,
     )
 
