@@ -239,8 +239,8 @@ def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1)
     """Tuned for this device, kernel, shape of the weights, type and rows; else by rule.
 
     Raises:
-      Unsupported: on a type or number of rows that the kernels do not take.
-      ValueError: on a file of tuned blocks that cannot be read.
+      Unsupported: on a type or number of rows that the kernels do not take, and on a damaged file
+        of tuned blocks.
     """
     if dtype not in _TYPES:
         raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
@@ -298,4 +298,4 @@ def read_tuned(path: pathlib.Path) -> dict[str, Blocks]:
     try:
         return {name: Blocks(**cut) for name, cut in json.loads(path.read_text())["blocks"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: no file of tuned blocks ({error}): delete it") from error
+        raise Unsupported(f"{path}: no file of tuned blocks ({error}): delete it") from error

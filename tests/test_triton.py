@@ -176,7 +176,7 @@ def test_tuned_blocks_are_read(tmp_path, monkeypatch):
     assert gpu_triton.blocks("hidden", 9, M, D, "bfloat16") != cut
     path.write_text('{"blocks": {"hidden": {"m": 1}}}')
     gpu_triton.read_tuned.cache_clear()
-    with pytest.raises(ValueError, match="nvidia-h200.json.*delete it"):
+    with pytest.raises(Unsupported, match="nvidia-h200.json.*delete it"):
         gpu_triton.blocks("hidden", 1, M, D, "bfloat16")
     gpu_triton.read_tuned.cache_clear()
 
