@@ -17,6 +17,7 @@ ORDER = {
     "lte_jax.kernels.reference": 1,
     "lte_jax.kernels.xla": 2,
     "lte_jax.kernels.cpu": 2.5,
+    "lte_jax.kernels.triton_kernels": 2.5,
     "lte_jax.kernels.gpu_triton": 3,
     "lte_jax.kernels.tpu_pallas": 4,
     "lte_jax.kernels.tune": 5,
