@@ -259,7 +259,11 @@ def main() -> None:
     print(table(rows))
     print(f"\nbandwidth {bytes_per_s / 1e9:.1f} GB/s; medians of {flags.rounds} rounds")
     if flags.json:
-        record = report.environment() | {"bandwidth_gb_per_s": bytes_per_s / 1e9, "rows": rows}
+        record = report.environment() | {
+            "benchmark": "ffn",
+            "bandwidth_gb_per_s": bytes_per_s / 1e9,
+            "rows": rows,
+        }
         flags.json.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(flags.json, json.dumps(record, indent=1) + "\n")
 

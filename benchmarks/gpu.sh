@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# All that is measured on a GPU, in under nine minutes: block sizes, the FFN kernel, decoding.
+#
+#     benchmarks/gpu.sh [FOLDER]          (default benchmarks/results)
+#
+# Needs this repository, jax for the GPU and the extra `gpu` (jax-triton), whose triton must suit it:
+# jax-triton 0.3.1 goes with triton 3.6. Writes FOLDER/<device>.json with commit, versions and
+# command; what was measured before a failure stays in FOLDER/parts. PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-benchmarks/results}
+parts=$results/parts
+python=${PYTHON:-python}
+mkdir -p "$parts"
+
+"$python" - <<'CHECK'
+import jax
+from lte_jax import kernels
+if jax.default_backend() != "gpu":
+    raise SystemExit(f"error: jax runs on {jax.default_backend()}: this needs a GPU")
+if reason := kernels.unavailable("triton"):
+    raise SystemExit(f"error: the Triton kernels cannot run: {reason}")
+CHECK
+
+"$python" -m pytest -q tests/test_kernels.py -k "triton" -p no:cacheprovider | tee "$parts/tests.log"
+"$python" -m lte_jax.kernels.tune 2>&1 | tee "$parts/tune.log" || echo "untuned: see $parts/tune.log"
+"$python" benchmarks/ffn.py --dtype bfloat16 --batch 1,2,4,8,16 --layers 16 --rounds 21 \
+  --json "$parts/ffn.json"
+"$python" benchmarks/decode.py --prompt 128,512,2048 --rounds 5 --json "$parts/decode.json"
+"$python" benchmarks/decode.py --prompt 128 --batch 2,4,8,16 --sparsity 0.5 --new-tokens 64 \
+  --rounds 3 --json "$parts/decode-batches.json"
+"$python" benchmarks/report.py --results "$results" --merge "$parts/ffn.json" "$parts/decode.json"

@@ -1,0 +1,144 @@
+"""From measurements of kernels and decoding to a file a device, the README's table and a figure.
+
+    python benchmarks/report.py --merge ffn.json decode.json   (to benchmarks/results/<device>.json)
+    python benchmarks/report.py --readme README.md             (tables and figure of all there is)
+
+No number is copied by hand: the table in the README stands between two marks and is made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import decode
+import ffn
+
+from lte_jax.checkpoint import atomic_write
+from lte_jax.config import UserError, cli_errors
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = ROOT / "docs" / "kernels.png"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+_TABLES = {"ffn": ffn.table, "decode": decode.table}
+_TITLES = {
+    "ffn": "One FFN layer of LLaMA2-7B (4096 x 11008, experts of 32)",
+    "decode": "Decoding with LLaMA2-7B's shapes, end to end",
+}
+
+
+def merge(paths: list[pathlib.Path], results: pathlib.Path) -> pathlib.Path:
+    """One file of what several benchmarks measured on one device.
+
+    Raises:
+      UserError: on a file that is none of theirs, or of another device.
+    """
+    parts = {}
+    for path in paths:
+        record = _read(path)
+        parts[record["benchmark"]] = record
+    devices = {record["rows"][0]["device"] for record in parts.values()}
+    if len(devices) != 1:
+        raise UserError(f"{', '.join(map(str, paths))}: of {len(devices)} devices, expected one")
+    name = re.sub(r"[^a-z0-9]+", "-", devices.pop().lower()).strip("-")
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    atomic_write(path, json.dumps(before | parts, indent=1) + "\n")
+    return path
+
+
+def _read(path: pathlib.Path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): expected a benchmark's") from None
+    if not isinstance(record, dict) or not record.get("rows") or "benchmark" not in record:
+        raise UserError(f"{path}: not of ffn.py or decode.py: expected what their --json writes")
+    return record
+
+
+def summary(results: pathlib.Path) -> str:
+    """Markdown of all devices measured."""
+    lines = []
+    for path in sorted(results.glob("*.json")):
+        for name, record in sorted(json.loads(path.read_text()).items(), reverse=True):
+            rows, versions = record["rows"], record["versions"]
+            commit = (record["commit"] or "unknown")[:10]
+            lines += [
+                f"**{_TITLES[name]}** on {record['device']}, {record['cores']} cores, "
+                f"{record['bandwidth_gb_per_s']:.3g} GB/s, `{rows[0]['implementation']}` kernels, "
+                f"jax {versions['jax']}, commit {commit}:",
+                "",
+                _TABLES[name](rows),
+                "",
+                f"`python benchmarks/{' '.join(record['command'])}`",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def figure(results: pathlib.Path, path: pathlib.Path) -> None:
+    """Time against sparsity at batch 1, over dense: a panel a device, a line a type."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
+    _, axes = plt.subplots(1, len(files), figsize=(4.4 * len(files), 3.6), layout="constrained")
+    for axis, parts in zip([axes] if len(files) == 1 else axes, files, strict=True):
+        record = parts["ffn"]
+        axis.plot([0, 100], [1, 0], color="0.7", linestyle="--", label="the share of experts")
+        for dtype in sorted({r["dtype"] for r in record["rows"]}):
+            points = [r for r in record["rows"] if (r["dtype"], r["batch"]) == (dtype, 1)]
+            axis.plot(
+                [100 * r["sparsity"] for r in points],
+                [r["ratio_to_dense"] for r in points],
+                "o-",
+                label=f"FFN, {dtype}",
+            )
+        points = [r for r in parts.get("decode", {"rows": []})["rows"] if r["batch"] == 1]
+        points = [r for r in points if r["prompt"] == min(p["prompt"] for p in points)]
+        if points:
+            x, y = [100 * r["sparsity"] for r in points], [r["ratio_to_dense"] for r in points]
+            axis.plot(x, y, "s-", label="LLaMA2-7B, end to end")
+        axis.set(title=record["device"], xlabel="FFN sparsity, %", ylabel="time over dense")
+        axis.set_ylim(0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    plt.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--merge", type=pathlib.Path, nargs="+", metavar="JSON")
+    parser.add_argument("--readme", type=pathlib.Path, help="put tables between its marks")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    flags = parser.parse_args()
+    with cli_errors():
+        if flags.merge:
+            print(f"wrote {merge(flags.merge, flags.results)}")
+        text = summary(flags.results)
+        print(text)
+        if flags.readme:
+            before, _, rest = flags.readme.read_text().partition(BEGIN)
+            _, mark, after = rest.partition(END)
+            if not mark:
+                raise UserError(f"{flags.readme}: expected the marks {BEGIN} and {END}")
+            atomic_write(flags.readme, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+            figure(flags.results, FIGURE)
+            print(f"wrote {flags.readme} and {FIGURE}")
+
+
+if __name__ == "__main__":
+    main()
