@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint format bench tinystories resume clean
+.PHONY: help env demo test test-fast lint format bench tinystories thousand resume clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,12 +41,17 @@ format: $(READY)  ## mend what lint finds, where that can be done by itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY)  ## what learning costs, and grouping of one LLaMA2-7B layer
+bench: $(READY)  ## kernels, decoding, what learning costs, grouping of one LLaMA2-7B layer
+	$(BIN)/python benchmarks/ffn.py --json runs/bench/ffn.json
+	$(BIN)/python benchmarks/decode.py --new-tokens 8 --rounds 3 --json runs/bench/decode.json
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/kmeans.py --layer 11008x4096
 
 tinystories: $(READY)  ## LTE against its controls on real models and text: half an hour
 	$(BIN)/python benchmarks/tinystories.py --out=runs/tinystories-table
+
+thousand: $(READY)  ## a thousand steps of each config at both presets stay finite: ten minutes
+	$(BIN)/python benchmarks/thousand.py --out=runs/thousand
 
 resume: $(READY)  ## twenty runs killed at random moments end in the same bits: ten minutes
 	LTE_JAX_KILLS=20 $(BIN)/pytest tests/test_resume.py

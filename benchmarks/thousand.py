@@ -1,0 +1,68 @@
+"""A thousand steps at both presets on every config that a small machine can run: all finite?
+
+    python benchmarks/thousand.py --out=runs/thousand        (or: make thousand; ten minutes)
+
+700 steps of the router stage and 300 of adaptation, two rows a step. Training itself stops at the
+first loss that is not finite; here every number in metrics.jsonl is looked at as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = ("demo.py", "tinystories.py", "tinystories.py:stories260k", "llama7b.py:smoke")
+OVERRIDES = {
+    "stages.router.steps": 700,
+    "stages.adapt.steps": 300,
+    "data.batch_size": 2,
+    "optim.microbatches": 1,
+    "eval_every": 1000,
+    "checkpoint.every": 1000,
+    "report": False,
+}
+
+
+def run(config: str, preset: str, out: pathlib.Path) -> str:
+    """Trains, unless that was done; a row of the table."""
+    joined = ("," if ":" in config else ":").join((config, preset))
+    folder = out / joined.replace(".py", "").replace(":", "-").replace(",", "-")
+    command = [sys.executable, "train.py", f"--config=configs/{joined}", f"--workdir={folder}"]
+    command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    # One run a core.
+    env = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "TQDM_DISABLE": "1"}
+    out.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".log").open("a") as log:
+        code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
+    if code:
+        return f"| {joined} | failed with code {code}: see {folder.with_suffix('.log')} | |"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    numbers = [v for line in lines for v in line.values() if isinstance(v, int | float)]
+    finite = all(math.isfinite(number) for number in numbers)
+    print(f"{joined}: {'all finite' if finite else 'NOT FINITE'}", flush=True)
+    return f"| {joined} | {len(numbers)} | {'all' if finite else 'NOT ALL'} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "thousand")
+    out = parser.parse_args().out.absolute()
+    runs = [(config, preset) for config in CONFIGS for preset in ("ours", "paper")]
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda r: run(*r, out), runs))
+    print("\n| config | numbers | finite |\n|---|--:|---|", *rows, sep="\n")
+    if any("failed" in row or "NOT" in row for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
