@@ -19,7 +19,8 @@ from lte_jax.config import UserError
 
 # Shown while training, in this order and under these names, where they are among the values.
 SHOWN = {
-    "loss": "loss",
+    "task": "loss",  # nats per token; what is minimised has other parts, of either sign
+    "distill": "distill",
     "sparsity": "sparsity",
     "validation_loss": "val",
     "validation_sparsity": "val sparsity",

@@ -77,8 +77,8 @@ def test_terminal_writes_plain_lines_off_a_terminal(monkeypatch):
     file = io.StringIO()
     writer = TerminalWriter(tokens_per_step=4096, file=file)
     writer.start("router", 20, 100)
-    writer.write("router", 30, {"loss": 2.5, "grad_norm": 1.0})
-    writer.write("router", 40, {"loss": 2.25, "sparsity": 0.5})
+    writer.write("router", 30, {"task": 2.5, "grad_norm": 1.0})
+    writer.write("router", 40, {"task": 2.25, "sparsity": 0.5})
     writer.close()
     first, second = file.getvalue().splitlines()
     assert first == "router 30/100  loss 2.5"  # no speed yet: the first steps were compiled
@@ -94,9 +94,9 @@ def test_terminal_shows_a_bar_on_a_terminal():
     writer = TerminalWriter(tokens_per_step=4096, file=file)
     for stage in "router", "adapt":
         writer.start(stage, 20, 100)
-        writer.write(stage, 30, {"loss": 2.5})
+        writer.write(stage, 30, {"task": 2.5})
         writer.write(stage, 30, {"validation_loss": 2.75})
-        writer.write(stage, 50, {"loss": 2.25})
+        writer.write(stage, 50, {"task": 2.25})
     writer.close()
     for stage in "router", "adapt":
         shown = [part for part in file.getvalue().split("\r") if part.startswith(stage)]
