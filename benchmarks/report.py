@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--merge", type=pathlib.Path, nargs="+", metavar="JSON")
     parser.add_argument("--readme", type=pathlib.Path, help="put tables between its marks")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--figure", type=pathlib.Path, default=FIGURE)
     flags = parser.parse_args()
     with cli_errors():
         if flags.merge:
@@ -136,8 +137,8 @@ def main() -> None:
             if not mark:
                 raise UserError(f"{flags.readme}: expected the marks {BEGIN} and {END}")
             atomic_write(flags.readme, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-            figure(flags.results, FIGURE)
-            print(f"wrote {flags.readme} and {FIGURE}")
+            figure(flags.results, flags.figure)
+            print(f"wrote {flags.readme} and {flags.figure}")
 
 
 if __name__ == "__main__":

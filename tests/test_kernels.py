@@ -4,6 +4,7 @@ import functools
 import math
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from lte_jax import kernels
 from lte_jax.config import UserError
-from lte_jax.kernels import reference
+from lte_jax.kernels import gpu_triton, reference
 
 E = 10
 # Neurons of an expert and model width: odd ones, where the hardware has no say.
@@ -224,6 +225,28 @@ def test_auto_says_what_it_chose_once(caplog):
             kernels.sparse_ffn(x_BD, mask(1, "some"), weights, activation="silu")
     assert len(caplog.records) == 1
     assert caplog.records[0].args[0] in kernels.IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ({"compute_capability": "9.0", "device_kind": "NVIDIA H200"}, "no jax-triton"),
+        ({"compute_capability": "7.5", "device_kind": "Tesla T4"}, "capability 7.5"),
+    ],
+)
+def test_bad_input_a_gpu_without_its_kernels(monkeypatch, caplog, device, reason):
+    """A pretended GPU: "auto" says why it takes the loop, the name alone is an error."""
+    client = types.SimpleNamespace(platform_version="cuda 13000")
+    fake = types.SimpleNamespace(client=client, **device)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [fake])
+    monkeypatch.setitem(sys.modules, "jax_triton", None)  # as if it were not installed
+    gpu_triton._jax_triton.cache_clear()
+    kernels._choose.cache_clear()
+    with caplog.at_level("WARNING", logger="lte_jax.kernels"):
+        assert kernels.resolve("auto") == "xla"
+    assert "slower XLA loop" in caplog.text and reason in caplog.text
+    kernels._choose.cache_clear()
 
 
 def test_bad_input_at_the_door():

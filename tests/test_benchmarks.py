@@ -1,0 +1,78 @@
+"""The benchmarks run, and what they write is what the README's tables are made of."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from tiny import model_and_params
+
+import lte_jax
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(script, *flags):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Both benchmarks' JSON files, of models too small to mean anything."""
+    folder = tmp_path_factory.mktemp("measured")
+    model, params = model_and_params()
+    lte_jax.save(folder / "lte", model, params)
+    runs = (
+        ("ffn.py", "--d-model", 64, "--d-ff", 256, "--expert-size", 32, "--layers", 2)
+        + ("--dtype", "float32", "--batch", "1,2", "--sparsity", "0,0.5", "--rounds", 1),
+        ("decode.py", "--model", folder / "lte", "--prompt", 8, "--new-tokens", 4, "--rounds", 1),
+    )
+    files = []
+    for script, *flags in runs:
+        files.append(folder / f"{script}.json")
+        done = run(script, *flags, "--json", files[-1])
+        assert done.returncode == 0, done.stderr
+        assert "GB/s" in done.stdout
+    return files
+
+
+def test_rows(measured):
+    ffn, decode = (json.loads(path.read_text())["rows"] for path in measured)
+    common = {"implementation", "device", "dtype", "batch", "sparsity", "time_ms", "dense_ms"}
+    common |= {"ratio_to_dense", "floor_ms"}
+    assert [(r["batch"], r["routing"]) for r in ffn[::2]] == [
+        (1, "uniform"), (2, "uniform"), (2, "skewed"),
+    ]  # fmt: skip
+    assert [r["sparsity"] for r in ffn] == [0.0, 0.5] * 3  # as asked for
+    assert all(r["union_sparsity"] <= r["sparsity"] for r in ffn)
+    for row in ffn + decode:
+        assert common <= row.keys()
+        assert row["ratio_to_dense"] == pytest.approx(row["time_ms"] / row["dense_ms"])
+    assert decode[0]["ratio_to_dense"] == 1 and decode[1]["predicted_ratio"] < 1
+    assert decode[1]["tokens_per_s"] == pytest.approx(1e3 / decode[1]["time_ms"])
+
+
+def test_report(measured, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the extra `plot`) for the figure")
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks: begin -->old<!-- benchmarks: end -->\nafter\n")
+    flags = ("--results", results, "--figure", tmp_path / "kernels.png")
+    done = run("report.py", *flags, "--merge", *measured, "--readme", readme)
+    assert done.returncode == 0, done.stderr
+    [path] = results.glob("*.json")
+    assert json.loads(path.read_text()).keys() == {"ffn", "decode"}
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| type | batch |") == text.count("| batch | prompt |") == 1
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_bad_input_to_the_report(tmp_path):
+    (tmp_path / "other.json").write_text('{"rows": 3}')
+    for name, match in (("other.json", "not of ffn.py or decode.py"), ("absent.json", "absent")):
+        done = run("report.py", "--results", tmp_path / "results", "--merge", tmp_path / name)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and match in done.stderr
+        assert not (tmp_path / "results").exists()
