@@ -46,7 +46,7 @@ def get_config(arg=""):
     c.stages.adapt.steps = 40
     c.stages.adapt.learning_rate = 5e-4
     c.checkpoint.every = 100
-    c.sample_prompt = "def read("
+    c.sample_prompt, c.sample_temperature = "def read(", 0.7
 
     if "smoke" in words:  # every part of it, in seconds
         c.source.scratch.d_model, c.source.scratch.d_ff, c.source.scratch.num_layers = 32, 64, 2

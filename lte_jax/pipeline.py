@@ -211,6 +211,7 @@ class _Run:
             batch_size=self.experiment.data.batch_size,
             prompt=self.experiment.sample_prompt,
             sample_tokens=self.experiment.sample_tokens,
+            sample_temperature=self.experiment.sample_temperature,
         )
         source = {"model": self.experiment.source.path, "data": self.experiment.data.validation}
         results |= {"environment": report.environment(), "source": source}

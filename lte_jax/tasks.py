@@ -47,6 +47,7 @@ def evaluate(
     batch_size: int = 8,
     prompt: str = "Once upon a time",
     sample_tokens: int = 100,
+    sample_temperature: float = 0.0,
     latency_rounds: int = 9,
 ) -> dict[str, Any]:
     """Quality, sparsity and cost of a model, and of its dense model.
@@ -67,6 +68,7 @@ def evaluate(
       batch_size: rows at a time.
       prompt: of the sample text.
       sample_tokens: its length, and no more than the model has positions for.
+      sample_temperature: 0 takes the likeliest token each time.
       latency_rounds: timings, of which the median counts; 0 times nothing.
 
     Returns:
@@ -96,7 +98,18 @@ def evaluate(
         )
         entry |= cost(entrant, entry["sparsity"])
         if tokenizer is not None and sample_tokens:
-            entry["sample"] = _sample(entrant, weights, tokenizer, prompt, sample_tokens, how, tau)
+            room = entrant.config.max_length - len(tokenize([prompt], tokenizer)[0])
+            text = generate_text(
+                entrant,
+                weights,
+                tokenizer,
+                prompt,
+                max_new_tokens=min(sample_tokens, room),
+                temperature=sample_temperature,
+                routing=how,
+                threshold=tau,
+            )
+            entry["sample"] = {"prompt": prompt, "text": text}
         entries.append(entry)
     if latency_rounds:
         runs = [(m, p, how, tau) for _, m, p, how, tau in entrants]
@@ -291,17 +304,3 @@ def _check(model, baseline, batch_size: int, latency_rounds: int) -> None:
             f"the model's vocabulary has {mine} tokens, the baseline's {theirs}: expected the "
             "dense model it was made from, with the same tokenizer"
         )
-
-
-def _sample(model, params, tokenizer, prompt, tokens, routing, threshold) -> dict[str, str]:
-    room = model.config.max_length - len(tokenize([prompt], tokenizer)[0])
-    text = generate_text(
-        model,
-        params,
-        tokenizer,
-        prompt,
-        max_new_tokens=min(tokens, room),
-        routing=routing,
-        threshold=threshold,
-    )
-    return {"prompt": prompt, "text": text}

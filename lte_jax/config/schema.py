@@ -292,6 +292,7 @@ class Experiment:
     report: bool = True  # measure the result at the end, beside the dense model
     sample_prompt: str = "Once upon a time"
     sample_tokens: int = 100  # of the text that the report shows
+    sample_temperature: float = 0.0  # 0: the likeliest token each time
 
     def __post_init__(self):
         for name in ("calibration_rows", "eval_every", "log_every"):
