@@ -22,11 +22,14 @@ if reason := kernels.unavailable("triton"):
     raise SystemExit(f"error: the Triton kernels cannot run: {reason}")
 CHECK
 
-"$python" -m pytest -q tests/test_kernels.py -k "triton" -p no:cacheprovider | tee "$parts/tests.log"
-"$python" -m lte_jax.kernels.tune 2>&1 | tee "$parts/tune.log" || echo "untuned: see $parts/tune.log"
+# Each part has its share of nine minutes: 1.5 of tests, 2 of tuning, 2 of the FFN, 3 of decoding.
+timeout 90 "$python" -m pytest -q tests/test_kernels.py -k triton -p no:cacheprovider |
+  tee "$parts/tests.log" || echo "FAILED or cut short: see $parts/tests.log"
+timeout 120 "$python" -m lte_jax.kernels.tune --rows 1 |
+  tee "$parts/tune.log" || echo "not all tuned: see $parts/tune.log"
 "$python" benchmarks/ffn.py --dtype bfloat16 --batch 1,2,4,8,16 --layers 16 --rounds 21 \
   --json "$parts/ffn.json"
 "$python" benchmarks/decode.py --prompt 128,512,2048 --rounds 5 --json "$parts/decode.json"
 "$python" benchmarks/decode.py --prompt 128 --batch 2,4,8,16 --sparsity 0.5 --new-tokens 64 \
   --rounds 3 --json "$parts/decode-batches.json"
-"$python" benchmarks/report.py --results "$results" --merge "$parts/ffn.json" "$parts/decode.json"
+"$python" benchmarks/report.py --results "$results" --merge "$parts/"*.json

@@ -43,7 +43,8 @@ def merge(paths: list[pathlib.Path], results: pathlib.Path) -> pathlib.Path:
     parts = {}
     for path in paths:
         record = _read(path)
-        parts[record["benchmark"]] = record
+        part = parts.setdefault(record["benchmark"], record | {"rows": []})
+        part["rows"] += record["rows"]
     devices = {record["rows"][0]["device"] for record in parts.values()}
     if len(devices) != 1:
         raise UserError(f"{', '.join(map(str, paths))}: of {len(devices)} devices, expected one")
