@@ -30,18 +30,26 @@ namespace ffi = xla::ffi;
 namespace {
 
 // ---- Vectors: GCC's and Clang's own, which they split where the CPU's are shorter.
+//
+// Weights are read kStep at a time, as two vectors. A bfloat16 is the upper half of a float, so in
+// 32-bit words that hold two of them a shift makes floats of the even ones and a mask of the odd
+// ones, with no shuffling. Whatever meets such weights, x and sums, lies in the same order, which
+// Place gives: in each block of kStep the even elements, then the odd ones. Floats lie as they are.
 
 #ifdef __AVX512F__
-constexpr int kLanes = 16, kTile = 4;  // 4 x 4 sums stay in the 32 registers
+constexpr int kLanes = 16, kTile = 4;  // rows of x at a time, as many as the registers have room for
 #else
 constexpr int kLanes = 8, kTile = 2;
 #endif
+constexpr int kStep = 2 * kLanes;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
 
 struct BFloat16 {
   uint16_t bits;
+};
+struct Pair {
+  Vec first, second;
 };
 
 inline float Load(const float* p) { return *p; }
@@ -51,17 +59,27 @@ inline float Load(const BFloat16* p) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
+
 inline Vec LoadVec(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vec LoadVec(const BFloat16* p) {
-  Half half;
-  std::memcpy(&half, p, sizeof half);
-  return (Vec)(__builtin_convertvector(half, Bits) << 16);
-}
 inline void StoreVec(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Pair LoadPair(const float* p) { return {LoadVec(p), LoadVec(p + kLanes)}; }
+inline Pair LoadPair(const BFloat16* p) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000u)};
+}
+
+inline int64_t Place(const float*, int64_t i, int64_t) { return i; }
+inline int64_t Place(const BFloat16*, int64_t i, int64_t width) {
+  if (i >= width / kStep * kStep) return i;  // what is left over lies as it is
+  const int64_t r = i % kStep;
+  return i - r + r % 2 * kLanes + r / 2;
+}
 
 inline void Store(float* p, float value) { *p = value; }
 inline void Store(BFloat16* p, float value) {  // to nearest, ties to even; NaN stays NaN
@@ -82,19 +100,24 @@ inline float Sum(Vec v) {
 template <int R, int W, class T>
 inline void DotTile(const T* weights, int64_t stride, const float* const* x, int64_t width, float* out,
                     int64_t out_stride) {
-  Vec sums[R][W] = {};
+  constexpr int kSums = R == 1 ? 2 : 1;  // enough of them under way to hide what an addition takes
+  Vec sums[R][W][kSums] = {};
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    Vec w[W];
-    for (int j = 0; j < W; ++j) w[j] = LoadVec(weights + j * stride + d);
+  for (; d + kStep <= width; d += kStep) {
+    Pair w[W];
+    for (int j = 0; j < W; ++j) w[j] = LoadPair(weights + j * stride + d);
     for (int r = 0; r < R; ++r) {
-      const Vec v = LoadVec(x[r] + d);
-      for (int j = 0; j < W; ++j) sums[r][j] += v * w[j];
+      const Pair v = LoadPair(x[r] + d);
+      for (int j = 0; j < W; ++j) {
+        sums[r][j][0] += v.first * w[j].first;
+        sums[r][j][kSums - 1] += v.second * w[j].second;
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < W; ++j) {
-      float total = Sum(sums[r][j]);
+      float total = 0;
+      for (int k = 0; k < kSums; ++k) total += Sum(sums[r][j][k]);
       for (int64_t i = d; i < width; ++i) total += x[r][i] * Load(weights + j * stride + i);
       out[r * out_stride + j] = total;
     }
@@ -122,13 +145,17 @@ template <int R, int W, class T>
 inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h_stride, int64_t width,
                      float* const* y) {
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    Vec w[W];
-    for (int j = 0; j < W; ++j) w[j] = LoadVec(weights + j * stride + d);
+  for (; d + kStep <= width; d += kStep) {
+    Pair w[W];
+    for (int j = 0; j < W; ++j) w[j] = LoadPair(weights + j * stride + d);
     for (int r = 0; r < R; ++r) {
-      Vec sum = LoadVec(y[r] + d);
-      for (int j = 0; j < W; ++j) sum += h[r * h_stride + j] * w[j];
-      StoreVec(y[r] + d, sum);
+      Pair sum = LoadPair(y[r] + d);
+      for (int j = 0; j < W; ++j) {
+        sum.first += h[r * h_stride + j] * w[j].first;
+        sum.second += h[r * h_stride + j] * w[j].second;
+      }
+      StoreVec(y[r] + d, sum.first);
+      StoreVec(y[r] + d + kLanes, sum.second);
     }
   }
   for (; d < width; ++d)
@@ -140,13 +167,14 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
 template <class T>
 void Axpys(const T* weights, int64_t count, int64_t width, const float* h, int64_t h_stride,
            int64_t rows, float* const* y) {
+  constexpr int kRows = kTile == 2 ? 4 : 8;  // of weights at a time
   int64_t m = 0;
-  for (; m + 8 <= count; m += 8) {
+  for (; m + kRows <= count; m += kRows) {
     const T* w = weights + m * width;
     int64_t r = 0;
     for (; r + kTile <= rows; r += kTile)
-      AxpyTile<kTile, 8>(w, width, h + r * h_stride + m, h_stride, width, y + r);
-    for (; r < rows; ++r) AxpyTile<1, 8>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+      AxpyTile<kTile, kRows>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+    for (; r < rows; ++r) AxpyTile<1, kRows>(w, width, h + r * h_stride + m, h_stride, width, y + r);
   }
   for (; m < count; ++m)
     for (int64_t r = 0; r < rows; ++r)
@@ -186,18 +214,19 @@ int64_t NumChunks(const ffi::ThreadPool& pool, int64_t items) {
   return std::max<int64_t>(1, std::min<int64_t>(items, 4 * pool.num_threads()));
 }
 
-// Runs work(chunk, sums [B][width]) on chunks of `items`, then out = the chunks' sums in order.
-template <class Out, class Work>
+// Runs work(chunk, sums [B][width]) on every chunk, then out = the chunks' sums in order. Sums lie
+// as weights of type T do.
+template <class T, class Out, class Work>
 void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t width, Out* out,
                    const Work& work) {
   const int64_t size = batch * width;
   std::vector<float> sums(chunks * size);
   ParallelFor(pool, chunks, [&](int64_t chunk) { work(chunk, sums.data() + chunk * size); });
-  for (int64_t i = 0; i < size; ++i) {
-    float total = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk * size + i];
-    Store(out + i, total);
-  }
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < width; ++i)
+      Store(out + b * width + i, sums[b * width + Place(static_cast<const T*>(nullptr), i, width)]);
 }
 
 // ---- The sparse FFN.
@@ -247,10 +276,13 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   Axpys(w.down, M, D, h, M, rows, y.data());
 }
 
+// The rows of x as floats: in their order, or as weights of type T lie.
 template <class T>
-std::vector<float> ToFloat(const T* x, int64_t size) {
-  std::vector<float> made(size);
-  for (int64_t i = 0; i < size; ++i) made[i] = Load(x + i);
+std::vector<float> ToFloat(const T* x, int64_t rows, int64_t width, bool placed) {
+  std::vector<float> made(rows * width);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; ++i)
+      made[r * width + (placed ? Place(x, i, width) : i)] = Load(x + r * width + i);
   return made;
 }
 
@@ -264,9 +296,9 @@ void SparseFfn(ffi::ThreadPool& pool, const T* x, const bool* active, Weights<T>
         used.push_back(e);
         break;
       }
-  const std::vector<float> x_BD = ToFloat(x, B * D);
+  const std::vector<float> x_BD = ToFloat(x, B, D, true);
   const int64_t count = used.size(), chunks = NumChunks(pool, count);
-  SumOverChunks(pool, chunks, B, D, out, [&](int64_t chunk, float* y_BD) {
+  SumOverChunks<T>(pool, chunks, B, D, out, [&](int64_t chunk, float* y_BD) {
     std::vector<const float*> from;
     std::vector<float*> to;
     std::vector<float> scratch;
@@ -331,7 +363,7 @@ ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t lay
   const int64_t B = x.dimensions()[0], K = x.dimensions()[1], O = y->dimensions()[1];
   layer = std::min(std::max<int64_t>(layer, 0), int64_t(w.dimensions()[0]) - 1);
   const T* weights = static_cast<const T*>(w.untyped_data()) + layer * K * O;
-  const std::vector<float> x_BK = ToFloat(static_cast<const T*>(x.untyped_data()), B * K);
+  const std::vector<float> x_BK = ToFloat(static_cast<const T*>(x.untyped_data()), B, K, transposed);
   float* out = y->typed_data();
   std::vector<const float*> from;
   for (int64_t b = 0; b < B; ++b) from.push_back(x_BK.data() + b * K);
@@ -345,7 +377,7 @@ ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t lay
     });
     return ffi::Error::Success();
   }
-  SumOverChunks(pool, chunks, B, O, out, [&](int64_t chunk, float* y_BO) {
+  SumOverChunks<T>(pool, chunks, B, O, out, [&](int64_t chunk, float* y_BO) {
     std::vector<float*> to;
     for (int64_t b = 0; b < B; ++b) to.push_back(y_BO + b * O);
     const int64_t k = begin(chunk);
