@@ -20,7 +20,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -158,6 +158,15 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
       StoreVec(y[r] + d + kLanes, sum.second);
     }
   }
+  if constexpr (std::is_same_v<T, float>) {  // one vector more, where there is room for it
+    for (; d + kLanes <= width; d += kLanes) {
+      for (int r = 0; r < R; ++r) {
+        Vec sum = LoadVec(y[r] + d);
+        for (int j = 0; j < W; ++j) sum += h[r * h_stride + j] * LoadVec(weights + j * stride + d);
+        StoreVec(y[r] + d, sum);
+      }
+    }
+  }
   for (; d < width; ++d)
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < W; ++j) y[r][d] += h[r * h_stride + j] * Load(weights + j * stride + d);
@@ -167,14 +176,15 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
 template <class T>
 void Axpys(const T* weights, int64_t count, int64_t width, const float* h, int64_t h_stride,
            int64_t rows, float* const* y) {
-  constexpr int kRows = kTile == 2 ? 4 : 8;  // of weights at a time
   int64_t m = 0;
-  for (; m + kRows <= count; m += kRows) {
+  if (rows == 1)  // registers are free for more weights, so the sums pass through them less often
+    for (; m + 8 <= count; m += 8) AxpyTile<1, 8>(weights + m * width, width, h + m, 0, width, y);
+  for (; m + 4 <= count; m += 4) {
     const T* w = weights + m * width;
     int64_t r = 0;
     for (; r + kTile <= rows; r += kTile)
-      AxpyTile<kTile, kRows>(w, width, h + r * h_stride + m, h_stride, width, y + r);
-    for (; r < rows; ++r) AxpyTile<1, kRows>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+      AxpyTile<kTile, 4>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+    for (; r < rows; ++r) AxpyTile<1, 4>(w, width, h + r * h_stride + m, h_stride, width, y + r);
   }
   for (; m < count; ++m)
     for (int64_t r = 0; r < rows; ++r)
@@ -211,7 +221,7 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
 
 // More chunks than threads, so that a thread that was held up is waited for less.
 int64_t NumChunks(const ffi::ThreadPool& pool, int64_t items) {
-  return std::max<int64_t>(1, std::min<int64_t>(items, 4 * pool.num_threads()));
+  return std::max<int64_t>(1, std::min<int64_t>(items, 8 * pool.num_threads()));
 }
 
 // Runs work(chunk, sums [B][width]) on every chunk, then out = the chunks' sums in order. Sums lie
@@ -220,10 +230,19 @@ template <class T, class Out, class Work>
 void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t width, Out* out,
                    const Work& work) {
   const int64_t size = batch * width;
-  std::vector<float> sums(chunks * size);
-  ParallelFor(pool, chunks, [&](int64_t chunk) { work(chunk, sums.data() + chunk * size); });
-  for (int64_t chunk = 1; chunk < chunks; ++chunk)
-    for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
+  static thread_local std::vector<float> kept;  // fresh memory costs a page fault every 4 KiB
+  if (int64_t(kept.size()) < chunks * size) kept.resize(chunks * size);
+  float* sums = kept.data();
+  ParallelFor(pool, chunks, [&](int64_t chunk) {
+    std::fill_n(sums + chunk * size, size, 0.0f);
+    work(chunk, sums + chunk * size);
+  });
+  const int64_t blocks = (size + 4095) / 4096;
+  ParallelFor(pool, blocks, [&](int64_t block) {
+    const int64_t begin = block * 4096, end = std::min(size, begin + 4096);
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t i = begin; i < end; ++i) sums[i] += sums[chunk * size + i];
+  });
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < width; ++i)
       Store(out + b * width + i, sums[b * width + Place(static_cast<const T*>(nullptr), i, width)]);
