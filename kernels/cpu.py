@@ -7,7 +7,7 @@ The folder is $LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache; where
 written, each process builds for itself. $CXX names the compiler, else g++ or clang++ is taken.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
-               O outputs
+               O outputs  H heads  C head width  T tokens so far
 """
 
 from __future__ import annotations
@@ -77,6 +77,24 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     return call(x_BK, layer, w, transposed=transposed)
 
 
+def attend(
+    q_BHC: jax.Array,
+    k_NBTKC: jax.Array,
+    v_NBTKC: jax.Array,
+    visible_BT: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """Attention of one new token a row over layer `layer` of the cache: [B, H, C], of q's type.
+
+    Raises: as sparse_ffn.
+    """
+    _ready(q_BHC)
+    call = jax.ffi.ffi_call(
+        "lte_jax_attend", jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype), vmap_method="sequential"
+    )
+    return call(q_BHC, k_NBTKC, v_NBTKC, visible_BT, layer)
+
+
 def unavailable() -> str | None:
     """Why these kernels cannot run here, in words; None if they can."""
     if jax.default_backend() != "cpu":
@@ -98,8 +116,9 @@ def _ready(x: jax.Array) -> None:
 def _load() -> None:
     """Registers the calls with XLA, once a process."""
     library = ctypes.CDLL(str(_build()))
-    for name, symbol in (("lte_jax_ffn", "LteJaxFfn"), ("lte_jax_linear", "LteJaxLinear")):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[symbol]), platform="cpu")
+    for name in ("Ffn", "Linear", "Attend"):
+        capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
+        jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
 
 
 def _build() -> pathlib.Path:

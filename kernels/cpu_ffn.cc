@@ -1,16 +1,18 @@
-// The sparse expert feed-forward network and matrix-vector products for CPUs, as XLA FFI calls.
+// The sparse expert feed-forward network for CPUs, and what else decoding needs: matrix-vector
+// products and attention of one token. XLA FFI calls.
 //
 // At a few rows a token costs the time of streaming weights from memory: each weight is read once,
 // in the order it lies, and used for all rows that want it. Two inner loops do all the work:
 //
-//   dots   out[r][m] = sum_d weights[m][d] x[r][d]      (gate, up; w^T x)
-//   axpys  y[r][d]  += sum_m h[r][m] weights[m][d]      (down; x w)
+//   Dots   out[r][m] = sum_d weights[m][d] x[r][d]      (gate, up; keys)
+//   Axpys  y[r][d]  += sum_m h[r][m] weights[m][d]      (down; values; x w)
 //
 // Work is cut into chunks of neighbouring experts (or rows of a matrix), each with a sum of its own;
 // the sums are added in the order of the chunks, so the same input gives the same bits, whichever
 // thread took which chunk. The contract is in README.md beside this file.
 //
-// Letters: B rows  D model width  E experts  M neurons per expert  N layers  K, O inputs and outputs
+// Letters: B rows  D model width  E experts  M neurons per expert  N layers  K, O inputs and outputs;
+// in attention H query heads  K kv heads  G = H/K  C head width  T tokens so far
 
 #include <algorithm>
 #include <atomic>
@@ -18,6 +20,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -124,21 +127,22 @@ inline void DotTile(const T* weights, int64_t stride, const float* const* x, int
   }
 }
 
-// out[r * out_stride + m] = weights[m] . x[r], for `rows` rows of x and `count` of weights.
+// out[r * out_stride + m] = weights[m] . x[r], for `rows` rows of x and `count` of weights, which
+// lie `stride` apart.
 template <class T>
-void Dots(const T* weights, int64_t count, int64_t width, const float* const* x, int64_t rows,
-          float* out, int64_t out_stride) {
+void Dots(const T* weights, int64_t stride, int64_t count, int64_t width, const float* const* x,
+          int64_t rows, float* out, int64_t out_stride) {
   int64_t m = 0;
   for (; m + 4 <= count; m += 4) {
-    const T* w = weights + m * width;
+    const T* w = weights + m * stride;
     int64_t r = 0;
     for (; r + kTile <= rows; r += kTile)
-      DotTile<kTile, 4>(w, width, x + r, width, out + r * out_stride + m, out_stride);
-    for (; r < rows; ++r) DotTile<1, 4>(w, width, x + r, width, out + r * out_stride + m, out_stride);
+      DotTile<kTile, 4>(w, stride, x + r, width, out + r * out_stride + m, out_stride);
+    for (; r < rows; ++r) DotTile<1, 4>(w, stride, x + r, width, out + r * out_stride + m, out_stride);
   }
   for (; m < count; ++m)
     for (int64_t r = 0; r < rows; ++r)
-      DotTile<1, 1>(weights + m * width, width, x + r, width, out + r * out_stride + m, out_stride);
+      DotTile<1, 1>(weights + m * stride, stride, x + r, width, out + r * out_stride + m, out_stride);
 }
 
 template <int R, int W, class T>
@@ -172,23 +176,24 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
       for (int j = 0; j < W; ++j) y[r][d] += h[r * h_stride + j] * Load(weights + j * stride + d);
 }
 
-// y[r] += sum_m h[r * h_stride + m] weights[m], for `rows` rows of y and `count` of weights.
+// y[r] += sum_m h[r * h_stride + m] weights[m], for `rows` rows of y and `count` of weights, which
+// lie `stride` apart.
 template <class T>
-void Axpys(const T* weights, int64_t count, int64_t width, const float* h, int64_t h_stride,
-           int64_t rows, float* const* y) {
+void Axpys(const T* weights, int64_t stride, int64_t count, int64_t width, const float* h,
+           int64_t h_stride, int64_t rows, float* const* y) {
   int64_t m = 0;
   if (rows == 1)  // registers are free for more weights, so the sums pass through them less often
-    for (; m + 8 <= count; m += 8) AxpyTile<1, 8>(weights + m * width, width, h + m, 0, width, y);
+    for (; m + 8 <= count; m += 8) AxpyTile<1, 8>(weights + m * stride, stride, h + m, 0, width, y);
   for (; m + 4 <= count; m += 4) {
-    const T* w = weights + m * width;
+    const T* w = weights + m * stride;
     int64_t r = 0;
     for (; r + kTile <= rows; r += kTile)
-      AxpyTile<kTile, 4>(w, width, h + r * h_stride + m, h_stride, width, y + r);
-    for (; r < rows; ++r) AxpyTile<1, 4>(w, width, h + r * h_stride + m, h_stride, width, y + r);
+      AxpyTile<kTile, 4>(w, stride, h + r * h_stride + m, h_stride, width, y + r);
+    for (; r < rows; ++r) AxpyTile<1, 4>(w, stride, h + r * h_stride + m, h_stride, width, y + r);
   }
   for (; m < count; ++m)
     for (int64_t r = 0; r < rows; ++r)
-      AxpyTile<1, 1>(weights + m * width, width, h + r * h_stride + m, h_stride, width, y + r);
+      AxpyTile<1, 1>(weights + m * stride, stride, h + r * h_stride + m, h_stride, width, y + r);
 }
 
 // ---- Threads.
@@ -278,8 +283,8 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   const int64_t rows = x.size();
   scratch.resize(2 * rows * M);
   float *h = scratch.data(), *gate = h + rows * M;
-  Dots(w.up, M, D, x.data(), rows, h, M);
-  if (w.gate) Dots(w.gate, M, D, x.data(), rows, gate, M);
+  Dots(w.up, D, M, D, x.data(), rows, h, M);
+  if (w.gate) Dots(w.gate, D, M, D, x.data(), rows, gate, M);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t m = 0; m < M; ++m) {
       float& up = h[r * M + m];
@@ -292,7 +297,7 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
       }
     }
   }
-  Axpys(w.down, M, D, h, M, rows, y.data());
+  Axpys(w.down, D, M, D, h, M, rows, y.data());
 }
 
 // The rows of x as floats: in their order, or as weights of type T lie.
@@ -392,7 +397,7 @@ ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t lay
   if (transposed) {
     ParallelFor(pool, chunks, [&](int64_t chunk) {
       const int64_t o = begin(chunk);
-      Dots(weights + o * K, end(chunk) - o, K, from.data(), B, out + o, O);
+      Dots(weights + o * K, K, end(chunk) - o, K, from.data(), B, out + o, O);
     });
     return ffi::Error::Success();
   }
@@ -400,7 +405,7 @@ ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t lay
     std::vector<float*> to;
     for (int64_t b = 0; b < B; ++b) to.push_back(y_BO + b * O);
     const int64_t k = begin(chunk);
-    Axpys(weights + k * O, end(chunk) - k, O, x_BK.data() + k, K, B, to.data());
+    Axpys(weights + k * O, O, end(chunk) - k, O, x_BK.data() + k, K, B, to.data());
   });
   return ffi::Error::Success();
 }
@@ -412,7 +417,81 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   return RunLinear<BFloat16>(pool, x, index, w, y, transposed);
 }
 
+// ---- Attention of one new token a row over the keys and values so far.
+
+// One row and one kv head: y [G, C] = softmax(q k^T / sqrt(C)) v for its G query heads. Keys and
+// values of neighbouring tokens lie `stride` apart; those that are not visible count for nothing.
+template <class T>
+void AttendHead(const T* q, const T* k, const T* v, const bool* visible, T* y, int64_t G, int64_t C,
+                int64_t stride, int64_t begin, int64_t end) {
+  const int64_t count = end - begin;
+  const std::vector<float> q_GC = ToFloat(q, G, C, true);
+  std::vector<float> weights_GT(G * count), y_GC(G * C);
+  std::vector<const float*> from;
+  std::vector<float*> to;
+  for (int64_t g = 0; g < G; ++g) {
+    from.push_back(q_GC.data() + g * C);
+    to.push_back(y_GC.data() + g * C);
+  }
+  Dots(k + begin * stride, stride, count, C, from.data(), G, weights_GT.data(), count);
+  const float scale = 1 / std::sqrt(float(C));
+  for (int64_t g = 0; g < G; ++g) {
+    float* weights = weights_GT.data() + g * count;
+    float most = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int64_t t = 0; t < count; ++t)
+      if (visible[begin + t]) most = std::max(most, weights[t] *= scale);
+    for (int64_t t = 0; t < count; ++t)
+      total += weights[t] = visible[begin + t] ? std::exp(weights[t] - most) : 0;
+    for (int64_t t = 0; t < count; ++t) weights[t] /= total;
+  }
+  Axpys(v + begin * stride, stride, count, C, weights_GT.data(), count, G, to.data());
+  for (int64_t g = 0; g < G; ++g)
+    for (int64_t c = 0; c < C; ++c) Store(y + g * C + c, y_GC[g * C + Place(q, c, C)]);
+}
+
+template <class T>
+ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
+                     const ffi::AnyBuffer& v, const bool* visible, int64_t layer,
+                     ffi::Result<ffi::AnyBuffer> y) {
+  const auto shape = k.dimensions();  // [N, B, T, K, C]
+  const int64_t N = shape[0], B = shape[1], length = shape[2], K = shape[3], C = shape[4];
+  const int64_t G = q.dimensions()[1] / K, stride = K * C;
+  layer = std::min(std::max<int64_t>(layer, 0), N - 1);
+  const auto at = [&](const ffi::AnyBuffer& cache, int64_t b, int64_t head) {
+    return static_cast<const T*>(cache.untyped_data()) + ((layer * B + b) * length * K + head) * C;
+  };
+  ParallelFor(pool, B * K, [&](int64_t item) {
+    const int64_t b = item / K, head = item % K, row = (b * K + head) * G * C;
+    const bool* seen = visible + b * length;
+    int64_t begin = 0, end = length;
+    while (begin < length && !seen[begin]) ++begin;
+    while (end > begin && !seen[end - 1]) --end;
+    AttendHead(static_cast<const T*>(q.untyped_data()) + row, at(k, b, head), at(v, b, head), seen,
+               static_cast<T*>(y->untyped_data()) + row, G, C, stride, begin, end);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                  ffi::AnyBuffer visible, ffi::Buffer<ffi::S32> layer,
+                  ffi::Result<ffi::AnyBuffer> y) {
+  const bool* seen = static_cast<const bool*>(visible.untyped_data());
+  const int64_t index = layer.typed_data()[0];
+  if (q.element_type() == ffi::F32) return RunAttend<float>(pool, q, k, v, seen, index, y);
+  return RunAttend<BFloat16>(pool, q, k, v, seen, index, y);
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxFfn, Ffn,
                               ffi::Ffi::Bind()

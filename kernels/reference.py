@@ -13,6 +13,7 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -70,3 +71,21 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     w_KO = w[layer].astype(jnp.float32)
     w_KO = w_KO.T if transposed else w_KO
     return jnp.matmul(x_BK.astype(jnp.float32), w_KO, precision="highest")
+
+
+def attend(
+    q_BHC: jax.Array,
+    k_NBTKC: jax.Array,
+    v_NBTKC: jax.Array,
+    visible_BT: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """Attention of one new token a row over layer `layer` of the cache: [B, H, C], of q's type."""
+    b, h, c = q_BHC.shape
+    k_BTKC, v_BTKC = (cache[layer].astype(jnp.float32) for cache in (k_NBTKC, v_NBTKC))
+    q_BKGC = q_BHC.astype(jnp.float32).reshape(b, k_BTKC.shape[2], -1, c)  # G heads share a kv head
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    scores_BKGT = einsum("BKGC,BTKC->BKGT", q_BKGC, k_BTKC) / c**0.5
+    scores_BKGT = jnp.where(visible_BT[:, None, None], scores_BKGT, -jnp.inf)
+    y_BKGC = einsum("BKGT,BTKC->BKGC", jax.nn.softmax(scores_BKGT), v_BTKC)
+    return y_BKGC.reshape(b, h, c).astype(q_BHC.dtype)

@@ -59,3 +59,18 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
     contracted = ((1,), (1 if transposed else 0,))
     return jax.lax.dot_general(x_BK, w, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def attend(
+    q_BHC: jax.Array,
+    k_NBTKC: jax.Array,
+    v_NBTKC: jax.Array,
+    visible_BT: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """Attention of one new token a row over layer `layer` of the cache: [B, H, C], of q's type."""
+    k_BTKC, v_BTKC = (
+        jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_NBTKC, v_NBTKC)
+    )
+    mask_B11T = visible_BT[:, None, None]
+    return jax.nn.dot_product_attention(q_BHC[:, None], k_BTKC, v_BTKC, mask=mask_B11T)[:, 0]

@@ -195,6 +195,33 @@ def test_linear(implementation, dtype, transposed):
             assert error(y_BO, expected) < TOLERANCE["float32"]
 
 
+@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attend(implementation, dtype):
+    """Rows see different keys, some with gaps; some query heads share a kv head."""
+    rng = np.random.default_rng(0)
+    for rows, h, k, c, length in ((1, 4, 4, 16, 9), (3, 8, 2, 24, 33), (2, 3, 3, 40, 12)):
+        q_BHC, keys, values = (
+            jnp.asarray(rng.normal(size=shape), dtype)
+            for shape in ((rows, h, c), *[(3, rows, length, k, c)] * 2)
+        )
+        visible_BT = rng.random((rows, length)) < 0.6
+        visible_BT[:, 4] = True
+        hidden = ~visible_BT[None, :, :, None, None]
+        values = jnp.where(hidden, jnp.asarray(1e3, dtype), values)  # would be noticed
+        exact = [np.asarray(a, np.float64) for a in (q_BHC, keys[2], values[2])]
+        q_BKGC = exact[0].reshape(rows, k, -1, c)
+        scores = np.einsum("BKGC,BTKC->BKGT", q_BKGC, exact[1]) / math.sqrt(c)
+        weights = np.exp(scores) * visible_BT[:, None, None]
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("BKGT,BTKC->BKGC", weights, exact[2]).reshape(rows, h, c)
+        y_BHC = kernels.attend(
+            q_BHC, keys, values, jnp.asarray(visible_BT), layer=2, implementation=implementation
+        )
+        assert y_BHC.dtype == q_BHC.dtype
+        assert error(y_BHC, expected) < TOLERANCE[dtype]
+
+
 def test_compact():
     active_BE = jnp.asarray([[0, 1, 0, 0, 1], [0, 0, 0, 1, 1]], bool)
     ids_E, count = jax.jit(reference.compact)(active_BE)
@@ -273,6 +300,12 @@ def test_bad_input_at_the_door():
             kernels.linear(x, w)
     with pytest.raises(UserError, match="one type"):
         kernels.linear(x_BD, jnp.ones((20, 7), jnp.bfloat16))
+    cache = jnp.ones((1, 2, 5, 3, 8))
+    for q in (jnp.ones((2, 4, 8)), jnp.ones((2, 3, 7)), jnp.ones((1, 3, 8))):
+        with pytest.raises(UserError, match="H a multiple of K"):
+            kernels.attend(q, cache, cache, jnp.ones((2, 5), bool), layer=0)
+    with pytest.raises(UserError, match="differ in type"):
+        kernels.attend(jnp.ones((2, 3, 8), jnp.bfloat16), cache, cache, None, layer=0)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "triton", "pallas"], indirect=True)

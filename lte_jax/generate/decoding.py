@@ -24,7 +24,6 @@ from lte_jax.model import (
     Cache,
     RMSNorm,
     Transformer,
-    attention,
     init_cache,
     make_context,
     rotate,
@@ -216,14 +215,15 @@ def decode_step(
         k_B1KC, v_B1KC = (heads(name, h_BD, config.num_kv_heads) for name in "kv")
         k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_B1KC[None], here)
         v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_B1KC[None], here)
-        y_B1HC = attention(
-            heads("q", h_BD, config.num_heads),
-            jax.lax.dynamic_index_in_dim(k_NBTKC, index, keepdims=False),
-            jax.lax.dynamic_index_in_dim(v_NBTKC, index, keepdims=False),
-            visible_keys(config, slides, context),
-            blocked=False,
+        y_BHC = kernels.attend(
+            heads("q", h_BD, config.num_heads)[:, 0],
+            k_NBTKC,
+            v_NBTKC,
+            visible_keys(config, slides, context)[:, 0],
+            layer=index,
+            implementation=plan.implementation,
         )
-        x_BD += project("o", y_B1HC.reshape(batch, -1))
+        x_BD += project("o", y_BHC.reshape(batch, -1))
 
         h_BD = norm(x_BD, small["ffn_norm"]["scale"])
         active_BE = ~state.done_B[:, None]

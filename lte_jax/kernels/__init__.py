@@ -4,7 +4,8 @@ The kernels themselves lie in the top-level folder kernels/, importable as lte_j
 That folder has no __init__.py on purpose: a package named `kernels` would shadow Hugging Face's.
 A wheel carries the modules beside this file instead.
 
-Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
+Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  H heads
+               K kv heads (of linear: inputs)  O outputs  C head width  T tokens so far
 """
 
 from __future__ import annotations
@@ -105,6 +106,44 @@ def linear(
         return kernel.linear(x_BK, w, layer, transposed=transposed)
 
     return _run(product, (x_BK, w, jnp.asarray(layer, jnp.int32)), implementation)
+
+
+def attend(
+    q_BHC: Array,
+    k_NBTKC: Array,
+    v_NBTKC: Array,
+    visible_BT: Array,
+    *,
+    layer: Array | int,
+    implementation: str = "auto",
+) -> Array:
+    """Attention of one new token a row over the keys and values so far: [B, H, C], of q's type.
+
+    Args:
+      q_BHC: queries, of the cache's type.
+      k_NBTKC: keys of all layers, the new token's among them; K divides H.
+      v_NBTKC: values.
+      visible_BT: bool, the keys each row sees, one at least.
+      layer: of the cache, used in place.
+      implementation: as in sparse_ffn.
+
+    Raises: as sparse_ffn.
+    """
+    b, h, c = q_BHC.shape
+    n, _, t, k, _ = k_NBTKC.shape
+    if k_NBTKC.shape != (n, b, t, k, c) or v_NBTKC.shape != k_NBTKC.shape or h % k:
+        raise UserError(
+            f"attend: q {q_BHC.shape}, k {k_NBTKC.shape}, v {v_NBTKC.shape}: expected [B, H, C] "
+            "and twice [N, B, T, K, C], H a multiple of K"
+        )
+    if not q_BHC.dtype == k_NBTKC.dtype == v_NBTKC.dtype:
+        raise UserError("attend: q, k and v differ in type: expected one")
+
+    def attention(kernel, *operands):
+        return kernel.attend(*operands)
+
+    operands = (q_BHC, k_NBTKC, v_NBTKC, visible_BT, jnp.asarray(layer, jnp.int32))
+    return _run(attention, operands, implementation)
 
 
 def resolve(implementation: str) -> str:
