@@ -79,20 +79,30 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
 
 def attend(
     q_BHC: jax.Array,
+    k_BKC: jax.Array,
+    v_BKC: jax.Array,
     k_NBTKC: jax.Array,
     v_NBTKC: jax.Array,
     visible_BT: jax.Array,
     layer: jax.Array,
-) -> jax.Array:
-    """Attention of one new token a row over layer `layer` of the cache: [B, H, C], of q's type.
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`.
 
     Raises: as sparse_ffn.
     """
     _ready(q_BHC)
-    call = jax.ffi.ffi_call(
-        "lte_jax_attend", jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype), vmap_method="sequential"
-    )
-    return call(q_BHC, k_NBTKC, v_NBTKC, visible_BT, layer)
+    out = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q_BHC, k_NBTKC, v_NBTKC))
+    call = jax.ffi.ffi_call("lte_jax_attend", out, input_output_aliases={3: 1, 4: 2})
+    y_BHC, k_NBTKC, v_NBTKC = call(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, layer, index)
+    return y_BHC, k_NBTKC, v_NBTKC
+
+
+def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Rows of the table: [B, D]. XLA's, in bfloat16, first converts the table."""
+    _load()
+    out = jax.ShapeDtypeStruct((tokens_B.size, table_VD.shape[1]), table_VD.dtype)
+    return jax.ffi.ffi_call("lte_jax_embed", out)(tokens_B, table_VD)
 
 
 def unavailable() -> str | None:
@@ -116,7 +126,7 @@ def _ready(x: jax.Array) -> None:
 def _load() -> None:
     """Registers the calls with XLA, once a process."""
     library = ctypes.CDLL(str(_build()))
-    for name in ("Ffn", "Linear", "Attend"):
+    for name in ("Ffn", "Linear", "Attend", "Embed"):
         capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
         jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
 

@@ -1,5 +1,5 @@
 // The sparse expert feed-forward network for CPUs, and what else decoding needs: matrix-vector
-// products and attention of one token. XLA FFI calls.
+// products, attention of one token, embedding. XLA FFI calls.
 //
 // At a few rows a token costs the time of streaming weights from memory: each weight is read once,
 // in the order it lies, and used for all rows that want it. Two inner loops do all the work:
@@ -450,15 +450,17 @@ void AttendHead(const T* q, const T* k, const T* v, const bool* visible, T* y, i
 }
 
 template <class T>
-ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
-                     const ffi::AnyBuffer& v, const bool* visible, int64_t layer,
-                     ffi::Result<ffi::AnyBuffer> y) {
-  const auto shape = k.dimensions();  // [N, B, T, K, C]
+ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& new_k,
+                     const ffi::AnyBuffer& new_v, const bool* visible, int64_t layer, int64_t index,
+                     ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> k,
+                     ffi::Result<ffi::AnyBuffer> v) {
+  const auto shape = k->dimensions();  // [N, B, T, K, C]
   const int64_t N = shape[0], B = shape[1], length = shape[2], K = shape[3], C = shape[4];
   const int64_t G = q.dimensions()[1] / K, stride = K * C;
   layer = std::min(std::max<int64_t>(layer, 0), N - 1);
-  const auto at = [&](const ffi::AnyBuffer& cache, int64_t b, int64_t head) {
-    return static_cast<const T*>(cache.untyped_data()) + ((layer * B + b) * length * K + head) * C;
+  index = std::min(std::max<int64_t>(index, 0), length - 1);
+  const auto at = [&](ffi::Result<ffi::AnyBuffer>& cache, int64_t b, int64_t head) {
+    return static_cast<T*>(cache->untyped_data()) + ((layer * B + b) * length * K + head) * C;
   };
   ParallelFor(pool, B * K, [&](int64_t item) {
     const int64_t b = item / K, head = item % K, row = (b * K + head) * G * C;
@@ -466,19 +468,39 @@ ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::
     int64_t begin = 0, end = length;
     while (begin < length && !seen[begin]) ++begin;
     while (end > begin && !seen[end - 1]) --end;
-    AttendHead(static_cast<const T*>(q.untyped_data()) + row, at(k, b, head), at(v, b, head), seen,
+    T *keys = at(k, b, head), *values = at(v, b, head);
+    std::copy_n(static_cast<const T*>(new_k.untyped_data()) + item * C, C, keys + index * stride);
+    std::copy_n(static_cast<const T*>(new_v.untyped_data()) + item * C, C, values + index * stride);
+    AttendHead(static_cast<const T*>(q.untyped_data()) + row, keys, values, seen,
                static_cast<T*>(y->untyped_data()) + row, G, C, stride, begin, end);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::AnyBuffer visible, ffi::Buffer<ffi::S32> layer,
-                  ffi::Result<ffi::AnyBuffer> y) {
+// The caches come in as buffers that go out as well: XLA copies them first if it still needs them.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v,
+                  ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer visible,
+                  ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> index,
+                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> k,
+                  ffi::Result<ffi::AnyBuffer> v) {
   const bool* seen = static_cast<const bool*>(visible.untyped_data());
-  const int64_t index = layer.typed_data()[0];
-  if (q.element_type() == ffi::F32) return RunAttend<float>(pool, q, k, v, seen, index, y);
-  return RunAttend<BFloat16>(pool, q, k, v, seen, index, y);
+  const int64_t n = layer.typed_data()[0], t = index.typed_data()[0];
+  if (q.element_type() == ffi::F32)
+    return RunAttend<float>(pool, q, new_k, new_v, seen, n, t, y, k, v);
+  return RunAttend<BFloat16>(pool, q, new_k, new_v, seen, n, t, y, k, v);
+}
+
+// ---- Embedding: rows of a table, whatever its type.
+
+ffi::Error Embed(ffi::Buffer<ffi::S32> tokens, ffi::AnyBuffer table, ffi::Result<ffi::AnyBuffer> y) {
+  const int64_t V = table.dimensions()[0], B = tokens.element_count();
+  const int64_t row_bytes = int64_t(y->size_bytes()) / std::max<int64_t>(B, 1);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t token = std::min<int64_t>(std::max<int64_t>(tokens.typed_data()[b], 0), V - 1);
+    std::memcpy(static_cast<char*>(y->untyped_data()) + b * row_bytes,
+                static_cast<const char*>(table.untyped_data()) + token * row_bytes, row_bytes);
+  }
+  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -490,7 +512,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttend, Attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxEmbed, Embed,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxFfn, Ffn,

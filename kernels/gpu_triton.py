@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from .reference import Unsupported
-from .xla import attend  # XLA's own: a few percent of a step
+from .xla import attend, embed  # XLA's own: a few percent of a step
 
-__all__ = ["attend", "linear", "sparse_ffn", "unavailable"]
+__all__ = ["attend", "embed", "linear", "sparse_ffn", "unavailable"]
 
 TUNED = pathlib.Path(__file__).with_name("tuned")  # <device>.json, by tune.py
 ROWS = (1, 8, 16, 32, 64)  # what rows of x are padded to; each has block sizes of its own

@@ -75,12 +75,17 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
 
 def attend(
     q_BHC: jax.Array,
+    k_BKC: jax.Array,
+    v_BKC: jax.Array,
     k_NBTKC: jax.Array,
     v_NBTKC: jax.Array,
     visible_BT: jax.Array,
     layer: jax.Array,
-) -> jax.Array:
-    """Attention of one new token a row over layer `layer` of the cache: [B, H, C], of q's type."""
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`."""
+    k_NBTKC = k_NBTKC.at[layer, :, index].set(k_BKC)
+    v_NBTKC = v_NBTKC.at[layer, :, index].set(v_BKC)
     b, h, c = q_BHC.shape
     k_BTKC, v_BTKC = (cache[layer].astype(jnp.float32) for cache in (k_NBTKC, v_NBTKC))
     q_BKGC = q_BHC.astype(jnp.float32).reshape(b, k_BTKC.shape[2], -1, c)  # G heads share a kv head
@@ -88,4 +93,9 @@ def attend(
     scores_BKGT = einsum("BKGC,BTKC->BKGT", q_BKGC, k_BTKC) / c**0.5
     scores_BKGT = jnp.where(visible_BT[:, None, None], scores_BKGT, -jnp.inf)
     y_BKGC = einsum("BKGT,BTKC->BKGC", jax.nn.softmax(scores_BKGT), v_BTKC)
-    return y_BKGC.reshape(b, h, c).astype(q_BHC.dtype)
+    return y_BKGC.reshape(b, h, c).astype(q_BHC.dtype), k_NBTKC, v_NBTKC
+
+
+def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Rows of the table: [B, D]."""
+    return table_VD[tokens_B]

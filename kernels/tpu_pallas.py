@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .reference import ACTIVATIONS, Unsupported, compact
-from .xla import attend, linear  # XLA's own do on a TPU
+from .xla import attend, embed, linear  # XLA's own do on a TPU
 
-__all__ = ["attend", "linear", "sparse_ffn"]
+__all__ = ["attend", "embed", "linear", "sparse_ffn"]
 
 # Of the fast memory of a TPU, VMEM: for the operands, and with what the compiler adds to them for
 # float32 products. A TPU has 64 MiB or more from v5 on; unless it asks, a kernel gets 16.

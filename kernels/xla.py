@@ -63,14 +63,26 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
 
 def attend(
     q_BHC: jax.Array,
+    k_BKC: jax.Array,
+    v_BKC: jax.Array,
     k_NBTKC: jax.Array,
     v_NBTKC: jax.Array,
     visible_BT: jax.Array,
     layer: jax.Array,
-) -> jax.Array:
-    """Attention of one new token a row over layer `layer` of the cache: [B, H, C], of q's type."""
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`."""
+    here = (layer, 0, index, 0, 0)
+    k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_BKC[None, :, None], here)
+    v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_BKC[None, :, None], here)
     k_BTKC, v_BTKC = (
         jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_NBTKC, v_NBTKC)
     )
     mask_B11T = visible_BT[:, None, None]
-    return jax.nn.dot_product_attention(q_BHC[:, None], k_BTKC, v_BTKC, mask=mask_B11T)[:, 0]
+    y_B1HC = jax.nn.dot_product_attention(q_BHC[:, None], k_BTKC, v_BTKC, mask=mask_B11T)
+    return y_B1HC[:, 0], k_NBTKC, v_NBTKC
+
+
+def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Rows of the table: [B, D]."""
+    return table_VD[tokens_B]

@@ -210,14 +210,25 @@ def test_attend(implementation, dtype):
         hidden = ~visible_BT[None, :, :, None, None]
         values = jnp.where(hidden, jnp.asarray(1e3, dtype), values)  # would be noticed
         exact = [np.asarray(a, np.float64) for a in (q_BHC, keys[2], values[2])]
+        new = keys[2, :, 4], values[2, :, 4]
+        empty = (keys.at[2, :, 4].set(0.0), values.at[2, :, 4].set(0.0))
         q_BKGC = exact[0].reshape(rows, k, -1, c)
         scores = np.einsum("BKGC,BTKC->BKGT", q_BKGC, exact[1]) / math.sqrt(c)
         weights = np.exp(scores) * visible_BT[:, None, None]
         weights /= weights.sum(-1, keepdims=True)
         expected = np.einsum("BKGT,BTKC->BKGC", weights, exact[2]).reshape(rows, h, c)
-        y_BHC = kernels.attend(
-            q_BHC, keys, values, jnp.asarray(visible_BT), layer=2, implementation=implementation
+        y_BHC, *caches = kernels.attend(
+            q_BHC,
+            *new,
+            *empty,
+            jnp.asarray(visible_BT),
+            layer=2,
+            index=jnp.int32(4),
+            implementation=implementation,
         )
+        for cache, before, after in zip(caches, empty, (keys, values), strict=True):
+            np.testing.assert_array_equal(cache, after)
+            assert not np.asarray(before[2, :, 4]).any()  # what went in is as it was
         assert y_BHC.dtype == q_BHC.dtype
         assert error(y_BHC, expected) < TOLERANCE[dtype]
 
@@ -301,11 +312,21 @@ def test_bad_input_at_the_door():
     with pytest.raises(UserError, match="one type"):
         kernels.linear(x_BD, jnp.ones((20, 7), jnp.bfloat16))
     cache = jnp.ones((1, 2, 5, 3, 8))
+    new, seen = jnp.ones((2, 3, 8)), jnp.ones((2, 5), bool)
+    attend = functools.partial(kernels.attend, layer=0, index=0)
     for q in (jnp.ones((2, 4, 8)), jnp.ones((2, 3, 7)), jnp.ones((1, 3, 8))):
         with pytest.raises(UserError, match="H a multiple of K"):
-            kernels.attend(q, cache, cache, jnp.ones((2, 5), bool), layer=0)
+            attend(q, new, new, cache, cache, seen)
     with pytest.raises(UserError, match="differ in type"):
-        kernels.attend(jnp.ones((2, 3, 8), jnp.bfloat16), cache, cache, None, layer=0)
+        attend(new.astype(jnp.bfloat16), new, new, cache, cache, seen)
+
+
+def test_embed(implementation):
+    for dtype in ("float32", "bfloat16"):
+        table_VD = jnp.asarray(np.random.default_rng(0).normal(size=(11, 6)), dtype)
+        tokens_B = jnp.asarray([3, 0, 10, 3], jnp.int32)
+        x_BD = kernels.embed(tokens_B, table_VD, implementation=implementation)
+        np.testing.assert_array_equal(x_BD, table_VD[tokens_B])
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "triton", "pallas"], indirect=True)

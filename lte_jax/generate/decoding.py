@@ -11,7 +11,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -208,19 +207,19 @@ def decode_step(
             x_B1HC = project(name, x_BD).reshape(batch, 1, count, config.head_dim)
             if config.qk_norm and name != "v":
                 x_B1HC = norm(x_B1HC, small["attn"][f"{name}_norm"]["scale"])
-            return x_B1HC if name == "v" else rotate(x_B1HC, context["angles_BLC"])
+            x_B1HC = x_B1HC if name == "v" else rotate(x_B1HC, context["angles_BLC"])
+            return x_B1HC[:, 0]
 
         h_BD = norm(x_BD, small["attn_norm"]["scale"])
-        here = (index, 0, context["index"], 0, 0)
-        k_B1KC, v_B1KC = (heads(name, h_BD, config.num_kv_heads) for name in "kv")
-        k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_B1KC[None], here)
-        v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_B1KC[None], here)
-        y_BHC = kernels.attend(
-            heads("q", h_BD, config.num_heads)[:, 0],
+        y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
+            heads("q", h_BD, config.num_heads),
+            heads("k", h_BD, config.num_kv_heads),
+            heads("v", h_BD, config.num_kv_heads),
             k_NBTKC,
             v_NBTKC,
             visible_keys(config, slides, context)[:, 0],
             layer=index,
+            index=context["index"],
             implementation=plan.implementation,
         )
         x_BD += project("o", y_BHC.reshape(batch, -1))
@@ -248,8 +247,9 @@ def decode_step(
         read = jnp.mean(jnp.any(active_BE, axis=0), dtype=jnp.float32)
         return (x_BD, k_NBTKC, v_NBTKC), read
 
-    embed = nn.Embed(config.vocab_size, config.d_model, dtype=dtype)
-    x_BD = embed.apply({"params": params["embed"]}, state.tokens_B)
+    table_VD = params["embed"]["embedding"]
+    x_BD = kernels.embed(state.tokens_B, table_VD, implementation=plan.implementation)
+    x_BD = x_BD.astype(dtype)
     slides_N = jnp.asarray(sliding_layers(config))
     indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
     (x_BD, k, v), read_N = jax.lax.scan(

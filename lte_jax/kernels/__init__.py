@@ -15,6 +15,7 @@ import importlib
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,40 +111,62 @@ def linear(
 
 def attend(
     q_BHC: Array,
+    k_BKC: Array,
+    v_BKC: Array,
     k_NBTKC: Array,
     v_NBTKC: Array,
     visible_BT: Array,
     *,
     layer: Array | int,
+    index: Array | int,
     implementation: str = "auto",
-) -> Array:
-    """Attention of one new token a row over the keys and values so far: [B, H, C], of q's type.
+) -> tuple[Array, Array, Array]:
+    """Attention of one new token a row over the keys and values so far, itself included.
 
     Args:
-      q_BHC: queries, of the cache's type.
-      k_NBTKC: keys of all layers, the new token's among them; K divides H.
-      v_NBTKC: values.
-      visible_BT: bool, the keys each row sees, one at least.
-      layer: of the cache, used in place.
+      q_BHC: queries of the new tokens.
+      k_BKC: their keys; K divides H.
+      v_BKC: their values.
+      k_NBTKC: the cache of keys, all layers.
+      v_NBTKC: that of values. All of one type.
+      visible_BT: bool, the places each row sees, `index` among them.
+      layer: of the cache.
+      index: the new tokens' place in the cache.
       implementation: as in sparse_ffn.
+
+    Returns:
+      y_BHC: of q's type.
+      k_NBTKC, v_NBTKC: with the new tokens in them; under `jax.jit` the same memory.
 
     Raises: as sparse_ffn.
     """
     b, h, c = q_BHC.shape
     n, _, t, k, _ = k_NBTKC.shape
-    if k_NBTKC.shape != (n, b, t, k, c) or v_NBTKC.shape != k_NBTKC.shape or h % k:
+    cache = k_NBTKC.shape == v_NBTKC.shape == (n, b, t, k, c)
+    if not cache or not k_BKC.shape == v_BKC.shape == (b, k, c) or h % k:
         raise UserError(
-            f"attend: q {q_BHC.shape}, k {k_NBTKC.shape}, v {v_NBTKC.shape}: expected [B, H, C] "
-            "and twice [N, B, T, K, C], H a multiple of K"
+            f"attend: q {q_BHC.shape}, k {k_BKC.shape}, v {v_BKC.shape}, caches {k_NBTKC.shape} "
+            f"and {v_NBTKC.shape}: expected [B, H, C], twice [B, K, C] and twice [N, B, T, K, C], "
+            "H a multiple of K"
         )
-    if not q_BHC.dtype == k_NBTKC.dtype == v_NBTKC.dtype:
-        raise UserError("attend: q, k and v differ in type: expected one")
+    if len({a.dtype for a in (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC)}) > 1:
+        raise UserError("attend: q, k, v and the caches differ in type: expected one")
 
     def attention(kernel, *operands):
         return kernel.attend(*operands)
 
-    operands = (q_BHC, k_NBTKC, v_NBTKC, visible_BT, jnp.asarray(layer, jnp.int32))
+    places = (jnp.asarray(layer, jnp.int32), jnp.asarray(index, jnp.int32))
+    operands = (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, *places)
     return _run(attention, operands, implementation)
+
+
+def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> Array:
+    """Rows of the table: [B, D], of its type; int32 tokens, one a row."""
+
+    def lookup(kernel, *operands):
+        return kernel.embed(*operands)
+
+    return _run(lookup, (tokens_B, table_VD), implementation)
 
 
 def resolve(implementation: str) -> str:
@@ -186,7 +209,7 @@ def _module(name: str):
     return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
-def _run(function: Callable[..., Array], operands: tuple, implementation: str) -> Array:
+def _run(function: Callable[..., Any], operands: tuple, implementation: str) -> Any:
     """`function` of the implementation's module; what it refuses goes to "xla" under "auto"."""
     from .reference import Unsupported
 
@@ -201,7 +224,7 @@ def _run(function: Callable[..., Array], operands: tuple, implementation: str) -
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _inference_only(ffn: Callable[..., Array], *operands) -> Array:
+def _inference_only(ffn: Callable[..., Any], *operands) -> Any:
     return ffn(*operands)
 
 
