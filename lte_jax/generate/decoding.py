@@ -191,7 +191,7 @@ def decode_step(
     )
     linear = functools.partial(kernels.linear, implementation=plan.implementation)
 
-    def norm(x, scale):
+    def norm(x, scale) -> Any:
         return RMSNorm(config.norm_eps, dtype).apply({"params": {"scale": scale}}, x)
 
     def layer(carry, scanned):
