@@ -1,11 +1,15 @@
 """Building the CPU kernels: whatever the machine lacks, there is a clear line and a way on."""
 
+import concurrent.futures
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lte_jax import kernels
@@ -119,3 +123,27 @@ def test_source_that_does_not_compile_says_why(tmp_path, monkeypatch):
     with pytest.raises(cpu.Unsupported, match="failed: .*error.*missing"):
         cpu._build()
     assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_compiler
+def test_many_calls_at_once():
+    """More calls under way than threads: none waits for another forever, none disturbs another."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: jnp.asarray(rng.normal(size=(24, 8, 64)), jnp.float32)
+        for name in ("gate", "up", "down")
+    }
+    cases = [
+        (jnp.asarray(rng.normal(size=(b, 64)), jnp.float32), jnp.asarray(rng.random((b, 24)) < 0.5))
+        for b in (1, 2, 5)
+    ]
+    ffn = jax.jit(
+        lambda x, active: kernels.sparse_ffn(
+            x, active, weights, activation="silu", implementation="cpu"
+        )
+    )
+    expected = [np.asarray(ffn(*case)) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda i: np.asarray(ffn(*cases[i % 3])), range(600), timeout=120))
+    for i, y_BD in enumerate(made):
+        np.testing.assert_array_equal(y_BD, expected[i % 3])
