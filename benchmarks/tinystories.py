@@ -9,10 +9,10 @@ Every row is one run of train.py on configs/tinystories.py, all with the same st
   ridge, frozen   the same experts and the routers LTE starts from, never trained; all steps adapt
   random, frozen  random routers and the best k experts of each token (paper, Fig. 12); likewise
 
-Frozen routers are compared at 75%, with --all at every target. Perplexity is over all 324
-validation stories, cut at 256 tokens, under hard routing. Two runs go side by side, a core each.
-What is done is not done again: a killed table goes on. Writes table.md, results.json and
-quality.png into --out.
+stories260k takes half the steps. Frozen routers are compared at 75%, with --all at every target.
+Perplexity is over all 324 validation stories, cut at 256 tokens, under hard routing. Two runs go
+side by side, a core each. What is done is not done again: a killed table goes on. Writes table.md,
+results.json and quality.png into --out.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ class Run:
 
 def runs(router: int, adapt: int, every_target: bool) -> Iterator[Run]:
     """Every row, those that others are compared with first."""
-    steps = router + adapt
-    frozen = (
-        "stages.router.steps=0",
-        f"stages.adapt.steps={steps}",
-        "stages.adapt.learning_rate=5e-4",
-    )
-    for model, sizes in (("babyllama", (32, 8)), ("stories260k", (4,))):
+    for model, sizes, share in (("babyllama", (32, 8), 1), ("stories260k", (4,), 2)):
+        router, adapt = router // share, adapt // share
+        steps = router + adapt
+        frozen = (
+            "stages.router.steps=0",
+            f"stages.adapt.steps={steps}",
+            "stages.adapt.learning_rate=5e-4",
+        )
         control = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
         yield Run(
             model,
