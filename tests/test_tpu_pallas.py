@@ -1,126 +1,21 @@
-"""The Pallas kernel for TPUs: its numbers in interpret mode, and its executable for a v5e.
+"""The Pallas kernel for TPUs: what it refuses, and its executable for a v5e.
 
-No TPU is needed. Where libtpu is installed, the kernel is compiled ahead of time for a v5e at the
-shapes of LLaMA2-7B; with -s the figures of docs/kernels.md are printed.
+Its numbers, in interpret mode, are held by test_kernels.py. Where libtpu is installed, the kernel is
+compiled ahead of time for a v5e at the shapes of LLaMA2-7B; with -s the figures of docs/kernels.md
+are printed.
 """
 
 import functools
 import importlib.util
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
 
 from lte_jax.kernels import reference, tpu_pallas
 
-N, E, M, D = 2, 8, 16, 128
-KINDS = ("none", "one", "some", "disjoint", "all")
-# Relative to the largest output. In bfloat16 the hidden activations and the output are rounded.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
-
-
-def make(rows, dtype="float32", gated=True, bias=False):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape, scale=0.3), dtype)
-
-    names = ("gate", "up", "down") if gated else ("up", "down")
-    weights = {name: normal(N, E, M, D) for name in names}
-    if bias:
-        weights |= {f"{name}_bias": normal(N, E, M) for name in names[:-1]}
-    return normal(rows, D), weights
-
-
-def mask(rows, kind):
-    active_BE = np.zeros((rows, E), bool)
-    if kind == "all":
-        active_BE[:] = True
-    elif kind == "one":
-        active_BE[:, E - 1] = True
-    elif kind == "disjoint":
-        active_BE[np.arange(E) % rows, np.arange(E)] = True
-    elif kind == "some":
-        active_BE = np.random.default_rng(rows).random((rows, E)) < 0.4
-    return jnp.asarray(active_BE)
-
-
-@functools.cache
-def compiled(module, activation="silu"):
-    return jax.jit(functools.partial(module.sparse_ffn, activation=activation))
-
-
-def error(x_BD, active_BE, weights, layer, activation="silu"):
-    """How far the kernel is from the reference, as a part of the largest output."""
-    y_BD = compiled(tpu_pallas, activation)(x_BD, active_BE, weights, jnp.int32(layer))
-    assert (y_BD.shape, y_BD.dtype) == (x_BD.shape, x_BD.dtype)
-    x_BD, weights = jax.tree.map(lambda a: a.astype(jnp.float32), (x_BD, weights))
-    expected = compiled(reference, activation)(x_BD, active_BE, weights, jnp.int32(layer))
-    idle = ~np.asarray(active_BE).any(axis=1)
-    assert not np.asarray(y_BD)[idle].any()
-    return float(
-        jnp.abs(y_BD.astype(jnp.float32) - expected).max() / (jnp.abs(expected).max() or 1)
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
-def test_masks(rows, dtype):
-    x_BD, weights = make(rows, dtype, bias=True)
-    for kind in KINDS:
-        assert error(x_BD, mask(rows, kind), weights, 1) < TOLERANCE[dtype], kind
-
-
-@pytest.mark.parametrize(
-    ("dtype", "activation", "gated", "bias"),
-    [
-        ("float32", "silu", True, False),
-        ("bfloat16", "silu", True, False),
-        ("float32", "gelu", False, True),
-        ("bfloat16", "gelu", False, True),
-        ("float32", "gelu_tanh", False, True),
-        ("float32", "gelu", True, True),
-        ("float32", "relu", False, False),
-        ("bfloat16", "relu", False, False),
-    ],
-)
-def test_variants(dtype, activation, gated, bias):
-    x_BD, weights = make(3, dtype, gated, bias)
-    for layer in range(N):
-        assert error(x_BD, mask(3, "some"), weights, layer, activation) < TOLERANCE[dtype]
-
-
-def test_only_active_experts_of_the_layer_are_read():
-    """All the rest full of NaN leaves no trace, neither in the numbers nor, with none, in zeros."""
-    x_BD, weights = make(2, bias=True)
-    poisoned = {
-        name: jnp.full_like(w, jnp.nan).at[1, E - 1].set(w[1, E - 1]) for name, w in weights.items()
-    }
-    ffn = compiled(tpu_pallas)
-    for kind in ("one", "none"):
-        y_BD = ffn(x_BD, mask(2, kind), poisoned, jnp.int32(1))
-        expected = ffn(x_BD, mask(2, kind), weights, jnp.int32(1))
-        np.testing.assert_array_equal(y_BD, expected)
-        assert kind == "one" or not y_BD.any()
-
-
-def test_a_row_alone_gives_what_it_gives_among_others():
-    x_BD, weights = make(8, bias=True)
-    active_BE = mask(8, "some")
-    ffn = compiled(tpu_pallas)
-    together = ffn(x_BD, active_BE, weights, jnp.int32(0))
-    alone = [ffn(x_BD[b : b + 1], active_BE[b : b + 1], weights, jnp.int32(0)) for b in range(8)]
-    scale = jnp.abs(together).max()
-    assert jnp.abs(together - jnp.concatenate(alone)).max() < TOLERANCE["float32"] * scale
-
-
-def test_ten_runs_give_the_same_bits():
-    x_BD, weights = make(3, "bfloat16", bias=True)
-    ffn = compiled(tpu_pallas)
-    runs = [np.asarray(ffn(x_BD, mask(3, "some"), weights, jnp.int32(0))) for _ in range(10)]
-    assert len({run.tobytes() for run in runs}) == 1
+N = 2  # layers
+TYPES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize("interpret", [None, True, False])
@@ -169,7 +64,12 @@ def v5e():
 @pytest.mark.parametrize(
     ("dtype", "rows", "gated", "bias", "activation", "neurons"),
     [
-        *((d, b, g, False, "silu", 32) for d in TOLERANCE for b in (1, 8) for g in (True, False)),
+        *(
+            (d, b, g, False, "silu", 32)
+            for d in ("float32", "bfloat16")
+            for b in (1, 8)
+            for g in (True, False)
+        ),
         ("float32", 8, True, True, "gelu", 32),
         ("bfloat16", 3, True, True, "gelu", 32),
         ("bfloat16", 16, False, True, "gelu_tanh", 32),
