@@ -27,7 +27,7 @@ def get_config(arg=""):
         stage.steps = {STEPS}
     c.log_every = c.checkpoint.every = 1
     c.eval_every = 3
-    c.sample_tokens = 0
+    c.report = False
     return c
 """
 

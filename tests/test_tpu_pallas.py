@@ -1,8 +1,8 @@
 """The Pallas kernel for TPUs: what it refuses, and its executable for a v5e.
 
-Its numbers, in interpret mode, are held by test_kernels.py. Where libtpu is installed, the kernel is
-compiled ahead of time for a v5e at the shapes of LLaMA2-7B; with -s the figures of docs/kernels.md
-are printed.
+Its numbers, in interpret mode, are held by test_kernels.py. Where libtpu is installed, the kernel
+is compiled ahead of time for a v5e at the shapes of LLaMA2-7B; with -s the figures of
+docs/kernels.md are printed.
 """
 
 import functools
