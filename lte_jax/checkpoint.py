@@ -38,6 +38,7 @@ from lte_jax.config import UserError
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
 NO_STEP = -1
+_UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the name of a step that Orbax is writing
 Manifest = dict[str, Any]
 State = TypeVar("State")
 log = logging.getLogger(__name__)
@@ -186,8 +187,10 @@ class Checkpointer:
 
     def _open(self) -> ocp.CheckpointManager:
         # Orbax would delete old steps before the manifest of the new one stands: we do it after.
+        # What a killed run left behind it would clear away in the background, and with it, on a
+        # slow machine, the first save of this run: that is done before, in _prepare_folder.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, cleanup_tmp_directories=True, lightweight_initialize=True
+            max_to_keep=None, cleanup_tmp_directories=False, lightweight_initialize=True
         )
         logging.getLogger("absl").addFilter(_is_news)
         return ocp.CheckpointManager(self.folder, options=options)
@@ -204,8 +207,9 @@ class Checkpointer:
                 f"checkpoint folder {self.folder} cannot be written to ({error.strerror}): "
                 "name one that can"
             ) from None
-        for leftover in self.folder.glob("deleting-*"):
-            shutil.rmtree(leftover)
+        for pattern in ("deleting-*", f"*{_UNCOMMITTED}*"):
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover)
         unfinished = [s for s in self._steps() if not (self._path(s) / MANIFEST).exists()]
         self._set_aside({step: "unfinished, killed while saving" for step in unfinished})
 
@@ -281,7 +285,7 @@ class Checkpointer:
                 raise
             self._saved.discard(step)
             if self._primary:
-                for half in self._path(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                for half in self._path(step), *self.folder.glob(f"{step}{_UNCOMMITTED}*"):
                     shutil.rmtree(half, ignore_errors=True)
             raise UserError(
                 f"checkpoint {self._path(step)} could not be written ({reason}): free some space "

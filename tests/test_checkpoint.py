@@ -328,3 +328,13 @@ def test_bad_input_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
         atomic_write(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_a_killed_run_left_is_gone_before_anything_is_saved(tmp_path, monkeypatch):
+    """Orbax's own clearing, in the background, once took the first new save away as well."""
+    cleanup = "orbax.checkpoint._src.path.temporary_paths.cleanup_temporary_paths"
+    monkeypatch.setattr(cleanup, lambda *_, **__: pytest.fail("Orbax clears in the background"))
+    for name in ("1.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-17"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    with Checkpointer(tmp_path):
+        assert not list(tmp_path.glob("*tmp*"))
