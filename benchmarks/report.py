@@ -74,7 +74,7 @@ def summary(results: pathlib.Path) -> str:
             rows, versions = record["rows"], record["versions"]
             commit = (record["commit"] or "unknown")[:10]
             lines += [
-                f"**{_TITLES[name]}** on {record['device']}, {record['cores']} cores, "
+                f"**{_TITLES[name]}** on {rows[0]['device']}, {record['cores']} cores, "
                 f"{record['bandwidth_gb_per_s']:.3g} GB/s, `{rows[0]['implementation']}` kernels, "
                 f"jax {versions['jax']}, commit {commit}:",
                 "",
@@ -111,7 +111,7 @@ def figure(results: pathlib.Path, path: pathlib.Path) -> None:
         if points:
             x, y = [100 * r["sparsity"] for r in points], [r["ratio_to_dense"] for r in points]
             axis.plot(x, y, "s-", label="LLaMA2-7B, end to end")
-        axis.set(title=record["device"], xlabel="FFN sparsity, %", ylabel="time over dense")
+        axis.set(title=record["rows"][0]["device"], xlabel="FFN sparsity, %", ylabel="time over dense")
         axis.set_ylim(0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
