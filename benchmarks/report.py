@@ -111,7 +111,9 @@ def figure(results: pathlib.Path, path: pathlib.Path) -> None:
         if points:
             x, y = [100 * r["sparsity"] for r in points], [r["ratio_to_dense"] for r in points]
             axis.plot(x, y, "s-", label="LLaMA2-7B, end to end")
-        axis.set(title=record["rows"][0]["device"], xlabel="FFN sparsity, %", ylabel="time over dense")
+        axis.set(
+            title=record["rows"][0]["device"], xlabel="FFN sparsity, %", ylabel="time over dense"
+        )
         axis.set_ylim(0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
