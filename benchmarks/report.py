@@ -66,8 +66,17 @@ def _read(path: pathlib.Path) -> dict:
     return record
 
 
-def summary(results: pathlib.Path) -> str:
-    """Markdown of all devices measured."""
+def brief(row: dict) -> bool:
+    """Whether a row is for the README: one token's, and larger batches as trained models have them.
+
+    All rows are in benchmarks/results/README.md.
+    """
+    usual = round(row["sparsity"], 2) in (0.5, 0.75, 0.9)
+    return "layers" in row or usual and (row["batch"] == 1 or row["routing"] == "skewed")
+
+
+def summary(results: pathlib.Path, whole: bool) -> str:
+    """Markdown of all devices measured: every row, or the brief ones."""
     lines = []
     for path in sorted(results.glob("*.json")):
         for name, record in sorted(json.loads(path.read_text()).items(), reverse=True):
@@ -78,7 +87,7 @@ def summary(results: pathlib.Path) -> str:
                 f"{record['bandwidth_gb_per_s']:.3g} GB/s, `{rows[0]['implementation']}` kernels, "
                 f"jax {versions['jax']}, commit {commit}:",
                 "",
-                _TABLES[name](rows),
+                _TABLES[name]([row for row in rows if whole or brief(row)]),
                 "",
                 f"`python benchmarks/{' '.join(record['command'])}`",
                 "",
@@ -132,14 +141,15 @@ def main() -> None:
     with cli_errors():
         if flags.merge:
             print(f"wrote {merge(flags.merge, flags.results)}")
-        text = summary(flags.results)
-        print(text)
+        print(summary(flags.results, whole=True))
         if flags.readme:
             before, _, rest = flags.readme.read_text().partition(BEGIN)
             _, mark, after = rest.partition(END)
             if not mark:
                 raise UserError(f"{flags.readme}: expected the marks {BEGIN} and {END}")
+            text = summary(flags.results, whole=False)
             atomic_write(flags.readme, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+            atomic_write(flags.results / "README.md", summary(flags.results, whole=True))
             figure(flags.results, flags.figure)
             print(f"wrote {flags.readme} and {flags.figure}")
 
