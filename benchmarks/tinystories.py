@@ -52,10 +52,10 @@ class Run:
         return words.replace(", ", "-").replace(" ", "-")
 
 
-def runs(router: int, adapt: int, every_target: bool) -> Iterator[Run]:
+def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Run]:
     """Every row, those that others are compared with first."""
     for model, sizes, share in (("babyllama", (32, 8), 1), ("stories260k", (4,), 2)):
-        router, adapt = router // share, adapt // share
+        router, adapt = router_steps // share, adapt_steps // share
         steps = router + adapt
         frozen = (
             "stages.router.steps=0",
