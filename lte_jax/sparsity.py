@@ -34,23 +34,25 @@ class Control:
     efficiency_weight: Any  # eta of Eq. 6
     integral: Any  # of the PI controller
     threshold: Any  # tau of Eq. 2
+    target_sparsity: Any  # a value, so that one compiled step serves every target; 0: none
 
     @classmethod
     def start(cls, lte: LTEConfig) -> Control:
         """The control before the first step."""
-        values = (lte.efficiency_weight, lte.efficiency_weight, lte.threshold)
+        weight = lte.efficiency_weight
+        values = (weight, weight, lte.threshold, lte.target_sparsity or 0.0)
         return cls(*(jnp.asarray(value, jnp.float32) for value in values))
 
-    def steer_weight(self, kept: Float[Array, ""], target_sparsity: float) -> Control:
+    def steer_weight(self, kept: Float[Array, ""]) -> Control:
         """After a step that kept a share `kept` of the experts: the next efficiency weight."""
-        error = kept - (1.0 - target_sparsity)
+        error = kept - (1.0 - self.target_sparsity)
         integral = jnp.clip(self.integral + _INTEGRAL_GAIN * error, *_WEIGHT_RANGE)
         weight = jnp.clip(integral + _PROPORTIONAL_GAIN * error, *_WEIGHT_RANGE)
         return self.replace(integral=integral, efficiency_weight=weight)
 
-    def steer_threshold(self, kept: Float[Array, ""], target_sparsity: float) -> Control:
+    def steer_threshold(self, kept: Float[Array, ""]) -> Control:
         """After a step that kept a share `kept` of the experts: the next threshold."""
-        error = kept - (1.0 - target_sparsity)
+        error = kept - (1.0 - self.target_sparsity)
         threshold = self.threshold + _THRESHOLD_GAIN * error
         return self.replace(threshold=jnp.clip(threshold, *_THRESHOLD_RANGE))
 

@@ -29,7 +29,6 @@ class Stage:
     efficiency: bool = False  # with the weight of the control
     separability_weight: float = 0.0  # lambda of Eq. 6
     steer: Literal["weight", "threshold"] | None = None
-    target_sparsity: float | None = None
 
 
 def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
@@ -47,7 +46,6 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
         efficiency=True,
         separability_weight=lte.separability_weight,
         steer="weight" if sparse else None,
-        target_sparsity=lte.target_sparsity,
     )
     adapt = Stage(
         "adapt",
@@ -57,6 +55,5 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
         task_weight=task,
         distill_weight=distill,
         steer="threshold" if sparse and lte.routing != "top_k" else None,
-        target_sparsity=lte.target_sparsity,
     )
     return tuple(stage for stage in (finetune, router, adapt) if stage.config.steps)

@@ -126,9 +126,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         control = state.control
         if stage.steer == "weight":
-            control = control.steer_weight(parts["kept"], stage.target_sparsity)
+            control = control.steer_weight(parts["kept"])
         elif stage.steer == "threshold":
-            control = control.steer_threshold(parts["kept"], stage.target_sparsity)
+            control = control.steer_threshold(parts["kept"])
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
         if "kept" in parts:
             metrics["sparsity"] = 1.0 - metrics.pop("kept")
