@@ -15,7 +15,10 @@ import os
 import pathlib
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+from tinystories import one_core_each
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ("demo.py", "tinystories.py", "tinystories.py:stories260k", "llama7b.py:smoke")
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "thousand")
     out = parser.parse_args().out.absolute()
     runs = [(config, preset) for config in CONFIGS for preset in ("ours", "paper")]
-    with ThreadPoolExecutor(2) as pool:
+    with one_core_each(2) as pool:
         rows = list(pool.map(lambda r: run(*r, out), runs))
     print("\n| config | numbers | finite |\n|---|--:|---|", *rows, sep="\n")
     if any("failed" in row or "NOT" in row for row in rows):
