@@ -59,8 +59,7 @@ def sparse_ffn(
         layer,
         *(weights[name] for name in names if name in weights),
         activation=np.int64(list(ACTIVATIONS).index(activation)),
-        gated="gate" in weights,
-        biased="up_bias" in weights,
+        **{f"has_{name}": name in weights for name in names[2:]},
     )
 
 
@@ -125,7 +124,11 @@ def _ready(x: jax.Array) -> None:
 @functools.cache
 def _load() -> None:
     """Registers the calls with XLA, once a process."""
-    library = ctypes.CDLL(str(_build()))
+    path = _build()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unsupported(f"{error}: name another folder in $LTE_JAX_CACHE") from error
     for name in ("Ffn", "Linear", "Attend", "Embed"):
         capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
         jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
@@ -145,6 +148,7 @@ def _build() -> pathlib.Path:
         if library.stem.removeprefix(name) == _digest(library.read_bytes()):
             return library
         _log.warning("%s is damaged: building it anew", library)
+        library.unlink(missing_ok=True)
     _log.info("building the CPU kernels with %s into %s", compiler, folder)
     file, draft = tempfile.mkstemp(".so.part", name, folder)
     os.close(file)

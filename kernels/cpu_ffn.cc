@@ -343,11 +343,11 @@ void SparseFfn(ffi::ThreadPool& pool, const T* x, const bool* active, Weights<T>
   });
 }
 
-// Operands after x, active and layer: up, down, then gate, up_bias, gate_bias as the flags say.
+// Operands after x, active and layer: up, down, then of gate, up_bias, gate_bias those that are there.
 template <class T>
 ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& active,
                   int64_t layer, const ffi::RemainingArgs& rest, ffi::Result<ffi::AnyBuffer> y,
-                  int64_t activation, bool gated, bool biased) {
+                  int64_t activation, bool has_gate, bool has_up_bias, bool has_gate_bias) {
   const auto up = rest.get<ffi::AnyBuffer>(0);
   const int64_t B = x.dimensions()[0], D = x.dimensions()[1], E = active.dimensions()[1];
   const int64_t N = up->dimensions()[0], M = up->dimensions()[2];
@@ -360,9 +360,9 @@ ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::Any
   Weights<T> w = {};
   w.up = take(E * M * D);
   w.down = take(E * M * D);
-  if (gated) w.gate = take(E * M * D);
-  if (biased) w.up_bias = take(E * M);
-  if (biased && gated) w.gate_bias = take(E * M);
+  if (has_gate) w.gate = take(E * M * D);
+  if (has_up_bias) w.up_bias = take(E * M);
+  if (has_gate_bias) w.gate_bias = take(E * M);
   SparseFfn(pool, static_cast<const T*>(x.untyped_data()),
             static_cast<const bool*>(active.untyped_data()), w, static_cast<T*>(y->untyped_data()),
             Activation(activation), B, D, E, M);
@@ -371,11 +371,13 @@ ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::Any
 
 ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer active,
                ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
-               int64_t activation, bool gated, bool biased) {
+               int64_t activation, bool has_gate, bool has_up_bias, bool has_gate_bias) {
   const int64_t index = layer.typed_data()[0];
   if (x.element_type() == ffi::F32)
-    return RunFfn<float>(pool, x, active, index, rest, y, activation, gated, biased);
-  return RunFfn<BFloat16>(pool, x, active, index, rest, y, activation, gated, biased);
+    return RunFfn<float>(pool, x, active, index, rest, y, activation, has_gate, has_up_bias,
+                         has_gate_bias);
+  return RunFfn<BFloat16>(pool, x, active, index, rest, y, activation, has_gate, has_up_bias,
+                          has_gate_bias);
 }
 
 // ---- Matrix-vector products.
@@ -535,8 +537,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxFfn, Ffn,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("activation")
-                                  .Attr<bool>("gated")
-                                  .Attr<bool>("biased"));
+                                  .Attr<bool>("has_gate")
+                                  .Attr<bool>("has_up_bias")
+                                  .Attr<bool>("has_gate_bias"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxLinear, Linear,
                               ffi::Ffi::Bind()

@@ -81,7 +81,7 @@ def test_a_damaged_library_is_built_anew(tmp_path):
     name, _, err = finish(start(tmp_path))
     assert name == "cpu"
     assert f"WARNING {library} is damaged" in err
-    [mended] = tmp_path.iterdir()
+    [mended] = tmp_path.iterdir()  # the damaged one is gone
     assert len(mended.read_bytes()) == len(whole)
 
 
@@ -110,6 +110,18 @@ def test_bad_input_no_working_compiler(tmp_path, env, reason):
     [line] = [line for line in out.splitlines() if line.startswith("cpu:")]
     assert "implementation='cpu' cannot run" in line and reason in line
     assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_a_library_that_may_not_be_loaded_says_why(tmp_path, monkeypatch):
+    """As from a folder mounted noexec."""
+    from lte_jax.kernels import cpu
+
+    library = tmp_path / "cpu_ffn.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(cpu, "_build", lambda: library)
+    with pytest.raises(cpu.Unsupported, match=f"{library}.*another folder in .LTE_JAX_CACHE"):
+        cpu._load.__wrapped__()
 
 
 @needs_compiler

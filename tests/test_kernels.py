@@ -31,7 +31,7 @@ def implementation(request):
     return request.param
 
 
-def make(rows, dtype="float32", gated=True, bias=False, layers=None, seed=0, implementation="xla"):
+def make(rows, dtype="float32", gated=True, biases=(), layers=None, seed=0, implementation="xla"):
     rng = np.random.default_rng(seed)
     lead = () if layers is None else (layers,)
     m, d = SIZES.get(implementation, (6, 20))
@@ -41,8 +41,7 @@ def make(rows, dtype="float32", gated=True, bias=False, layers=None, seed=0, imp
 
     names = ("gate", "up", "down") if gated else ("up", "down")
     weights = {name: normal(*lead, E, m, d) for name in names}
-    if bias:
-        weights |= {f"{name}_bias": normal(*lead, E, m) for name in names[:-1]}
+    weights |= {f"{name}_bias": normal(*lead, E, m) for name in biases}
     return normal(rows, d), weights
 
 
@@ -101,9 +100,11 @@ def compiled(implementation, activation="silu"):
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True)])
-def test_formula(implementation, activation, gated, bias):
-    x_BD, weights = make(3, gated=gated, bias=bias, implementation=implementation)
+@pytest.mark.parametrize(
+    ("gated", "biases"), [(True, ()), (True, ("gate", "up")), (False, ("up",))]
+)
+def test_formula(implementation, activation, gated, biases):
+    x_BD, weights = make(3, gated=gated, biases=biases, implementation=implementation)
     active_BE = mask(3, "some")
     y_BD = compiled(implementation, activation)(x_BD, active_BE, weights)
     assert error(y_BD, by_hand(x_BD, active_BE, weights, activation)) < TOLERANCE["float32"]
@@ -133,9 +134,9 @@ def test_rows_keep_to_their_own_experts(implementation):
     assert error(together, jnp.concatenate(alone)) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_stacked_layers(implementation, bias):
-    x_BD, stacked = make(2, layers=4, bias=bias, implementation=implementation)
+@pytest.mark.parametrize("biases", [(), ("up",), ("gate",), ("gate", "up")])
+def test_stacked_layers(implementation, biases):
+    x_BD, stacked = make(2, layers=4, biases=biases, implementation=implementation)
     active_BE = mask(2, "some")
     for layer in range(4):
         y_BD = compiled(implementation, "gelu")(x_BD, active_BE, stacked, jnp.int32(layer))
@@ -311,6 +312,8 @@ def test_bad_input_at_the_door():
             kernels.linear(x, w)
     with pytest.raises(UserError, match="one type"):
         kernels.linear(x_BD, jnp.ones((20, 7), jnp.bfloat16))
+    with pytest.raises(UserError, match="expected \\[B\\] and \\[V, D\\]"):
+        kernels.embed(jnp.zeros((1, 1), jnp.int32), x_BD)
     cache = jnp.ones((1, 2, 5, 3, 8))
     new, seen = jnp.ones((2, 3, 8)), jnp.ones((2, 5), bool)
     attend = functools.partial(kernels.attend, layer=0, index=0)

@@ -161,12 +161,24 @@ def attend(
 
 
 def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> Array:
-    """Rows of the table: [B, D], of its type; int32 tokens, one a row."""
+    """Rows of the table: [B, D], of its type.
+
+    Args:
+      tokens_B: integers, one token a row; those outside 0 to V - 1 are undefined.
+      table_VD: of any type.
+      implementation: as in sparse_ffn.
+
+    Raises: as sparse_ffn.
+    """
+    if tokens_B.ndim != 1 or table_VD.ndim != 2:
+        raise UserError(
+            f"embed: tokens {tokens_B.shape} and table {table_VD.shape}: expected [B] and [V, D]"
+        )
 
     def lookup(kernel, *operands):
         return kernel.embed(*operands)
 
-    return _run(lookup, (tokens_B, table_VD), implementation)
+    return _run(lookup, (jnp.asarray(tokens_B, jnp.int32), table_VD), implementation)
 
 
 def resolve(implementation: str) -> str:
@@ -231,7 +243,7 @@ def _inference_only(ffn: Callable[..., Any], *operands) -> Any:
 @_inference_only.defjvp
 def _refuse(ffn, primals, tangents):
     raise UserError(
-        "sparse_ffn has no gradient, it is for inference: train through "
+        "the kernels are for inference and have no gradient: train through "
         'lte_jax.apply(model, params, tokens, routing="soft") (or "straight_through", "hard")'
     )
 
