@@ -16,24 +16,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
 import sys
 import time
+import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from ffn import bandwidth, listed
+from ffn import bandwidth, listed, publish
 from tqdm import tqdm
 
 import lte_jax
-from lte_jax import kernels, report
-from lte_jax.checkpoint import atomic_write
+from lte_jax import kernels
 from lte_jax.config import LTEConfig, UserError, cli_errors, load_config
 from lte_jax.generate import plan_for
 from lte_jax.generate.decoding import State, extend, make_knobs
@@ -53,7 +52,7 @@ def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
         if "scale" in name:
             return jnp.ones(leaf.shape, dtype)
         of_layer = leaf.shape[1:] if "layers" in name else leaf.shape
-        key = jax.random.fold_in(jax.random.key(0), hash_of(name))
+        key = jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode()))
         kind = "float32" if "router" in name else dtype
         # Logits of unit variance on inputs of unit RMS: a threshold's quantile is the sparsity.
         one = jax.random.normal(key, of_layer, kind) * config.d_model**-0.5
@@ -62,11 +61,6 @@ def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
     create = jax.jit(make, static_argnums=(0, 1))
     flat, tree = jax.tree_util.tree_flatten_with_path(abstract_params(model))
     return model, jax.tree.unflatten(tree, [create(path, leaf) for path, leaf in flat])
-
-
-def hash_of(name: str) -> int:
-    """The same in every process, unlike hash()."""
-    return int.from_bytes(name.encode()[-4:], "little") & 0x7FFFFFFF
 
 
 def started(model: Transformer, batch: int, prompt: int, room: int) -> State:
@@ -182,16 +176,7 @@ def main() -> None:
             for prompt in flags.prompt
             for row in measure(model, params, flags, batch, prompt, bytes_per_s)
         ]
-    print(table(rows))
-    print(f"\nbandwidth {bytes_per_s / 1e9:.1f} GB/s; medians of {flags.rounds} rounds")
-    if flags.json:
-        record = report.environment() | {
-            "benchmark": "decode",
-            "bandwidth_gb_per_s": bytes_per_s / 1e9,
-            "rows": rows,
-        }
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(flags.json, json.dumps(record, indent=1) + "\n")
+    publish("decode", rows, table(rows), bytes_per_s, flags)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,7 @@ def thresholds(weights, x_BD, strength: float, sparsity: float) -> jax.Array:
     idle = round(sparsity * sorted_NBE.shape[-1])
     if idle == 0:
         return jnp.full(sorted_NBE.shape[:2], -1.0)
-    between = sorted_NBE[..., idle - 1 : idle + 1].mean(-1)  # rounding decides nothing
-    return between
+    return sorted_NBE[..., idle - 1 : idle + 1].mean(-1)  # between two scores: no rounding decides
 
 
 def measure(flags, dtype: str, bytes_per_s: float) -> list[dict]:
@@ -263,11 +262,16 @@ def main() -> None:
     with cli_errors():
         bytes_per_s = bandwidth(os.cpu_count() or 1)
         rows = [row for dtype in flags.dtype for row in measure(flags, dtype, bytes_per_s)]
-    print(table(rows))
+    publish("ffn", rows, table(rows), bytes_per_s, flags)
+
+
+def publish(benchmark: str, rows: list[dict], table: str, bytes_per_s: float, flags) -> None:
+    """Prints the table and, with --json, writes the rows and where they were measured."""
+    print(table)
     print(f"\nbandwidth {bytes_per_s / 1e9:.1f} GB/s; medians of {flags.rounds} rounds")
     if flags.json:
         record = report.environment() | {
-            "benchmark": "ffn",
+            "benchmark": benchmark,
             "bandwidth_gb_per_s": bytes_per_s / 1e9,
             "rows": rows,
         }
