@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from lte_jax import kernels
-from lte_jax.config import Routing, top_k
+from lte_jax.config import ModelConfig, Routing, top_k
 from lte_jax.model import (
     Cache,
     RMSNorm,
@@ -64,9 +64,7 @@ class State:
     done_B: Array  # bool: an end-of-text token has been chosen
     step: Array  # int32, tokens chosen so far
     key: Array
-    read: (
-        Array  # float32: share of experts that the batch used, mean over layers, summed over steps
-    )
+    read: Array  # float32: share of experts used by the batch, mean of layers, summed over steps
     cache: Cache
 
 
@@ -185,55 +183,26 @@ def decode_step(
         )
         return out.logits[:, 0], out.cache, jnp.ones((), jnp.float32)
     config, dtype = model.config, jnp.dtype(model.dtype)
-    batch, context = (
-        tokens_B1.shape[0],
-        make_context(config, jnp.ones_like(tokens_B1), knobs.threshold, state.cache),
-    )
-    linear = functools.partial(kernels.linear, implementation=plan.implementation)
-
-    def norm(x, scale) -> Any:
-        return RMSNorm(config.norm_eps, dtype).apply({"params": {"scale": scale}}, x)
+    context = make_context(config, jnp.ones_like(tokens_B1), knobs.threshold, state.cache)
 
     def layer(carry, scanned):
         x_BD, k_NBTKC, v_NBTKC = carry
         small, slides, index = scanned
-
-        def project(name: str, x_BK):
-            y_BO = linear(x_BK, stacked["attn"][name], layer=index).astype(dtype)
-            bias = small["attn"].get(name, {}).get("bias")
-            return y_BO if bias is None else y_BO + bias.astype(dtype).reshape(1, -1)
-
-        def heads(name: str, x_BD, count: int):
-            x_B1HC = project(name, x_BD).reshape(batch, 1, count, config.head_dim)
-            if config.qk_norm and name != "v":
-                x_B1HC = norm(x_B1HC, small["attn"][f"{name}_norm"]["scale"])
-            x_B1HC = x_B1HC if name == "v" else rotate(x_B1HC, context["angles_BLC"])
-            return x_B1HC[:, 0]
-
-        h_BD = norm(x_BD, small["attn_norm"]["scale"])
+        linear = _linear(plan, stacked, small, index, dtype)
+        visible_BT = visible_keys(config, slides, context)[:, 0]
+        h_BD = _norm(config, x_BD, small["attn_norm"])
+        q_BHC, k_BKC, v_BKC = _heads(config, linear, small["attn"], h_BD, context["angles_BLC"])
         y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
-            heads("q", h_BD, config.num_heads),
-            heads("k", h_BD, config.num_kv_heads),
-            heads("v", h_BD, config.num_kv_heads),
-            k_NBTKC,
-            v_NBTKC,
-            visible_keys(config, slides, context)[:, 0],
+            *(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT),
             layer=index,
             index=context["index"],
             implementation=plan.implementation,
         )
-        x_BD += project("o", y_BHC.reshape(batch, -1))
+        x_BD += linear("o", y_BHC.reshape(x_BD.shape[0], -1))
 
-        h_BD = norm(x_BD, small["ffn_norm"]["scale"])
-        active_BE = ~state.done_B[:, None]
-        if plan.routing == "dense":
-            active_BE = jnp.broadcast_to(active_BE, (batch, stacked["ffn"]["up"].shape[1]))
-        else:
-            logits_BE = linear(h_BD.astype(jnp.float32), stacked["router"], layer=index)
-            if "router_bias" in small:
-                logits_BE += small["router_bias"].astype(jnp.float32)[None]
-            kept = top_k(config, model.lte, plan.routing)
-            active_BE &= active_experts(jax.nn.sigmoid(logits_BE), knobs.threshold, kept)
+        h_BD = _norm(config, x_BD, small["ffn_norm"])
+        active_BE = _active(model, plan, knobs, stacked, small, index, h_BD)
+        active_BE &= ~state.done_B[:, None]
         x_BD += kernels.sparse_ffn(
             h_BD,
             active_BE,
@@ -249,19 +218,66 @@ def decode_step(
 
     table_VD = params["embed"]["embedding"]
     x_BD = kernels.embed(state.tokens_B, table_VD, implementation=plan.implementation)
-    x_BD = x_BD.astype(dtype)
     slides_N = jnp.asarray(sliding_layers(config))
     indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
     (x_BD, k, v), read_N = jax.lax.scan(
         layer,
-        (x_BD, state.cache["k"], state.cache["v"]),
+        (x_BD.astype(dtype), state.cache["k"], state.cache["v"]),
         (small_params(params["layers"]), slides_N, indices_N),
     )
-    x_BD = norm(x_BD, params["final_norm"]["scale"])
-    logits_BV = linear(x_BD, stacked["head"], transposed=config.tie_embeddings)
+    logits_BV = kernels.linear(
+        _norm(config, x_BD, params["final_norm"]),
+        stacked["head"],
+        transposed=config.tie_embeddings,
+        implementation=plan.implementation,
+    )
     segments_BT, index = context["segments_BT"], state.cache["index"] + 1
     cache = {"k": k, "v": v, "segments": segments_BT, "index": index}
     return logits_BV, cache, jnp.mean(read_N)
+
+
+def _norm(config: ModelConfig, x: Array, params: Mapping[str, Array]) -> Any:
+    return RMSNorm(config.norm_eps, x.dtype).apply({"params": params}, x)
+
+
+def _linear(plan: Plan, stacked, small, index: Array, dtype) -> Callable[[str, Array], Array]:
+    """The product with an attention matrix of this layer, by its name, and its bias."""
+
+    def linear(name: str, x_BK: Array) -> Array:
+        w_NKO, bias = stacked["attn"][name], small["attn"].get(name, {}).get("bias")
+        y_BO = kernels.linear(x_BK, w_NKO, layer=index, implementation=plan.implementation)
+        y_BO = y_BO.astype(dtype)
+        return y_BO if bias is None else y_BO + bias.astype(dtype).reshape(1, -1)
+
+    return linear
+
+
+def _heads(config: ModelConfig, linear, small, x_BD: Array, angles_B1C: Array) -> list[Array]:
+    """Query, key and value heads of the new tokens: [B, H, C] and twice [B, K, C]."""
+    heads = []
+    for name in "qkv":
+        count = config.num_heads if name == "q" else config.num_kv_heads
+        x_B1HC = linear(name, x_BD).reshape(x_BD.shape[0], 1, count, config.head_dim)
+        if config.qk_norm and name != "v":
+            x_B1HC = _norm(config, x_B1HC, small[f"{name}_norm"])
+        heads.append((x_B1HC if name == "v" else rotate(x_B1HC, angles_B1C))[:, 0])
+    return heads
+
+
+def _active(model, plan: Plan, knobs: Knobs, stacked, small, index: Array, h_BD: Array) -> Array:
+    """The experts that each row uses, bool [B, E]: all blocks of a dense FFN."""
+    if plan.routing == "dense":
+        return jnp.ones((h_BD.shape[0], stacked["ffn"]["up"].shape[1]), bool)
+    logits_BE = kernels.linear(
+        h_BD.astype(jnp.float32),
+        stacked["router"],
+        layer=index,
+        implementation=plan.implementation,
+    )
+    if "router_bias" in small:
+        logits_BE += small["router_bias"].astype(jnp.float32)[None]
+    kept = top_k(model.config, model.lte, plan.routing)
+    return active_experts(jax.nn.sigmoid(logits_BE), knobs.threshold, kept)
 
 
 def small_params(layers: Mapping[str, Any]) -> dict[str, Any]:
