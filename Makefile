@@ -50,7 +50,7 @@ bench: $(READY)  ## kernels, decoding, what learning costs, grouping of one LLaM
 tinystories: $(READY)  ## LTE against its controls on real models and text: half an hour
 	$(BIN)/python benchmarks/tinystories.py --out=runs/tinystories-table
 
-thousand: $(READY)  ## a thousand steps of each config at both presets stay finite: ten minutes
+thousand: $(READY)  ## a thousand steps of each config at both presets stay finite: a quarter of an hour
 	$(BIN)/python benchmarks/thousand.py --out=runs/thousand
 
 resume: $(READY)  ## twenty runs killed at random moments end in the same bits: ten minutes

@@ -142,6 +142,23 @@ def test_decode_step_gives_the_logits_of_the_model(dtype):
         assert error < (2e-5 if dtype == "float32" else 5e-2), name
 
 
+def test_rows_that_have_ended_read_nothing():
+    """The share of experts read is that of the rows still under way, of all layers."""
+    model, params = make()
+    plan, knobs = plan_for(model, "hard", eos_ids=()), d.make_knobs(model)
+    stacked = d.large_params(model, params, "hard")
+    step = jax.jit(d.decode_step, static_argnums=(0, 3))
+
+    def read(prompts, done):
+        state = d.prefill(model, params, plan, knobs, [np.array(p) for p in prompts], room=8)
+        return float(step(model, params, stacked, plan, knobs, state.replace(done_B=done))[2])
+
+    alone = read(PROMPTS[:1], jnp.array([False]))
+    assert 0.2 < alone < 0.8
+    assert read(PROMPTS, jnp.array([False, True, True])) == pytest.approx(alone, abs=1e-6)
+    assert read(PROMPTS, jnp.array([True, True, True])) == 0.0
+
+
 def test_decoding_reads_active_experts_only():
     """Experts that no token uses may be anything: NaN in them leaves no trace."""
     model, params = make()
