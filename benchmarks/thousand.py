@@ -1,6 +1,6 @@
 """A thousand steps at both presets on every config that a small machine can run: all finite?
 
-    python benchmarks/thousand.py --out=runs/thousand        (or: make thousand; a quarter of an hour)
+    python benchmarks/thousand.py --out=runs/thousand     (or: make thousand; a quarter of an hour)
 
 700 steps of the router stage and 300 of adaptation, two rows a step. Training itself stops at the
 first loss that is not finite; here every number in metrics.jsonl is looked at as well.
