@@ -5,6 +5,7 @@ VENV ?= .venv
 EXTRAS := dev,plot,tensorboard
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-fast lint format bench tinystories thousand resume clean
@@ -27,10 +28,10 @@ demo: $(READY)  ## a small dense model becomes a sparse one, before your eyes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
 test: $(READY)  ## the whole suite
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest $(PARALLEL)
 
 test-fast: $(READY)  ## the suite without the tests marked slow
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 lint: $(READY)  ## style, formatting and types
 	$(BIN)/ruff check

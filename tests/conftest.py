@@ -54,6 +54,12 @@ def _let_optax_promote():
     optax.scale_by_adam = scale_by_adam
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: one that begins last keeps the other workers waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def _keep_to_one_core():
     """A worker of pytest -n on a core of its own: workers in each other's way are far slower."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...
