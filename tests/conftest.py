@@ -54,6 +54,7 @@ def _let_optax_promote():
     optax.scale_by_adam = scale_by_adam
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m takes the slow ones away
 def pytest_collection_modifyitems(items):
     """Files with slow tests first: one that begins last keeps the other workers waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -1,5 +1,7 @@
 """Eight devices compute what one does, and really hold parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ MESHES = [
 CONFIG = tiny.dataclasses.replace(tiny.CONFIG, num_heads=8, num_kv_heads=8, head_dim=4)
 
 
+@functools.cache  # one device is what every mesh is compared with
 def loss_and_gradients(lte, stage, mesh):
     model, params = tiny.model_and_params(lte, CONFIG)
     batch, loss = tiny.batch(8), trainer.make_loss(model, stage)

@@ -20,6 +20,8 @@ from lte_jax.config import (
 )
 from lte_jax.sparsity import Control, flops_per_token
 
+PRESET_NAMES = ["ours", pytest.param("paper", marks=pytest.mark.slow)]
+
 
 def steps(stage, model, params, count, optim_config=tiny.OPTIM, rows=8):
     optimizer = optim.make(optim_config, stage.config, stage.rules)
@@ -40,7 +42,7 @@ def moved(before, after):
 
 
 @pytest.mark.parametrize("name", ["finetune", "router", "adapt"])
-@pytest.mark.parametrize("preset", ["ours", "paper"])
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_one_step_moves_exactly_the_declared_leaves(name, preset):
     lte = dataclasses.replace(PRESETS[preset], expert_size=8)
     model, params = tiny.model_and_params(None if name == "finetune" else lte)
@@ -54,7 +56,7 @@ def test_one_step_moves_exactly_the_declared_leaves(name, preset):
     assert moved(params, state.params) == everything - frozen
 
 
-@pytest.mark.parametrize("preset", ["ours", "paper"])
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_routers_are_bit_identical_after_adapt(preset):
     lte = dataclasses.replace(PRESETS[preset], expert_size=8)
     model, params = tiny.model_and_params(lte)
@@ -127,7 +129,7 @@ def test_scores_on_the_threshold_give_finite_loss_and_gradient(eps):
     assert np.isinf(printed)
 
 
-@pytest.mark.parametrize("preset", ["ours", "paper"])
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_a_model_whose_scores_are_all_on_the_threshold_trains(preset):
     lte = dataclasses.replace(PRESETS[preset], expert_size=8)
     model, params = tiny.model_and_params(lte)

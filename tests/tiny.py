@@ -1,6 +1,7 @@
 """Models small enough for a test and batches for them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,13 @@ STAGES = StagesConfig(
 def model_and_params(lte=LTE, config=CONFIG, seed=0, **fields):
     """A random model; LTE unless `lte` is None."""
     model = Transformer(config, lte, **fields)
-    return model, model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = _params(model, seed)
+    return model, jax.tree.map(lambda array: array, params)  # dicts that the caller may change
+
+
+@functools.cache
+def _params(model, seed):
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 def batch(rows=8, length=16, seed=0, vocab=CONFIG.vocab_size):
