@@ -5,7 +5,8 @@ VENV ?= .venv
 EXTRAS := dev,plot,tensorboard
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
+# A worker a core, whole files, in the order of tests/conftest.py.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-fast lint format bench tinystories thousand resume clean
