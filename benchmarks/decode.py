@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import lte_jax
 from lte_jax import kernels
-from lte_jax.config import LTEConfig, UserError, cli_errors, load_config
+from lte_jax.config import LTEConfig, load_config
+from lte_jax.errors import UserError, cli_errors
 from lte_jax.generate import plan_for
 from lte_jax.generate.decoding import State, extend, make_knobs
 from lte_jax.model import Transformer, abstract_params, init_cache

@@ -39,8 +39,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lte_jax import kernels, report
-from lte_jax.checkpoint import atomic_write
-from lte_jax.config import cli_errors
+from lte_jax.errors import cli_errors
+from lte_jax.files import atomic_write
 
 _MATRICES = ("gate", "up", "down")
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.75, 0.8, 0.9, 0.95)

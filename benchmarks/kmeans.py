@@ -28,7 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from lte_jax.config import LTEConfig, UserError
+from lte_jax.config import LTEConfig
+from lte_jax.errors import UserError
 from lte_jax.moefy import group_neurons, inertia, normalize
 
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import decode
 import ffn
 
-from lte_jax.checkpoint import atomic_write
-from lte_jax.config import UserError, cli_errors
+from lte_jax.errors import UserError, cli_errors
+from lte_jax.files import atomic_write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -4,7 +4,7 @@ import argparse
 import functools
 
 import lte_jax
-from lte_jax.config import cli_errors
+from lte_jax.errors import cli_errors
 
 
 def main() -> None:

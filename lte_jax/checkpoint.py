@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import logging
 import math
 import os
@@ -33,19 +31,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lte_jax.config import UserError
+from lte_jax import files
+from lte_jax.errors import UserError
+from lte_jax.files import MANIFEST, Damaged
 
-MANIFEST = "manifest.json"
 DAMAGED = "damaged"
 NO_STEP = -1
 _UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the name of a step that Orbax is writing
 Manifest = dict[str, Any]
 State = TypeVar("State")
 log = logging.getLogger(__name__)
-
-
-class _Damaged(Exception):
-    """A step that is not what was saved; says in which file."""
 
 
 class Checkpointer:
@@ -227,7 +222,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if not self._primary:
                 return
-            _write_manifest(self._path(step), manifest)
+            files.write_manifest(self._path(step), manifest)
             for old in self._dispensable():
                 doomed = self.folder / f"deleting-{old}"
                 self._path(old).rename(doomed)
@@ -238,8 +233,10 @@ class Checkpointer:
         steps = self._steps()
         losses = {}
         for step in steps:
-            with contextlib.suppress(_Damaged):
-                losses[step] = _read_manifest(self._path(step))["metrics"].get(self._best_metric)
+            with contextlib.suppress(Damaged):
+                losses[step] = files.read_manifest(self._path(step))["metrics"].get(
+                    self._best_metric
+                )
         rated = {step: loss for step, loss in losses.items() if loss is not None}
         # NaN sorts last, and of equals the newest is the best.
         best = sorted(rated, key=lambda s: (math.isnan(rated[s]), rated[s], -s))[: self._keep_best]
@@ -249,8 +246,8 @@ class Checkpointer:
         damage: dict[int, str] = {}
         for step in reversed(self._steps()):
             try:
-                manifest = _verify(self._path(step))
-            except _Damaged as error:
+                manifest = files.verify(self._path(step))
+            except Damaged as error:
                 damage[step] = str(error)
                 continue
             _check_leaves(self._path(step), manifest["leaves"], leaves)
@@ -313,51 +310,6 @@ def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str
             )
 
 
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, files)
-    named = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
-        for path, digest in zip(files, digests, strict=True)
-    }
-    text = json.dumps(manifest | {"files": named}, indent=1)
-    atomic_write(folder / MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    try:
-        digest, _, text = (folder / MANIFEST).read_bytes().partition(b"\n")
-    except OSError as error:
-        raise _Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(text).hexdigest().encode() != digest:
-        raise _Damaged(f"{MANIFEST} is not as it was written")
-    return json.loads(text)
-
-
-def _verify(folder: Path) -> Manifest:
-    """The manifest of a step whose files are all as they were written; else raises _Damaged."""
-    manifest = _read_manifest(folder)
-    files = manifest["files"]
-    for name, (size, _) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise _Damaged(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise _Damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(_sha256, [folder / name for name in files])
-        for (name, (_, digest)), actual in zip(files.items(), found, strict=True):
-            if actual != digest:
-                raise _Damaged(f"{name} is not as it was written (SHA-256 differs)")
-    return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _disk_trouble(error: Exception) -> str | None:
     """The system's own words if the disk, and not a program, is at fault; else None."""
     if isinstance(error, OSError):
@@ -370,35 +322,3 @@ def _disk_trouble(error: Exception) -> str | None:
 def _is_news(record: logging.LogRecord) -> bool:
     """False for tracebacks that Orbax logs of errors which it raises as well."""
     return not (record.exc_info and "orbax" in record.pathname)
-
-
-def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Writes a file whole or not at all, over an older one if there is one.
-
-    Raises:
-      UserError: when it cannot be written; an older file is then untouched.
-    """
-    path = Path(path)
-    half = path.with_name(f".{path.name}.half-written")
-    try:
-        with half.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            half.unlink()
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or name another place"
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    """Makes what was written to a file, or renamed in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lte_jax.checkpoint import atomic_write
-from lte_jax.config import UserError
+from lte_jax.errors import UserError
+from lte_jax.files import atomic_write
 
 # Shown while training, in this order and under these names, where they are among the values.
 SHOWN = {

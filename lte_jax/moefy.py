@@ -32,7 +32,8 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from lte_jax import moe
-from lte_jax.config import LTEConfig, UserError, num_experts
+from lte_jax.config import LTEConfig, num_experts
+from lte_jax.errors import UserError
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices gathered in one pass over the calibration data

@@ -14,7 +14,8 @@ from typing import Any
 import optax
 from flax import traverse_util
 
-from lte_jax.config import OptimConfig, StageConfig, UserError
+from lte_jax.config import OptimConfig, StageConfig
+from lte_jax.errors import UserError
 
 Rule = tuple[str, float | None]
 _FROZEN = "frozen"

@@ -23,8 +23,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lte_jax import data, hf, metrics, report, sharding, stages, tasks, trainer
-from lte_jax.checkpoint import atomic_write
-from lte_jax.config import Experiment, UserError
+from lte_jax.config import Experiment
+from lte_jax.errors import UserError
+from lte_jax.files import atomic_write
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefy import add_routers, to_experts
 from lte_jax.sparsity import Control

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lte_jax.checkpoint import atomic_write
-from lte_jax.config import UserError, cli_errors
+from lte_jax.errors import UserError, cli_errors
+from lte_jax.files import atomic_write
 
 Results = Mapping[str, Any]
 _PACKAGES = ("lte-jax", "jax", "jaxlib", "flax", "numpy")

@@ -20,7 +20,8 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lte_jax.config import MeshConfig, UserError
+from lte_jax.config import MeshConfig
+from lte_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax.config import Routing, UserError
+from lte_jax.config import Routing
 from lte_jax.data import Rows, eval_batches, tokenize
+from lte_jax.errors import UserError
 from lte_jax.generate import decode, generate_text, plan_for
 from lte_jax.generate.decoding import extend, make_knobs, prefill
 from lte_jax.losses import cross_entropy, predicted

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float
 
 from lte_jax import data, losses, optim, sharding
 from lte_jax.checkpoint import Checkpointer
-from lte_jax.config import Experiment, UserError
+from lte_jax.config import Experiment
+from lte_jax.errors import UserError
 from lte_jax.metrics import Writer
 from lte_jax.model import Transformer
 from lte_jax.sparsity import Control

@@ -1,6 +1,5 @@
 """Checkpoints come back as saved: after kills, damage, on another mesh, and in the right number."""
 
-import json
 import logging
 import multiprocessing
 import os
@@ -17,8 +16,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lte_jax.checkpoint import MANIFEST, Checkpointer, atomic_write
-from lte_jax.config import UserError
+from lte_jax.checkpoint import Checkpointer
+from lte_jax.errors import UserError
+from lte_jax.files import MANIFEST
 
 WIDTH = 64
 
@@ -303,31 +303,6 @@ def test_bad_input_full_disk(tmp_path, processes):
     assert left == ["1"]
     assert "Traceback" not in (tmp_path / "checkpoints.log").read_text()
     assert_is(restored(folder), 3)
-
-
-# ----------------------------------------------------------------------------------- atomic_write
-
-
-def test_atomic_write_replaces_whole_files(tmp_path):
-    path = tmp_path / "results.json"
-    atomic_write(path, json.dumps({"a": 1}))
-    atomic_write(path, b"second")
-    assert path.read_text() == "second"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_bad_input_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    atomic_write(path, "old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match=r"results.json cannot be written \(No space left"):
-        atomic_write(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_what_a_killed_run_left_is_gone_before_anything_is_saved(tmp_path, monkeypatch):

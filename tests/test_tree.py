@@ -21,6 +21,8 @@ ORDER = {
     "lte_jax.kernels.gpu_triton": 3,
     "lte_jax.kernels.tpu_pallas": 4,
     "lte_jax.kernels.tune": 5,
+    "lte_jax.errors": 5.1,
+    "lte_jax.files": 5.2,
     "lte_jax.config": 6,
     "lte_jax.sharding": 7,
     "lte_jax.hf": 8,

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import difflib
 import pathlib
 import re
 import runpy
-import sys
 import traceback
 import types
 import typing
@@ -23,7 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lte_jax.config.schema import Experiment, UserError, from_mapping, nearest, spell
+from lte_jax.config.schema import Experiment, from_mapping, spell
+from lte_jax.errors import UserError, nearest
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
@@ -176,13 +175,3 @@ def _describe_keys() -> Iterator[str]:
         for name in key.split("."):
             default = getattr(default, name, None)
         yield f"  {key} = {default!r}  ({spell(hint)})"
-
-
-@contextlib.contextmanager
-def cli_errors() -> Iterator[None]:
-    """Ends the program on what the user can mend: one line `error: ...` on stderr, exit code 2."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None

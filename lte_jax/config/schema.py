@@ -11,21 +11,18 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
 
+from lte_jax.errors import UserError, nearest
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Routing = Literal["dense", "soft", "hard", "straight_through", "top_k"]
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-    """Input the user can mend: one line naming the culprit, what was expected, and the mend."""
 
 
 def _check(ok: bool, where: str, value: Any, expected: str) -> None:
@@ -326,13 +323,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: st
         return cls(**made)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest valid one, or all of them where none is near."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

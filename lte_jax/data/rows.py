@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lte_jax.config import DataConfig, ModelConfig, UserError
+from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data.texts import STDLIB, read_texts
+from lte_jax.errors import UserError
 
 TOKENIZER_BATCH = 256  # documents a call
 

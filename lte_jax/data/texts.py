@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lte_jax.config import UserError, nearest
+from lte_jax.errors import UserError, nearest
 
 STDLIB = "python-stdlib"
 # Packages installed into the library's folder, and tests, which some distributions leave out.

@@ -17,8 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax.config import Routing, UserError, nearest
+from lte_jax.config import Routing
 from lte_jax.data import tokenize
+from lte_jax.errors import UserError, nearest
 from lte_jax.generate.decoding import Plan, extend, make_knobs, prefill, round_up
 from lte_jax.kernels import resolve
 from lte_jax.model import Transformer

@@ -19,12 +19,12 @@ from lte_jax.config import (
     LTEConfig,
     ModelConfig,
     RopeScaling,
-    UserError,
     from_mapping,
-    nearest,
     num_experts,
 )
-from lte_jax.hf.fields import NULL, Fields, read_json
+from lte_jax.errors import UserError, nearest
+from lte_jax.files import read_json
+from lte_jax.hf.fields import NULL, Fields
 
 DTYPES = ("float32", "bfloat16", "float16")
 

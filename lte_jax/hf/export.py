@@ -9,10 +9,8 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from lte_jax.config import LTEConfig, ModelConfig, UserError, nearest
+from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax.errors import UserError, nearest
+from lte_jax.files import read_json, replacing
 from lte_jax.hf import names
 from lte_jax.hf.config_json import DTYPES, read_config, write_config
-from lte_jax.hf.fields import read_json
 from lte_jax.hf.hub import COMPANIONS, resolve
 from lte_jax.hf.names import Row
 from lte_jax.hf.weights import EXPERT_ORDER, INDEX, ONE_FILE, STORED_DTYPES, open_tensors
@@ -69,7 +68,8 @@ def save(
     settings = _config_json(config, lte, source, dtype)
     tensors = _plan(config, lte, params, source, dtype)
     order = None if expert_order is None else _plan_order(config, lte, expert_order)
-    with _replacing(Path(folder)) as new:
+    _check_replaceable(Path(folder))
+    with replacing(Path(folder)) as new:
         if source is not None:
             _copy_companions(source, new)
         if tokenizer is not None:
@@ -238,46 +238,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at the end; on an error, nothing."""
-    folder = Path(os.path.realpath(folder))
-    _check_replaceable(folder)
-    new = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-        new.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        yield new
-        for file in (*new.iterdir(), new):
-            _sync(file)
-        _move(new, folder)
-        _sync(folder.parent)
-    except OSError as e:
-        raise UserError(
-            f"cannot write {folder} ({e.strerror or e}): choose a writable folder on a disk with "
-            "room; nothing was changed there"
-        ) from None
-    finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def _move(new: Path, folder: Path) -> None:
-    """`new` takes the place of `folder`, which stays if that fails."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    folder.rename(old)  # replaces the empty folder
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_replaceable(folder: Path) -> None:
     """Raises where writing `folder` would destroy anything but an older model."""
     if not folder.exists():
@@ -294,18 +254,3 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} holds {foreign[0]}, which is not part of a model, and would be replaced: "
             "choose another folder, or empty this one"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or folder to the disk, so that the renaming never comes before the contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,28 +1,13 @@
-"""JSON files of a checkpoint folder, and typed reading of what they hold."""
+"""Typed reading of what a config.json holds."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from lte_jax.config import UserError
+from lte_jax.errors import UserError
 
 NULL = type(None)
-
-
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in a file, or a UserError that names it."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {hint}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path} cannot be read ({e}): download or copy it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}: expected an object of keys")
-    return raw
 
 
 class Fields:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lte_jax.config import UserError
+from lte_jax.errors import UserError, one_line
 
 # Files of a folder that belong to the model besides its config and weights; copied on export.
 COMPANIONS = (
@@ -83,8 +83,3 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
             f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {one_line(e)}): "
             "download or copy tokenizer.json again"
         ) from None
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), "")

@@ -22,10 +22,11 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from lte_jax.config import LTEConfig, ModelConfig, UserError, nearest
+from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax.errors import UserError, nearest
+from lte_jax.files import read_json
 from lte_jax.hf import names
 from lte_jax.hf.config_json import DTYPES
-from lte_jax.hf.fields import read_json
 from lte_jax.hf.names import Row, Span
 
 ONE_FILE = "model.safetensors"

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lte_jax.config import UserError, nearest
+from lte_jax.errors import UserError, nearest
 
 _HERE = pathlib.Path(__file__).resolve().parent
 if not (_HERE / "reference.py").exists():  # a checkout or an editable install
