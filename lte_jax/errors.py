@@ -7,9 +7,30 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
+MAX_LENGTH = 500  # characters of a message
+
 
 class UserError(ValueError):
-    """Input the user can mend: one line naming the culprit, what was expected, and the mend."""
+    """Input the user can mend: one line naming the culprit, what was expected, and the mend.
+
+    What is quoted may come from a stranger's file: control characters are escaped, and of a message
+    that is too long the middle is left out, as the culprit stands first and the mend last.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_tame(message))
+
+
+def _tame(message: str) -> str:
+    line = "".join(map(_printable, message.replace("\n", " ")))
+    if len(line) > MAX_LENGTH:
+        line = f"{line[: MAX_LENGTH // 2 - 5]} ... {line[-MAX_LENGTH // 2 :]}"
+    return line
+
+
+def _printable(character: str) -> str:
+    """Itself, or its escape: terminals obey control characters, and cannot print surrogates."""
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
