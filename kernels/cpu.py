@@ -3,8 +3,9 @@
 cpu_ffn.cc beside this file becomes a shared library in a cache folder of the user's, under a name
 that holds a digest of all it depends on (source, compiler and flags, jax, CPU) and one of itself:
 a damaged or half-written library is never loaded, and processes that build at once do not meet.
-The folder is $LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache; where it cannot be
-written, each process builds for itself. $CXX names the compiler, else g++ or clang++ is taken.
+The folder is $LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache. A library is code that
+runs as whoever loads it, so folder and library must be this user's and no one else may write them;
+where that is not so, each process builds for itself. $CXX is the compiler, else g++ or clang++.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
                O outputs  H heads  C head width  T tokens so far
@@ -19,10 +20,12 @@ import logging
 import os
 import pathlib
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -124,9 +127,8 @@ def _ready(x: jax.Array) -> None:
 @functools.cache
 def _load() -> None:
     """Registers the calls with XLA, once a process."""
-    path = _build()
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_build()))
     except OSError as error:
         raise Unsupported(f"{error}: name another folder in $LTE_JAX_CACHE") from error
     for name in ("Ffn", "Linear", "Attend", "Embed"):
@@ -139,43 +141,50 @@ def _build() -> pathlib.Path:
     compiler = _compiler()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ("-O3", native, "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-w")
-    version = _run([compiler, "--version"])
+    version = _run([*compiler, "--version"])
     parts = (_SOURCE.read_text(), *flags, version, jax.__version__, _cpu())
     name = f"cpu_ffn-{_digest(chr(0).join(parts).encode())}-"
 
     folder = _cache_folder()
     for library in sorted(folder.glob(f"{name}*.so")):
-        if library.stem.removeprefix(name) == _digest(library.read_bytes()):
+        if _is_sound(library, library.stem.removeprefix(name)):
             return library
-        _log.warning("%s is damaged: building it anew", library)
-        library.unlink(missing_ok=True)
-    _log.info("building the CPU kernels with %s into %s", compiler, folder)
-    file, draft = tempfile.mkstemp(".so.part", name, folder)
+    _log.info("building the CPU kernels with %s into %s", compiler[-1], folder)
+    file, path = tempfile.mkstemp(".so.part", name, folder)
     os.close(file)
+    draft = pathlib.Path(path)
     try:
-        include = f"-I{jax.ffi.include_dir()}"
-        _run([compiler, *flags, include, str(_SOURCE), "-o", draft])
-        library = folder / f"{name}{_digest(pathlib.Path(draft).read_bytes())}.so"
-        os.replace(draft, library)
-    except BaseException:
-        pathlib.Path(draft).unlink(missing_ok=True)
-        raise
-    return library
+        _run([*compiler, *flags, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", path])
+        data = draft.read_bytes()
+        if not data:
+            raise Unsupported(f"{' '.join(compiler)} wrote nothing: name a C++ compiler in $CXX")
+        draft.chmod(0o700)  # compilers go by the umask
+        return draft.replace(folder / f"{name}{_digest(data)}.so")
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def _compiler() -> str:
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
-    for name in names:
+def _compiler() -> list[str]:
+    """The words that begin a compiler's command: $CXX may be "ccache g++"."""
+    chosen = os.environ.get("CXX", "").strip()
+    try:
+        words = [chosen] if shutil.which(chosen) else shlex.split(chosen)
+    except ValueError as error:
+        raise Unsupported(f"$CXX is {chosen!r}: {error}") from None
+    for name, *rest in [words] if words else [["g++"], ["clang++"]]:
         if path := shutil.which(name):
-            return path
+            return [path, *rest]
     raise Unsupported(
-        f"no C++ compiler ({' or '.join(names)}) on the PATH: install one (apt install g++), or "
-        "name one in $CXX"
+        f"no C++ compiler ({chosen or 'g++ or clang++'}) on the PATH: install one (apt install "
+        "g++), or name one in $CXX"
     )
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise Unsupported(f"{command[0]} cannot be run: {error.strerror}") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         line = next((line for line in lines if "error" in line), lines[-1])
@@ -193,27 +202,78 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> pathlib.Path:
-    """A folder that exists and can be written; at worst one of this process alone."""
+    """A folder that this user alone can write; at worst one of this process alone."""
     chosen = os.environ.get("LTE_JAX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(chosen or f"{base}/lte_jax").expanduser()
+    folder = pathlib.Path(chosen or f"{base}/lte_jax")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        _log.warning(
-            "%s cannot be written (%s): each process builds the CPU kernels for itself, three "
-            "seconds; name a folder in $LTE_JAX_CACHE",
-            folder,
-            error.strerror,
+        folder = pathlib.Path(os.path.abspath(folder.expanduser()))
+        folder = folder.parent.resolve() / folder.name  # links above it are followed once
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        why = _distrust(folder, stat.S_ISDIR) or next(
+            filter(None, map(_unsafe, folder.parents)), ""
         )
-        return pathlib.Path(_private_folder().name)
+        if not why:
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})"
+    except RuntimeError:  # no $HOME, and none in the list of users
+        why = "cannot be found, as this user has no home"
+    return pathlib.Path(_private_folder(folder, why).name)
 
 
-@functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory:
+@functools.cache  # one warning, too
+def _private_folder(instead: pathlib.Path, why: str) -> tempfile.TemporaryDirectory:
+    _log.warning(
+        "%s %s: each process builds the CPU kernels for itself, three seconds; name a folder of "
+        "your own in $LTE_JAX_CACHE",
+        instead,
+        why,
+    )
     return tempfile.TemporaryDirectory(prefix="lte_jax-")
+
+
+def _is_sound(library: pathlib.Path, digest: str) -> bool:
+    """Whether to load a library found in the cache; one that is not to be loaded is removed."""
+    try:
+        why = _distrust(library, stat.S_ISREG)
+        if not why:
+            data = library.read_bytes()
+            if data and _digest(data) == digest:
+                return True
+            why = "is damaged"
+        library.unlink(missing_ok=True)
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+    _log.warning("%s %s: building it anew", library, why)
+    return False
+
+
+def _distrust(path: pathlib.Path, is_kind: Callable[[int], bool]) -> str:
+    """Why another than this user may have made or changed what is at `path`; "" if none can."""
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        return "is a symbolic link"
+    if not is_kind(found.st_mode):
+        return "is of another kind"
+    if found.st_uid != os.geteuid():
+        return f"belongs to another user (number {found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by others (mode {stat.S_IMODE(found.st_mode):o}; mend: chmod 700)"
+    return ""
+
+
+def _unsafe(parent: pathlib.Path) -> str:
+    """Why another user may put something else where a folder of `parent` is; "" if none can."""
+    found = parent.stat()
+    writers = stat.S_IWOTH
+    if found.st_gid != found.st_uid:  # else the group that many systems give to each user alone
+        writers |= stat.S_IWGRP
+    owned = found.st_uid in (0, os.geteuid())
+    if owned and (found.st_mode & stat.S_ISVTX or not found.st_mode & writers):
+        return ""
+    return f"lies in {parent}, where others can write"
 
 
 def _digest(data: bytes) -> str:

@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from lte_jax import kernels
+from lte_jax.kernels import cpu
 
 ROOT = pathlib.Path(kernels._HERE).parents[1]
 # Prints which implementation "auto" stands for and whether its output is the reference's.
@@ -117,8 +119,6 @@ def test_bad_input_no_working_compiler(tmp_path, env, reason):
 @needs_compiler
 def test_a_library_that_may_not_be_loaded_says_why(tmp_path, monkeypatch):
     """As from a folder mounted noexec."""
-    from lte_jax.kernels import cpu
-
     library = tmp_path / "cpu_ffn.so"
     library.write_bytes(b"no library")
     monkeypatch.setattr(cpu, "_build", lambda: library)
@@ -128,8 +128,6 @@ def test_a_library_that_may_not_be_loaded_says_why(tmp_path, monkeypatch):
 
 @needs_compiler
 def test_source_that_does_not_compile_says_why(tmp_path, monkeypatch):
-    from lte_jax.kernels import cpu
-
     source = tmp_path / "broken.cc"
     source.write_text("int main() { return missing; }")
     monkeypatch.setattr(cpu, "_SOURCE", source)
@@ -137,6 +135,202 @@ def test_source_that_does_not_compile_says_why(tmp_path, monkeypatch):
     with pytest.raises(cpu.Unsupported, match="failed: .*error.*missing"):
         cpu._build()
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Building something that compiles at once, into tmp_path / "cache"."""
+    source = tmp_path / "quick.cc"
+    source.write_text("int quick;")
+    monkeypatch.setattr(cpu, "_SOURCE", source)
+    monkeypatch.setenv("LTE_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+PLANTED = """
+#include <cstdio>
+__attribute__((constructor)) void f() { std::fclose(std::fopen("MARKER", "w")); }
+"""
+
+
+@needs_compiler
+def test_a_library_planted_by_another_is_not_loaded(tmp_path, monkeypatch):
+    """Its name holds nothing that others could not compute."""
+    monkeypatch.setenv("LTE_JAX_CACHE", str(tmp_path / "mine"))
+    name = cpu._build().stem[:-16]
+    marker, source, planted = tmp_path / "ran", tmp_path / "planted.cc", tmp_path / "planted.so"
+    source.write_text(PLANTED.replace("MARKER", str(marker)))
+    subprocess.run(
+        [shutil.which("g++") or "clang++", "-shared", "-fPIC", source, "-o", planted], check=True
+    )
+    cache = tmp_path / "everyone"
+    cache.mkdir()
+    cache.chmod(0o1777)
+    shutil.copy(planted, cache / f"{name}{cpu._digest(planted.read_bytes())}.so")
+    used, _, err = finish(start(cache))
+    assert used == "cpu" and not marker.exists()
+    assert err.count("\n") == 1 and "can be written by others (mode 1777" in err
+
+
+def loosen(cache):
+    cache.chmod(0o775)
+
+
+def give_away(cache):
+    if os.geteuid():
+        pytest.skip("only root can give a folder to another user")
+    os.chown(cache, 4321, 4321)
+
+
+def link(cache):
+    cache.rename(cache.with_name("elsewhere"))
+    cache.symlink_to("elsewhere")
+
+
+def loosen_parent(cache):
+    cache.parent.chmod(0o777)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (loosen, "can be written by others (mode 775; mend: chmod 700)"),
+        (give_away, "belongs to another user (number 4321)"),
+        (link, "is a symbolic link"),
+        (loosen_parent, "where others can write"),
+    ],
+)
+def test_bad_input_cache_that_is_not_this_users_alone(quick, change, reason, caplog):
+    library = cpu._build()
+    assert library.parent == quick and cpu._build() == library  # a good folder is used, silently
+    assert not caplog.records
+    change(quick)
+    assert cpu._build().parent == cpu._build().parent != quick
+    [record] = caplog.records
+    assert reason in record.getMessage() and "LTE_JAX_CACHE" in record.getMessage()
+
+
+def test_bad_input_cache_that_is_a_file(quick, caplog):
+    quick.write_text("")
+    assert cpu._cache_folder() != quick
+    assert "cannot be written (File exists)" in caplog.text
+
+
+def test_a_link_above_the_cache_is_followed(tmp_path, monkeypatch, caplog):
+    """As /home often is one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to("home")
+    monkeypatch.setenv("LTE_JAX_CACHE", str(tmp_path / "link" / "cache"))
+    assert cpu._cache_folder() == tmp_path / "home" / "cache"
+    assert not caplog.records
+
+
+@needs_compiler
+def test_what_is_built_is_for_its_owner_alone(quick):
+    for umask in (0o000, 0o022, 0o077):
+        before = os.umask(umask)
+        try:
+            library = cpu._build()
+        finally:
+            os.umask(before)
+        assert [p.stat().st_mode & 0o777 for p in (library, quick)] == [0o700, 0o700]
+        library.unlink()
+        quick.rmdir()
+
+
+def loosen_library(library):
+    library.chmod(0o777)
+
+
+def link_library(library):
+    library.rename(library.with_name("elsewhere"))
+    library.symlink_to("elsewhere")
+
+
+def give_library_away(library):
+    give_away(library)
+
+
+def make_it_a_pipe(library):
+    library.unlink()
+    os.mkfifo(library)
+
+
+def empty(library):
+    library.unlink()
+    library.with_stem(library.stem[:-16] + cpu._digest(b"")).write_bytes(b"")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (loosen_library, "can be written by others"),
+        (link_library, "is a symbolic link"),
+        (give_library_away, "belongs to another user"),
+        (make_it_a_pipe, "is of another kind"),
+        (empty, "is damaged"),
+    ],
+)
+def test_bad_input_library_that_is_not_this_users_alone(quick, change, reason, caplog):
+    library = cpu._build()
+    change(library)
+    assert cpu._build() == library and library.stat().st_size
+    assert not cpu._distrust(library, stat.S_ISREG)
+    assert reason in caplog.text and "building it anew" in caplog.text
+    assert cpu._build() == library and len(caplog.records) == 1
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_read_is_built_anew(quick, monkeypatch, caplog):
+    """Root reads everything: the refusal is played."""
+    library = cpu._build()
+    read_bytes, refused = pathlib.Path.read_bytes, [library]
+
+    def read(path):
+        if path in refused:
+            refused.remove(path)
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read)
+    assert cpu._build() == library and not refused
+    assert "cannot be read (Permission denied): building it anew" in caplog.text
+
+
+@needs_compiler
+def test_no_home(tmp_path, monkeypatch, caplog):
+    for name in ("HOME", "LTE_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as of a container's odd number
+    assert cpu._cache_folder().is_dir()
+    assert "this user has no home" in caplog.text
+
+
+@needs_compiler
+def test_a_compiler_of_several_words(quick, monkeypatch):
+    monkeypatch.setenv("CXX", f"env LC_ALL=C {shutil.which('g++') or 'clang++'}")
+    assert cpu._build().parent == quick
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("true", "true wrote nothing"),
+        ("ccache 'g++", "No closing quotation"),
+        ("no-such-ccache g++", r"no C\+\+ compiler \(no-such-ccache g\+\+\)"),
+        ("TEXT", "TEXT cannot be run: Exec format error"),
+    ],
+)
+def test_bad_input_compiler(quick, compiler, reason, monkeypatch):
+    text = quick.with_name("text")
+    text.write_text("no program")
+    text.chmod(0o700)
+    monkeypatch.setenv("CXX", compiler.replace("TEXT", str(text)))
+    with pytest.raises(cpu.Unsupported, match=reason.replace("TEXT", str(text))):
+        cpu._build()
+    assert not list(quick.glob("*"))
 
 
 @needs_compiler
