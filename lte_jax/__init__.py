@@ -160,6 +160,7 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dic
 
     Raises:
       UserError: on bad configuration, data, models or folders, and where the loss is not finite.
-      SystemExit: with code 0 after SIGTERM, once the state is saved.
+      SystemExit: with code 143 after SIGTERM and 130 after Ctrl-C, once what is in hand is saved
+        (in the main thread; elsewhere, signals do what they did before).
     """
     return _pipeline.train(experiment, workdir)

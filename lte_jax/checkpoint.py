@@ -202,9 +202,8 @@ class Checkpointer:
                 f"checkpoint folder {self.folder} cannot be written to ({error.strerror}): "
                 "name one that can"
             ) from None
-        for pattern in ("deleting-*", f"*{_UNCOMMITTED}*"):
-            for leftover in self.folder.glob(pattern):
-                shutil.rmtree(leftover)
+        for leftover in half_done(self.folder):
+            shutil.rmtree(leftover)
         unfinished = [s for s in self._steps() if not (self._path(s) / MANIFEST).exists()]
         self._set_aside({step: "unfinished, killed while saving" for step in unfinished})
 
@@ -247,6 +246,8 @@ class Checkpointer:
         for step in reversed(self._steps()):
             try:
                 manifest = files.verify(self._path(step))
+                if manifest["step"] != step:
+                    raise Damaged(f"it is step {manifest['step']} under another name")
             except Damaged as error:
                 damage[step] = str(error)
                 continue
@@ -288,6 +289,11 @@ class Checkpointer:
                 f"checkpoint {self._path(step)} could not be written ({reason}): free some space "
                 "or name another folder; the checkpoints before it are untouched"
             ) from error
+
+
+def half_done(folder: Path) -> list[Path]:
+    """What a killed run left half-written or half-deleted in the folder of a `Checkpointer`."""
+    return [*folder.glob("deleting-*"), *folder.glob(f"*{_UNCOMMITTED}*")]
 
 
 def _leaves(tree: Any) -> dict[str, str]:

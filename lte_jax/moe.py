@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from lte_jax import interrupt
 from lte_jax.config import (
     Activation,
     LTEConfig,
@@ -207,6 +208,7 @@ def ridge_router(
 
     total = None
     for batch in batches:
+        interrupt.check("while starting routers")
         part = moments(params, batch)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     kernel_NDE = jax.jit(_solve_ridge)(total["gram"], total["cross"])

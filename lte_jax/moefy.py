@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from lte_jax import moe
+from lte_jax import interrupt, moe
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
 
@@ -211,6 +211,7 @@ def balanced_partition(
     visit_F = _visits(len(gram_FF), seed)
     clusters = _Clusters(gram_FF, num_clusters, visit_F)
     for _ in range(MAX_SWEEPS):
+        interrupt.check("while grouping neurons")
         before = clusters.inertia()
         for neuron in visit_F.tolist():
             clusters.improve(neuron)
@@ -357,6 +358,7 @@ def coactivations(
         layers = range(start, min(start + chunk, num_layers))
         sums = None
         for row in range(len(calibration)):
+            interrupt.check("while grouping neurons")
             rows = slice(row, row + 1)
             new = _magnitude_sums(model, params, calibration[rows], mask_RL[rows], layers)
             sums = new if sums is None else jax.tree.map(jnp.add, sums, new)

@@ -9,11 +9,13 @@ given again after anything, ends in the same result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
-import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lte_jax import data, hf, metrics, report, sharding, stages, tasks, trainer
+from lte_jax import hf, interrupt, metrics, preflight, report, sharding, stages, tasks, trainer
+from lte_jax import workdir as work
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
-from lte_jax.files import atomic_write
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefy import add_routers, to_experts
 from lte_jax.sparsity import Control
+from lte_jax.workdir import Paths
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Paths:
-    """What a run leaves behind."""
-
-    root: Path
-
-    @property
-    def experiment(self) -> Path:
-        """The configuration, as JSON."""
-        return self.root / "experiment.json"
-
-    @property
-    def dense(self) -> Path:
-        """HF folder of the dense model that was converted."""
-        return self.root / "dense"
-
-    @property
-    def experts(self) -> Path:
-        """LTE folder before training: experts grouped, routers started."""
-        return self.root / "experts"
-
-    @property
-    def lte(self) -> Path:
-        """LTE folder of the result."""
-        return self.root / "lte"
-
-    def checkpoints(self, stage: str) -> Path:
-        """Training states of a stage."""
-        return self.root / "checkpoints" / stage
+_GO_ON = "what was finished is saved, and the same command goes on from there"
 
 
 def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any]:
@@ -73,23 +46,37 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any
       The last model and its parameters, as its folder holds them.
 
     Raises:
-      UserError: on bad configuration, data, models or folders, and where the loss is not finite.
-      trainer.Interrupted: after SIGTERM, once the state is saved; call again to go on.
+      UserError: on bad configuration, data, models or folders, where another run holds `workdir`,
+        and where the loss is not finite.
+      Interrupted: a SystemExit with code 143 after SIGTERM and 130 after Ctrl-C, once what is in
+        hand is saved; call again to go on. Outside the main thread signals stay as they were.
     """
-    paths = Paths(Path(workdir))
-    _claim(paths, experiment)
-    mesh = sharding.make_mesh(experiment.mesh)
-    tokenizer = load_tokenizer(experiment)
-    writer = _writer(paths, experiment)
-    try:
-        run = _Run(experiment, paths, mesh, tokenizer, writer)
-        run.dense()
-        if any(stage.routing != "dense" for stage in run.stages()):
-            run.experts()
-            run.sparse()
-    finally:
-        writer.close()
-    return run.report()
+    paths = Paths(Path(workdir).expanduser())
+    with _alone(paths):
+        _on_first(functools.partial(work.check_same, paths, experiment))
+        _on_first(functools.partial(work.put_right, paths))
+        run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh))
+        if not run.finished():
+            run.prepare()
+            run.train()
+        return run.report()
+
+
+def report_again(workdir: str | Path) -> tuple[Transformer, Any]:
+    """Measures the result of a finished run and writes the report on it anew.
+
+    Returns and raises what `train` does; UserError also where the run has not come to its end.
+    """
+    paths = Paths(Path(workdir).expanduser())
+    experiment = dataclasses.replace(work.read_experiment(paths), report=True)
+    with _alone(paths):
+        run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh))
+        if not run.finished():
+            raise UserError(
+                f"{paths.root} holds a run that has not come to its end: give its command again, "
+                "which goes on and makes the report"
+            )
+        return run.report(anew=True)
 
 
 def load(
@@ -108,12 +95,6 @@ def load(
     return Transformer(config, lte, dtype=dtype or config.dtype, **model_fields), params
 
 
-def load_tokenizer(experiment: Experiment) -> Any:
-    """The tokenizer that an experiment names: its own, its model's, or bytes."""
-    source = experiment.source.tokenizer or experiment.source.path
-    return hf.load_tokenizer(source) if source else data.byte_tokenizer()
-
-
 @dataclasses.dataclass
 class _Run:
     """One run of an experiment: what its arrows share."""
@@ -121,47 +102,62 @@ class _Run:
     experiment: Experiment
     paths: Paths
     mesh: jax.sharding.Mesh
-    tokenizer: Any
-    writer: metrics.Writer
+
+    def finished(self) -> bool:
+        """Whether the last model stands."""
+        sparse = preflight.is_sparse(self.experiment)
+        return self.paths.has(self.paths.lte if sparse else self.paths.dense)
+
+    def prepare(self) -> None:
+        """Checks all that can be checked, then claims the work directory."""
+        parts = self.parts
+        claim = lambda: work.claim(  # noqa: E731
+            self.paths, self.experiment, work.check_inputs(self.paths, parts.inputs)
+        )
+        _on_first(claim)
+
+    def train(self) -> None:
+        """Every arrow that is not done yet."""
+        self.writer = _writer(self.paths, self.experiment)
+        try:
+            self.dense()
+            if preflight.is_sparse(self.experiment):
+                self.experts()
+                self.sparse()
+        finally:
+            self.writer.close()
+
+    @functools.cached_property
+    def parts(self) -> preflight.Parts:
+        """Tokenizer, rows and the dense model's description; checked when first asked for."""
+        done = self.paths.dense if self.paths.has(self.paths.dense) else None
+        return preflight.prepare(self.experiment, self.mesh, done)
 
     def dense(self) -> None:
         """The dense model, trained on the task where the experiment has a finetune stage."""
-        if (self.paths.dense / "config.json").exists():
+        if self.paths.has(self.paths.dense):
             return
-        source, stage = self.experiment.source, self._stage("finetune")
-        if not source.path and stage is None:
-            raise UserError(
-                "source.path is empty and stages.finetune.steps=0: name a model, or give a model "
-                "from random weights some steps to learn in"
-            )
-        if source.path:
-            config, lte = hf.read_config(hf.resolve(source.path))
-            if lte is not None:
-                raise UserError(
-                    f"source.path={source.path!r} holds an LTE model: expected the dense model it "
-                    "was made from"
-                )
-            model = self._model(config, None)
-            params = self._load(hf.resolve(source.path), model)
+        source, model = self.parts.source, self._model(self.parts.config, None)
+        if source is not None:
+            params = self._load(source, model)
         else:
-            model = self._model(source.scratch, None)
             shardings = sharding.param_shardings(abstract_params(model), self.mesh)
             key, tokens = jax.random.key(self.experiment.seed), jnp.zeros((1, 1), jnp.int32)
             init = jax.jit(lambda: model.init(key, tokens)["params"], out_shardings=shardings)
             params = init()
-        if stage is not None:
-            control = Control.start(self.experiment.lte)
-            params = self._fit(model, stage, params, control, None).params
-        self._save(self.paths.dense, model, params, source.path or None)
+        for stage in self.stages():
+            if stage.routing == "dense":
+                control = Control.start(self.experiment.lte)
+                params = self._fit(model, stage, params, control, None).params
+        self._save(self.paths.dense, model, params, source)
 
     def experts(self) -> None:
         """Neurons grouped into experts, routers started on training data."""
-        if (self.paths.experts / "config.json").exists():
+        if self.paths.has(self.paths.experts):
             return
-        config, _ = hf.read_config(self.paths.dense)
-        model = self._model(config, None)
+        model = self._model(self.parts.config, None)
         params = self._load(self.paths.dense, model)
-        train_rows, _ = self._rows(model)
+        train_rows, _ = self.parts.rows
         rng = np.random.default_rng(self.experiment.seed)
         chosen = rng.permutation(len(train_rows))[: self.experiment.calibration_rows]
         rows = train_rows[np.sort(chosen)]
@@ -173,8 +169,6 @@ class _Run:
 
     def sparse(self) -> None:
         """The stages that make it sparse, and the LTE folder."""
-        if (self.paths.lte / "config.json").exists():
-            return
         model = self._model(*hf.read_config(self.paths.experts))
         assert model.lte is not None
         params, control = self._load(self.paths.experts, model), Control.start(model.lte)
@@ -188,48 +182,53 @@ class _Run:
         order_NEM = hf.load_expert_order(self.paths.experts)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
-    def report(self) -> tuple[Transformer, Any]:
+    def report(self, anew: bool = False) -> tuple[Transformer, Any]:
         """Measures the result beside the dense model, if that is asked for and not done.
 
-        Writes results.json, table.md and figures.
+        Writes table.md, figures and, last, results.json. Where only a part is absent, it is made
+        from the results.
 
         Returns:
-          The model that was measured and its parameters.
+          The last model and its parameters.
         """
-        dtype = self.experiment.source.compute_dtype
-        dense = load(self.paths.dense, dtype)
-        is_sparse = (self.paths.lte / "config.json").exists()
-        model, params = load(self.paths.lte, dtype) if is_sparse else dense
-        done = (self.paths.root / "results.json").exists()
-        if done or not self.experiment.report or jax.process_index() != 0:
+        dtype, root = self.experiment.source.compute_dtype, self.paths.root
+        last = self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
+        model, params = load(last, dtype)
+        if not self.experiment.report or jax.process_index() != 0:
             return model, params
-        results = tasks.evaluate(
-            model,
-            params,
-            self._rows(model)[1],
-            baseline=dense if is_sparse else None,
-            tokenizer=self.tokenizer,
-            batch_size=self.experiment.data.batch_size,
-            prompt=self.experiment.sample_prompt,
-            sample_tokens=self.experiment.sample_tokens,
-            sample_temperature=self.experiment.sample_temperature,
-        )
-        source = {"model": self.experiment.source.path, "data": self.experiment.data.validation}
-        results |= {"environment": report.environment(), "source": source}
+        results = None if anew else _results(root / "results.json")
         figures = importlib.util.find_spec("matplotlib") is not None
-        written = report.write([results], self.paths.root, figures)
+        if results is not None and not report.absent([results], root, figures):
+            return model, params
+        if results is None:
+            work.check_inputs(self.paths, self.parts.inputs)
+            baseline = None if last == self.paths.dense else load(self.paths.dense, dtype)
+            results = self._measure(model, params, baseline)
+        written = report.write([results], root, figures)
         print("", report.table([results]), report.samples([results]), sep="\n")
         print("wrote", *(f"  {path}" for path in written), sep="\n")
         if not figures:
             print("no figures: pip install 'lte-jax[plot]', then python -m lte_jax.report")
         return model, params
 
+    def _measure(self, model: Transformer, params: Any, baseline: Any) -> dict[str, Any]:
+        results = tasks.evaluate(
+            model,
+            params,
+            self.parts.rows[1],
+            baseline=baseline,
+            tokenizer=self.parts.tokenizer,
+            batch_size=self.experiment.data.batch_size,
+            prompt=self.experiment.sample_prompt,
+            sample_tokens=self.experiment.sample_tokens,
+            sample_temperature=self.experiment.sample_temperature,
+        )
+        source = {"model": self.experiment.source.path, "data": self.experiment.data.validation}
+        return results | {"environment": report.environment(), "source": source}
+
     def stages(self) -> tuple[stages.Stage, ...]:
         """What this experiment runs."""
         return stages.make(self.experiment.stages, self.experiment.lte)
-
-    def _stage(self, name: str) -> stages.Stage | None:
-        return next((stage for stage in self.stages() if stage.name == name), None)
 
     def _fit(self, model, stage, params, control, teacher) -> trainer.Trained:
         return trainer.fit(
@@ -237,20 +236,13 @@ class _Run:
             stage,
             params,
             control,
-            self._rows(model),
+            self.parts.rows,
             self.experiment,
             self.paths.checkpoints(stage.name),
             self.writer,
             mesh=self.mesh,
             teacher=teacher,
         )
-
-    def _rows(self, model: Transformer) -> tuple[data.Rows, data.Rows]:
-        if not hasattr(self, "_built"):
-            self._built = data.build(
-                self.experiment.data, self.tokenizer, model.config, self.experiment.seed
-            )
-        return self._built
 
     def _model(self, config, lte) -> Transformer:
         source = self.experiment.source
@@ -266,38 +258,46 @@ class _Run:
             params = multihost_utils.process_allgather(params, tiled=True)
         if jax.process_index() == 0:
             own = source is None or self.experiment.source.tokenizer
-            tokenizer = self.tokenizer if own else None
+            tokenizer = self.parts.tokenizer if own else None
             hf.save(folder, model.config, model.lte, params, source, order_NEM, tokenizer=tokenizer)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {folder}")
 
 
-def _claim(paths: Paths, experiment: Experiment) -> None:
-    """Writes the configuration into a new work directory, or checks that it is the one there."""
-    text = json.dumps(dataclasses.asdict(experiment), indent=1) + "\n"
-    if paths.experiment.exists():
-        old, new = json.loads(paths.experiment.read_text()), json.loads(text)
-        different = sorted(_differences(old, new))
-        if different:
-            raise UserError(
-                f"{paths.root} holds a run of another configuration, which differs in "
-                f"{', '.join(different)}: set it as it was to go on, or name a fresh workdir"
-            )
-        return
+@contextlib.contextmanager
+def _alone(paths: Paths) -> Iterator[None]:
+    """Signals wait for a safe point, and no other run works in the directory."""
+    one_process = jax.process_count() == 1  # of several, JAX hears the signals for all
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interrupt.handled(_GO_ON, install=one_process))
+        _on_first(lambda: stack.enter_context(work.held(paths.root)))
+        yield
+
+
+def _on_first(action: Callable[[], Any]) -> None:
+    """Runs `action` in process 0 of the run; where it fails there, all processes end."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
+        problem = problem or ("process 0 refused to start, see there" if failed else "")
+    if problem:
+        raise UserError(problem)
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    """What was measured; None where it has to be measured (again)."""
+    if not path.exists():
+        return None
     try:
-        paths.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"workdir {paths.root} cannot be made ({error.strerror}): name another place"
-        ) from None
-    atomic_write(paths.experiment, text)
-
-
-def _differences(old: Any, new: Any, where: str = "config") -> set[str]:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return set() if old == new else {where}
-    keys = old.keys() | new.keys()
-    return set().union(*(_differences(old.get(k), new.get(k), f"{where}.{k}") for k in keys))
+        return report.read(path)
+    except UserError as error:
+        log.warning("%s: measuring anew", error)
+        return None
 
 
 def _writer(paths: Paths, experiment: Experiment) -> metrics.Writer:
@@ -305,7 +305,7 @@ def _writer(paths: Paths, experiment: Experiment) -> metrics.Writer:
         return metrics.MultiWriter(())
     writers: list[metrics.Writer] = [
         metrics.TerminalWriter(experiment.data.batch_size * experiment.data.length, sys.stderr),
-        metrics.JsonlWriter(paths.root / "metrics.jsonl"),
+        metrics.JsonlWriter(paths.metrics),
     ]
     try:
         writers.append(metrics.TensorBoardWriter(paths.root / "tensorboard"))

@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,27 +89,46 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> list[Path]:
-    """Writes results.json (of one result), table.md and the figures into a folder.
+    """Writes table.md, the figures and, last, results.json (of one result) into a folder.
+
+    Each is whole or absent, so a folder with a results.json has all that could be drawn.
 
     Returns:
       The files written.
 
     Raises:
-      UserError: when the folder cannot be written, or matplotlib is not there (figures come last).
+      UserError: when the folder cannot be written, or matplotlib is not there: the figures alone
+        are then missing.
     """
-    out = Path(out)
+    out, problem = Path(out), None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"{out} cannot be made a folder ({error.strerror}): name another place"
         ) from None
-    files = {out / "table.md": table(results) + "\n" + notes(results) + samples(results)}
+    made = [out / "table.md"]
+    atomic_write(made[0], table(results) + "\n" + notes(results) + samples(results))
+    if figures:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            problem = "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
+        else:
+            made += draw(results, out)
     if len(results) == 1:
-        files[out / "results.json"] = json.dumps(results[0], indent=1) + "\n"
-    for path, text in files.items():
-        atomic_write(path, text)
-    return [*files, *(draw(results, out) if figures else [])]
+        made.append(out / "results.json")
+        atomic_write(made[-1], json.dumps(results[0], indent=1) + "\n")
+    if problem:
+        raise UserError(problem)
+    return made
+
+
+def absent(results: Sequence[Results], out: Path, figures: bool = True) -> list[str]:
+    """Names of the files that `write` would make and that are not there."""
+    drawn = [name for name, (_, entries) in _FIGURES.items() if figures and entries(results)]
+    names = ["table.md", *(f"{name}.png" for name in drawn), "results.json"]
+    return [name for name in names if not (out / name).exists()]
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -233,27 +253,24 @@ def draw(results: Sequence[Results], out: Path) -> list[Path]:
 
     quality.png: perplexity against sparsity. layers.png: sparsity of each layer. scores.png: how
     router scores are spread.
-
-    Raises:
-      UserError: where matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
-        ) from None
+    import matplotlib
+
     made = []
-    figures = {"quality": _quality, "layers": _layers, "scores": _scores}
     with matplotlib.rc_context(_STYLE):
-        for name, make in figures.items():
-            figure = make(results)
-            if figure is not None:
+        for name, (make, entries) in _FIGURES.items():
+            if entries(results):
                 image = io.BytesIO()
+                figure = make(results)
                 figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
                 atomic_write(out / f"{name}.png", image.getvalue())
                 made.append(out / f"{name}.png")
     return made
+
+
+def _sparse_entries(results: Sequence[Results], key: str = "sparsity") -> list[Results]:
+    """The models that leave experts out and have numbers under `key`."""
+    return [entry for entry, _ in _entries(results) if entry["sparsity"] and entry.get(key)]
 
 
 def _panels(count: int, columns: int = 3, height: float = 2.4):
@@ -298,8 +315,6 @@ def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], 
 def _quality(results: Sequence[Results]):
     """Perplexity against FFN sparsity, one line for each name."""
     entries = [(e, dense) for e, dense in _entries(results) if e["sparsity"]]
-    if not entries:
-        return None
     relative = all(dense is not None for _, dense in entries)
     figure, [axes] = _panels(1)
     colours, ends = _colours([entry for entry, _ in entries]), {}
@@ -330,9 +345,7 @@ def _quality(results: Sequence[Results]):
 
 def _layers(results: Sequence[Results]):
     """Sparsity of each layer: a panel for each name, a line for each model of that name."""
-    entries = [e for e, _ in _entries(results) if e["sparsity"] and e.get("sparsity_per_layer")]
-    if not entries:
-        return None
+    entries = _sparse_entries(results, "sparsity_per_layer")
     colours = _colours(entries)
     figure, panels = _panels(len(colours), height=3.4)
     for (name, colour), axes in zip(colours.items(), panels, strict=True):
@@ -358,9 +371,7 @@ def _layers(results: Sequence[Results]):
 
 def _scores(results: Sequence[Results]):
     """The spread of router scores, one panel a model."""
-    entries = [e for e, _ in _entries(results) if e["sparsity"] and e.get("score_histogram")]
-    if not entries:
-        return None
+    entries = _sparse_entries(results, "score_histogram")
     colours = _colours(entries)
     figure, panels = _panels(len(entries), columns=len(colours) if len(colours) > 1 else 3)
     for i, (entry, axes) in enumerate(zip(entries, panels, strict=True)):
@@ -386,6 +397,13 @@ def _scores(results: Sequence[Results]):
     figure.supylabel("share of scores, %", size="medium")
     return figure
 
+
+# Name -> what draws it, and the models it shows: none, no figure.
+_FIGURES = {
+    "quality": (_quality, _sparse_entries),
+    "layers": (_layers, partial(_sparse_entries, key="sparsity_per_layer")),
+    "scores": (_scores, partial(_sparse_entries, key="score_histogram")),
+}
 
 # ----------------------------------------------------------------------------------- command line
 

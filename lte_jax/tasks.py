@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lte_jax import interrupt
 from lte_jax.config import Routing
 from lte_jax.data import Rows, eval_batches, tokenize
 from lte_jax.errors import UserError
@@ -164,6 +165,7 @@ def perplexity(
     totals: Any = None
     with tqdm(total=len(rows), desc=label, unit=" rows", disable=None, leave=False) as bar:
         for batch in eval_batches(rows, batch_size):
+            interrupt.check("while measuring")
             sums = _measure(
                 model, params, batch["tokens"], batch["segments"], threshold, routing=routing
             )
@@ -283,6 +285,7 @@ def decode_latency(
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for decoder, seconds in zip(decoders, times, strict=True):
+            interrupt.check("while timing")
             start = time.perf_counter()
             jax.block_until_ready(decoder()[0])
             if turn:  # the first compiles

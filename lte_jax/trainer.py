@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import sys
-import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +24,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
-from lte_jax import data, losses, optim, sharding
+from lte_jax import data, interrupt, losses, optim, sharding
 from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
@@ -180,18 +177,6 @@ class Trained:
     validation_sparsity: float
 
 
-class Interrupted(SystemExit):
-    """SIGTERM arrived and the state is saved: ends the program with code 0."""
-
-    def __init__(self, stage: str, step: int):
-        super().__init__(0)
-        print(
-            f"stopped by SIGTERM after step {step} of stage {stage!r}, which is saved: the same "
-            "command goes on from there",
-            file=sys.stderr,
-        )
-
-
 def fit(
     model: Transformer,
     stage: Stage,
@@ -222,82 +207,112 @@ def fit(
     Raises:
       UserError: on bad data or folders, and when the loss is not finite: the step's batch is then
         in `folder`/nonfinite-<step>.npz.
-      Interrupted: after SIGTERM, once the state is saved.
+      Interrupted: after a signal, once the state is saved.
     """
-    folder = Path(folder)
-    train_rows, validation_rows = rows
-    cpus = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    batch_size, seed = experiment.data.batch_size, experiment.seed + zlib.crc32(stage.name.encode())
-    batches = data.train_iterator(train_rows, batch_size, seed, **cpus)
-    optimizer = optim.make(experiment.optim, stage.config, stage.rules)
-    to_mesh = lambda batch: _to_mesh(batch, mesh)  # noqa: E731
-
+    folder, steps, keep = Path(folder), stage.config.steps, experiment.checkpoint
+    seed = experiment.seed + zlib.crc32(stage.name.encode())
+    batches = data.train_iterator(rows[0], experiment.data.batch_size, seed, **_share())
     with (
         jax.set_mesh(mesh),
-        _Interruption() as interruption,
-        Checkpointer(
-            folder,
-            keep_last=experiment.checkpoint.keep_last,
-            keep_best=experiment.checkpoint.keep_best,
-        ) as checkpointer,
+        Checkpointer(folder, keep_last=keep.keep_last, keep_best=keep.keep_best) as checkpointer,
     ):
-        start = lambda params: TrainState(  # noqa: E731
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), control
-        )
-        shardings = state_shardings(jax.eval_shape(start, params), mesh)
-        eval_step = jax.jit(make_eval_step(model, stage))
-        train_step = jax.jit(
-            make_train_step(model, stage, optimizer, experiment.optim.microbatches),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-
-        def validate(state: TrainState) -> dict[str, float]:
-            sums: dict[str, float] = {}
-            for batch in data.eval_batches(validation_rows, batch_size, **cpus):
-                part = eval_step(state.params, to_mesh(batch), state.control.threshold)
-                sums = {k: sums.get(k, 0.0) + float(v) for k, v in part.items()}
-            return {
-                "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
-                "validation_sparsity": sums["skipped"] / max(sums["real"], 1.0),
-            }
-
-        abstract = _with_shardings(jax.eval_shape(start, params), shardings)
-        restored = checkpointer.restore(abstract)
-        if restored is None:
-            step, state = 0, jax.jit(start, out_shardings=shardings)(params)
-        else:
-            step, state, data_state = restored
-            batches.set_state(data_state)
-        writer.start(stage.name, step, stage.config.steps)
+        loop = _compile(model, stage, experiment, params, control, mesh)
+        restored = checkpointer.restore(loop.abstract_state)
         validation: dict[str, float] = {}
+        if restored is None:
+            step, state = 0, loop.start(params)
+        else:
+            step, state, seen = restored
+            batches.set_state(seen["batches"])
+            validation = seen["validation"]
+        saved = step
+        writer.start(stage.name, step, steps)
         unchecked: tuple[int, Any, Any] | None = None  # fetched a step late: the device never waits
-        while step < stage.config.steps:
-            batch = next(batches)
-            state, metrics = train_step(state, to_mesh(batch), teacher)
+        while True:
+            if step and (step % experiment.eval_every == 0 or step == steps) and not validation:
+                validation = _validate(loop, state, rows[1], experiment.data.batch_size, mesh)
+                if validation:
+                    writer.write(stage.name, step, validation)
+            stopping = _stopping(step)
+            if step > saved and (stopping or step == steps or step % keep.every == 0):
+                _check_finite(unchecked, stage, folder)
+                position = {"batches": batches.get_state(), "validation": validation}
+                checkpointer.save(step, state, position, validation)
+            if stopping:
+                checkpointer.wait()
+                raise interrupt.Interrupted(f"after step {step} of stage {stage.name!r}")
+            if step == steps:
+                return Trained(state.params, state.control, **validation)
+            batch, validation = next(batches), {}
+            state, metrics = loop.train_step(state, _to_mesh(batch, mesh), teacher)
             step += 1
             _check_finite(unchecked, stage, folder)
             unchecked = (step, metrics, batch)
-            last, stopping = step == stage.config.steps, interruption.at(step)
-            if step % experiment.log_every == 0 or last:
+            if step % experiment.log_every == 0 or step == steps:
                 writer.write(stage.name, step, {k: float(v) for k, v in metrics.items()})
-            validation = {}
-            if step % experiment.eval_every == 0 or last:
-                validation = validate(state)
-                writer.write(stage.name, step, validation)
-            if step % experiment.checkpoint.every == 0 or last or stopping:
-                _check_finite(unchecked, stage, folder)
-                checkpointer.save(step, state, batches.get_state(), validation)
-            if stopping and not last:
-                checkpointer.wait()
-                raise Interrupted(stage.name, step)
-        validation = validation or validate(state)
-        return Trained(
-            state.params,
-            state.control,
-            validation["validation_loss"],
-            validation["validation_sparsity"],
-        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The compiled parts of a stage."""
+
+    start: Callable[[Any], TrainState]
+    abstract_state: TrainState  # with shardings
+    train_step: Callable
+    eval_step: Callable
+
+
+def _compile(
+    model: Transformer,
+    stage: Stage,
+    experiment: Experiment,
+    params: Any,
+    control: Control,
+    mesh: jax.sharding.Mesh,
+) -> _Loop:
+    optimizer = optim.make(experiment.optim, stage.config, stage.rules)
+
+    def start(params: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), control)
+
+    abstract = jax.eval_shape(start, params)
+    shardings = state_shardings(abstract, mesh)
+    step = make_train_step(model, stage, optimizer, experiment.optim.microbatches)
+    outputs = (shardings, sharding.replicated(mesh))
+    return _Loop(
+        start=jax.jit(start, out_shardings=shardings),
+        abstract_state=_with_shardings(abstract, shardings),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=outputs),
+        eval_step=jax.jit(make_eval_step(model, stage)),
+    )
+
+
+def _validate(
+    loop: _Loop, state: TrainState, rows: data.Rows, batch_size: int, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+    """Means over the validation rows; {} where a signal cut it short."""
+    sums: dict[str, float] = {}
+    for batch in data.eval_batches(rows, batch_size, **_share()):
+        if interrupt.requested():
+            return {}
+        part = loop.eval_step(state.params, _to_mesh(batch, mesh), state.control.threshold)
+        sums = {k: sums.get(k, 0.0) + float(v) for k, v in part.items()}
+    return {
+        "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
+        "validation_sparsity": sums["skipped"] / max(sums["real"], 1.0),
+    }
+
+
+def _share() -> dict[str, int]:
+    """This process's part of every batch."""
+    return {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+
+
+def _stopping(step: int) -> bool:
+    """Whether to stop after this step: where several processes train, JAX decides for them all."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return interrupt.requested()
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -341,32 +356,3 @@ def _check_finite(unchecked: tuple[int, Any, Any] | None, stage: Stage, folder: 
         f"stage {stage.name!r} step {step}: {bad}; its batch is in {path}. Checkpoints before it "
         f"are whole: try a lower stages.{stage.name}.learning_rate, or a smaller optim.clip_norm"
     )
-
-
-class _Interruption:
-    """Notes SIGTERM, so that the loop can end after a whole step.
-
-    Where several processes train together, JAX's own notifier decides on one step for them all.
-    """
-
-    def __init__(self):
-        self._noted = threading.Event()
-        self._previous: Any = None
-        # Signals are the main thread's; elsewhere (a notebook's worker) the default stays.
-        self._ours = jax.process_count() == 1 and (
-            threading.current_thread() is threading.main_thread()
-        )
-
-    def at(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._noted.is_set()
-
-    def __enter__(self) -> _Interruption:
-        if self._ours:
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._noted.set())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            signal.signal(signal.SIGTERM, self._previous)

@@ -99,7 +99,7 @@ def test_bad_input_mesh_that_does_not_fit_the_devices(experiment, tmp_path):
 
 
 def test_bad_input_workdir_of_another_run(experiment, tmp_path):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "finetune" / "1").mkdir(parents=True)
     (tmp_path / "run" / "experiment.json").write_text(json.dumps(dataclasses.asdict(experiment)))
     other = change(experiment, lte={"target_sparsity": 0.7})
     refused(other, tmp_path / "run", "config.lte.target_sparsity", "fresh workdir")

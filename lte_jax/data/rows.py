@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lte_jax import interrupt
 from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data.texts import STDLIB, read_texts
 from lte_jax.errors import UserError
@@ -63,6 +65,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     documents = []
     with tqdm(total=len(texts), desc="tokenising", unit=" texts", delay=2, disable=None) as bar:
         for start in range(0, len(texts), TOKENIZER_BATCH):
+            interrupt.check("while tokenising")
             batch = list(texts[start : start + TOKENIZER_BATCH])
             # verbose=False: documents longer than the model's context are cut later.
             encoded = tokenizer(
@@ -88,6 +91,14 @@ class Rows:
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
         return {"tokens": self.tokens_RL[index], "segments": self.segments_RL[index]}
+
+
+def digest(rows: Rows) -> str:
+    """SHA-256 of the rows, in hexadecimal: equal for equal tokens and segments alone."""
+    found = hashlib.sha256()
+    for x_RL in (rows.tokens_RL, rows.segments_RL):
+        found.update(np.ascontiguousarray(x_RL, "<i4").data)
+    return found.hexdigest()
 
 
 def pack_rows(documents: Iterable[np.ndarray], length: int) -> Rows:

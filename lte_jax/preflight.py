@@ -1,0 +1,119 @@
+"""Everything that can be known before the first step of a run is checked before it.
+
+A misspelt file, a size that does not divide or a prompt that does not fit costs seconds here and
+hours after the pretraining. What was read on the way, the run goes on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lte_jax import data, files, hf, sharding, stages
+from lte_jax.config import Experiment, ModelConfig, num_experts
+from lte_jax.errors import UserError
+from lte_jax.hf.config_json import write_config
+from lte_jax.hf.hub import COMPANIONS
+from lte_jax.model import Transformer, abstract_params
+
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of, read and found to fit together."""
+
+    config: ModelConfig  # of the dense model
+    source: Path | None  # folder of the model that the dense one starts from; None: random weights
+    tokenizer: Any
+    rows: tuple[data.Rows, data.Rows]  # to train on, to validate on
+    inputs: dict[str, Any]  # name -> [number, digest] of all that was read
+
+
+def prepare(experiment: Experiment, mesh: jax.sharding.Mesh, dense: Path | None) -> Parts:
+    """Reads the model's description, the tokenizer and the texts, and checks all against all.
+
+    Args:
+      experiment: to be run.
+      mesh: to run it on.
+      dense: the finished dense model of this run; None: there is none yet.
+
+    Raises:
+      UserError: on whatever would end the run later.
+    """
+    source = None if dense is not None else _source(experiment)
+    folder = dense or source
+    config = hf.read_config(folder)[0] if folder else experiment.source.scratch
+    if folder is None:
+        write_config(config, config.dtype)  # raises where the family cannot say what it is
+    _check_sizes(experiment, config, mesh)
+    named = experiment.source.tokenizer or experiment.source.path
+    tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
+    _check_sample(experiment, config, tokenizer)
+    rows = data.build(experiment.data, tokenizer, config, experiment.seed)
+    inputs: dict[str, Any] = {
+        f"rows/{name}": [len(part), data.digest(part)]
+        for name, part in zip(("train", "validation"), rows, strict=True)
+    }
+    if named:
+        inputs |= _fingerprints("tokenizer", hf.resolve(named), COMPANIONS)
+    if source is not None:
+        inputs |= _fingerprints("source", source, _MODEL_FILES)
+    return Parts(config, source, tokenizer, rows, inputs)
+
+
+def is_sparse(experiment: Experiment) -> bool:
+    """Whether the run ends in an LTE model, and not in a dense one to compare with."""
+    made = stages.make(experiment.stages, experiment.lte)
+    return any(stage.routing != "dense" for stage in made)
+
+
+def _source(experiment: Experiment) -> Path | None:
+    path = experiment.source.path
+    if not path:
+        if experiment.stages.finetune.steps == 0:
+            raise UserError(
+                "source.path is empty and stages.finetune.steps=0: name a model, or give a model "
+                "from random weights some steps to learn in"
+            )
+        return None
+    folder = hf.resolve(path)
+    if hf.read_config(folder)[1] is not None:
+        raise UserError(
+            f"source.path={path!r} holds an LTE model: expected the dense model it was made from"
+        )
+    return folder
+
+
+def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    sparse = experiment.lte if is_sparse(experiment) else None
+    num_experts(config, sparse)
+    for lte in (None, sparse):
+        sharding.param_shardings(abstract_params(Transformer(config, lte)), mesh)
+
+
+def _check_sample(experiment: Experiment, config: ModelConfig, tokenizer: Any) -> None:
+    """The text of the report: at least one token has to fit after its prompt."""
+    if not (experiment.report and experiment.sample_tokens):
+        return
+    [prompt] = data.tokenize([experiment.sample_prompt], tokenizer)
+    if not 0 < len(prompt) < config.max_length:
+        raise UserError(
+            f"sample_prompt has {len(prompt)} tokens: expected 1 to {config.max_length - 1}, for "
+            f"the model has {config.max_length} positions (sample_tokens=0 writes no sample)"
+        )
+
+
+def _fingerprints(group: str, folder: Path, patterns: tuple[str, ...]) -> dict[str, Any]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {
+        f"{group}/{path.name}": [path.stat().st_size, files.sha256(path)] for path in sorted(found)
+    }
