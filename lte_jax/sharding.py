@@ -77,6 +77,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """That a batch can be cut: over the devices that share it, the processes, and in microbatches.
+
+    Raises:
+      UserError: where it cannot; names the three numbers and batch sizes that can.
+    """
+    devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    unit = math.lcm(devices, microbatches, jax.process_count())
+    if batch_size % unit:
+        near = [size for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size]
+        raise UserError(
+            f"data.batch_size={batch_size} does not divide over {devices} devices (mesh.data x "
+            f"mesh.fsdp), {jax.process_count()} processes and optim.microbatches={microbatches}: "
+            f"nearby sizes that do are {' and '.join(map(str, near))}"
+        )
+
+
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """The NamedSharding of each leaf of a tree of arrays or ShapeDtypeStructs.
 

@@ -123,3 +123,27 @@ def test_mesh_parameter_without_a_rule_is_an_error():
         sharding.param_shardings(
             {"unheard": {"of": jnp.zeros(3)}}, sharding.make_mesh(MeshConfig())
         )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "microbatches", "mesh", "mend"),
+    [
+        (8, 1, MeshConfig(), None),
+        (8, 2, MeshConfig(2, 2, 2), None),
+        (8, 2, MeshConfig(), None),  # four rows at a time on eight devices: slow, and right
+        (3, 1, MeshConfig(1, 1, 8), None),
+        (3, 1, MeshConfig(), "sizes that do are 8"),
+        (12, 1, MeshConfig(), "sizes that do are 8 and 16"),
+        (4, 3, MeshConfig(1, 1, 8), "sizes that do are 3 and 6"),
+        (6, 4, MeshConfig(1, 2, 4), "sizes that do are 4 and 8"),
+    ],
+)
+def test_bad_input_batch_that_cannot_be_cut(batch_size, microbatches, mesh, mend):
+    made = sharding.make_mesh(mesh)
+    if mend is None:
+        return sharding.check_batch(batch_size, microbatches, made)
+    with pytest.raises(UserError) as raised:
+        sharding.check_batch(batch_size, microbatches, made)
+    devices = made.shape["data"] * made.shape["fsdp"]
+    for part in (f"batch_size={batch_size} ", f"{devices} devices", f"={microbatches}:", mend):
+        assert part in str(raised.value)
