@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint format bench tinystories thousand resume clean
+.PHONY: help env demo test test-fast lint format bench tinystories thousand resume fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ thousand: $(READY)  ## a thousand steps of each config at both presets stay fini
 
 resume: $(READY)  ## twenty runs killed at random moments end in the same bits: ten minutes
 	LTE_JAX_KILLS=20 $(BIN)/pytest tests/test_resume.py
+
+fuzz: $(READY)  ## hostile files, flags and arguments for ten minutes: success or one line, each
+	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf .venv .venv312 build dist .pytest_cache .ruff_cache

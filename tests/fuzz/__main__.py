@@ -22,13 +22,14 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-HANG = 20  # seconds: of work, or asleep
-HANG_BUSY_MACHINE = 60  # where other programs take the cores
+HANG = {"run": 120}  # seconds of work, or asleep; a run compiles every stage
+HANG_OTHERS = 20
+BUSY_MACHINE = 3  # so many times longer where other programs take the cores
 READY = 240  # seconds a worker may take to start: it compiles
 RECYCLE = 3 << 30  # bytes: what was compiled for all cases adds up
-SHARES = {  # cases a round, for each kind of kinds.py
+SHARES = {  # cases a round, for each kind of files.py and calls.py
     "config": 8, "weights": 8, "lte": 6, "tokenizer": 6, "texts": 12, "settings": 12, "flags": 3,
-    "api": 5,
+    "run": 1, "api": 5,
 }  # fmt: skip
 
 
@@ -83,16 +84,17 @@ class Worker:
         if self.process is None:
             self.start()
         self.process.stdin.write(f"{kind} {seed} {number}\n".encode())
-        told = self.answer(HANG_BUSY_MACHINE)
+        limit = HANG.get(kind, HANG_OTHERS)
+        told = self.answer(BUSY_MACHINE * limit)
         if told is None:
             return {"what": "(making it)"} | self._ended("the case could not be made")
         self.process.stdin.write(b"go\n")
         start, work = time.monotonic(), _work(self.process.pid)
-        while (result := self.answer(HANG)) is None:
+        while (result := self.answer(limit)) is None:
             if self.process.poll() is not None:
                 return told | self._ended(f"the process ended: {self.process.returncode}")
             waited, worked = time.monotonic() - start, _work(self.process.pid) - work
-            if worked < 1 or worked > HANG or waited > HANG_BUSY_MACHINE:
+            if worked < 1 or worked > limit or waited > BUSY_MACHINE * limit:
                 return told | self._ended(f"hang: {waited:.0f} s, {worked:.0f} s of work")
         if result["rss"] > RECYCLE:
             self.stop()

@@ -84,7 +84,9 @@ def paths(tree: Any, limit: int = 4000) -> list[tuple]:
     todo: list[tuple[tuple, Any]] = [((), tree)]
     while todo and len(found) < limit:
         path, node = todo.pop(0)
-        keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        keys = (
+            node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        )
         for key in keys:
             found.append((*path, key))
             todo.append(((*path, key), node[key]))
@@ -176,7 +178,9 @@ def safetensors(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     how = rng.choice(("length", "bytes", "header", "entry", "entry", "entry", "names", "body"))
     if how == "length":
-        other = rng.choice((0, 1, length - 1, length + 1, 2**20, 2**31, 2**63, 2**64 - 1, len(data)))
+        other = rng.choice(
+            (0, 1, length - 1, length + 1, 2**20, 2**31, 2**63, 2**64 - 1, len(data))
+        )
         return other.to_bytes(8, "little") + data[8:], f"length field {other} for {length}"
     if how == "bytes":
         return blob(rng, data, 8 + length)

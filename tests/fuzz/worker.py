@@ -25,7 +25,7 @@ MEMORY = 2 << 30  # bytes more than before the case
 MESSAGE = 500  # characters
 PROGRAMS = ("git",)  # the report says which commit ran
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-PATHS_OF = {  # audit event -> (place of each path, place of its folder's descriptor) in its arguments
+PATHS_OF = {  # audit event -> where in its arguments each path and its folder's descriptor are
     "os.mkdir": [(0, 2)],
     "os.rmdir": [(0, 1)],
     "os.remove": [(0, 1)],
@@ -81,11 +81,13 @@ class Guard:
             if isinstance(descriptor, int) and descriptor >= 0:
                 base = os.readlink(f"/proc/self/fd/{descriptor}")
             place = os.path.realpath(os.path.join(base, os.fsdecode(path)))
+            if event == "os.mkdir" and os.path.isdir(place):  # mkdir(exist_ok=True)
+                return
             if any(place == root or place.startswith(root + "/") for root in self.always):
                 return
             for root in self.allowed:
                 folder, name = os.path.split(root)
-                beside = os.path.join(folder, f".{name}")
+                beside = os.path.join(folder, f".{name}")  # where it is made whole, then renamed
                 if place == root or place.startswith((root + "/", beside)):
                     return
             self.noted.append(f"{event} {place}")
@@ -181,12 +183,16 @@ def main(root: pathlib.Path) -> None:
     trace = (root / "trace").open("w")
     faulthandler.enable(trace)
     faulthandler.register(10, trace)  # SIGUSR1, before the supervisor ends a case that hangs
-    import kinds
+    import calls
+    import files
 
     import lte_jax
 
-    kinds.prepare(root / "templates")
-    guard = Guard([root / "tmp", pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), "/dev/null"])
+    kinds = {kind.__name__: kind for kind in (*files.KINDS, *calls.KINDS)}
+    files.prepare(root / "templates")
+    guard = Guard(
+        [root / "tmp", pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), "/dev/null"]
+    )
 
     def answer(**fields):
         print(json.dumps(fields), file=answers, flush=True)
@@ -199,7 +205,7 @@ def main(root: pathlib.Path) -> None:
         shutil.rmtree(box, ignore_errors=True)
         box.mkdir()
         os.chdir(box)
-        case = kinds.KINDS[kind](random.Random(f"{kind}:{seed}:{number}"), box)
+        case = kinds[kind](random.Random(f"{kind}:{seed}:{number}"), box)
         answer(what=case.what.encode("ascii", "backslashreplace").decode()[:400])
         sys.stdin.readline()
         answer(**run(case, box, guard, lte_jax.UserError), rss=memory("VmRSS"))
