@@ -51,7 +51,7 @@ __all__ = [
 
 
 def load(
-    path_or_hub_id: str | Path, dtype: str | None = None
+    path_or_hub_id: str | Path, dtype: str | None = None, *, verify: bool = False
 ) -> tuple[Transformer, dict[str, Any]]:
     """A model and its parameters, from a folder or the Hugging Face hub.
 
@@ -59,13 +59,16 @@ def load(
         model, params = lte_jax.load("runs/demo/lte", "float32")     # what train.py made
 
     Args:
-      path_or_hub_id: an HF folder, an LTE folder, or a hub id.
+      path_or_hub_id: an HF folder, an LTE folder, or a model of the hub: "owner/name",
+        "owner/name@revision", or the address of its page.
       dtype: to hold parameters and compute in; None: the one that is stored.
+      verify: compare the contents of every file with the folder's manifest, which reads all of
+        them once more; without it their sizes are compared. Folders of others have none.
 
     Raises:
       UserError: where it is neither, or is damaged; names the file and tensor.
     """
-    return _pipeline.load(path_or_hub_id, dtype)
+    return _pipeline.load(path_or_hub_id, dtype, verify=verify)
 
 
 def save(
@@ -74,6 +77,7 @@ def save(
     params: Mapping[str, Any],
     *,
     source: str | Path | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Writes an HF folder (dense model) or an LTE folder, whole or not at all.
 
@@ -84,11 +88,13 @@ def save(
       model: as from `load` or `moefy`.
       params: its parameters.
       source: folder or hub id whose tokenizer and further settings are taken over.
+      dtype: of the stored weights, routers aside: float32, bfloat16 or float16. None: each as
+        its parameter; "source": each as in `source`.
 
     Raises:
       UserError: where it cannot be written, or holds something that is not a model.
     """
-    _hf.save(path, model.config, model.lte, params, source)
+    _hf.save(path, model.config, model.lte, params, source, dtype=dtype)
 
 
 def moefy(

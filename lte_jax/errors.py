@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 
-MAX_LENGTH = 500  # characters of a message
+MAX_LENGTH = 499  # characters of a message
 
 
 class UserError(ValueError):

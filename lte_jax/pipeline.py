@@ -80,16 +80,27 @@ def report_again(workdir: str | Path) -> tuple[Transformer, Any]:
 
 
 def load(
-    path_or_hub_id: str | Path, dtype: str | None = None, **model_fields: Any
+    path_or_hub_id: str | Path,
+    dtype: str | None = None,
+    *,
+    verify: bool = False,
+    **model_fields: Any,
 ) -> tuple[Transformer, Any]:
     """A dense or LTE model and its parameters, from a folder or the hub.
 
     Args:
       path_or_hub_id: an HF folder, an LTE folder, or a hub id.
       dtype: to compute in; parameters are converted. None: what the folder stores.
+      verify: compare every file's contents, and not its size alone, with the folder's manifest.
       model_fields: further fields of the Transformer, such as remat=True.
     """
+    if dtype == "float16":
+        raise UserError(
+            "dtype='float16' is a type to store weights in, not to compute in: expected float32, "
+            "bfloat16, or None for what the folder and the device suggest"
+        )
     folder = hf.resolve(path_or_hub_id)
+    hf.verify(folder, digests=verify)
     config, lte = hf.read_config(folder)
     params = hf.load_params(folder, config, lte, dtype)
     return Transformer(config, lte, dtype=dtype or config.dtype, **model_fields), params
@@ -193,6 +204,7 @@ class _Run:
         """
         dtype, root = self.experiment.source.compute_dtype, self.paths.root
         last = self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
+        _verify(last)
         model, params = load(last, dtype)
         if not self.experiment.report or jax.process_index() != 0:
             return model, params
@@ -202,6 +214,7 @@ class _Run:
             return model, params
         if results is None:
             work.check_inputs(self.paths, self.parts.inputs)
+            _verify(self.paths.dense)
             baseline = None if last == self.paths.dense else load(self.paths.dense, dtype)
             results = self._measure(model, params, baseline)
         written = report.write([results], root, figures)
@@ -250,6 +263,8 @@ class _Run:
 
     def _load(self, folder: Path, model: Transformer) -> Any:
         """Float32 masters, straight onto the mesh."""
+        if folder != self.parts.source:
+            _verify(folder)
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
         return hf.load_params(folder, model.config, model.lte, "float32", shardings)
 
@@ -259,7 +274,17 @@ class _Run:
         if jax.process_index() == 0:
             own = source is None or self.experiment.source.tokenizer
             tokenizer = self.parts.tokenizer if own else None
-            hf.save(folder, model.config, model.lte, params, source, order_NEM, tokenizer=tokenizer)
+            dtype = model.config.dtype if source is None else "source"  # params are masters
+            hf.save(
+                folder,
+                model.config,
+                model.lte,
+                params,
+                source,
+                order_NEM,
+                dtype=dtype,
+                tokenizer=tokenizer,
+            )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {folder}")
 
@@ -312,3 +337,8 @@ def _writer(paths: Paths, experiment: Experiment) -> metrics.Writer:
     except UserError as error:
         log.info("no TensorBoard metrics: %s", error)
     return metrics.MultiWriter(writers)
+
+
+def _verify(folder: Path) -> None:
+    """Raises unless a folder of this run is, bit for bit, as the run wrote it."""
+    hf.verify(folder, digests=True, mend="remove it, and the same command makes it again")

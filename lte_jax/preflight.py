@@ -16,7 +16,7 @@ from lte_jax import data, files, hf, sharding, stages
 from lte_jax.config import Experiment, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
-from lte_jax.hf.hub import COMPANIONS
+from lte_jax.hf.folder import COMPANIONS
 from lte_jax.model import Transformer, abstract_params
 
 _MODEL_FILES = (

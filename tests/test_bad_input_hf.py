@@ -179,8 +179,10 @@ def test_bad_input_misshapen_in_words_of_the_config(tmp_path):
 
 
 def test_bad_input_router_missing(tmp_path):
-    folder = broken(tmp_path, lambda t: None, lte={"expert_size": 8})
-    words = ["mlp.router.weight", "[intermediate_size/lte.expert_size=12, hidden_size=64]"]
+    router = {f"model.layers.{i}.mlp.router.weight": np.zeros((12, 64)) for i in range(2)}
+    lte = {"expert_size": 8, "router_bias": False}
+    folder = broken(tmp_path, lambda t: t.update(router), lte=lte)
+    words = ["layers.2.mlp.router.weight", "[intermediate_size/lte.expert_size=12, hidden_size=64]"]
     assert_complains(lambda: load(folder), *words)
 
 

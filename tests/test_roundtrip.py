@@ -21,6 +21,7 @@ from hf_models import (
     write_folder,
 )
 
+import lte_jax
 from lte_jax import hf, sharding
 from lte_jax.config import LTEConfig, MeshConfig
 from lte_jax.model import Transformer, abstract_params
@@ -113,17 +114,39 @@ def test_roundtrip_of_mixed_dtypes(tmp_path):
 
 
 def test_roundtrip_through_float32_masters(tmp_path):
-    """bfloat16 weights loaded as float32 and saved again come back as they were."""
+    """bfloat16 weights loaded as float32: saved as they are held, or as the source has them."""
     raw = config_json("llama", torch_dtype="bfloat16")
     folder = write_folder(tmp_path / "old", raw, dtype="bfloat16")
     config, _ = hf.read_config(folder)
     params = hf.load_params(folder, config, None, dtype="float32")
-    hf.save(tmp_path / "new", config, None, params)
-    assert_bit_equal(read_tensors(tmp_path / "new"), read_tensors(folder))
-    hf.save(tmp_path / "wide", config, None, params, source=folder, dtype="float32")
-    assert hf.read_config(tmp_path / "wide")[0].dtype == "float32"
     wide = {name: t.astype(np.float32) for name, t in read_tensors(folder).items()}
-    assert_bit_equal(read_tensors(tmp_path / "wide"), wide)
+    for source, dtype in ((None, None), (folder, None), (folder, "float32")):
+        hf.save(tmp_path / "wide", config, None, params, source=source, dtype=dtype)
+        assert hf.read_config(tmp_path / "wide")[0].dtype == "float32"
+        assert_bit_equal(read_tensors(tmp_path / "wide"), wide)
+    for source, dtype in ((None, "bfloat16"), (folder, "source")):
+        hf.save(tmp_path / "new", config, None, params, source=source, dtype=dtype)
+        assert hf.read_config(tmp_path / "new")[0].dtype == "bfloat16"
+        assert_bit_equal(read_tensors(tmp_path / "new"), read_tensors(folder))
+
+
+def test_roundtrip_of_trained_weights(tmp_path):
+    """What training moved by less than bfloat16 can tell is kept, and so are the logits."""
+    raw = config_json("llama", torch_dtype="bfloat16")
+    folder = write_folder(tmp_path / "old", raw, dtype="bfloat16")
+    model, params = lte_jax.load(folder, "float32")
+    trained = jax.tree.map(lambda p: p * jnp.float32(1.001), params)
+    lte_jax.save(tmp_path / "new", model, trained, source=folder)
+    again, loaded = lte_jax.load(tmp_path / "new")
+    assert_bit_equal(flat(loaded), flat(trained))
+    tokens = jnp.arange(24, dtype=jnp.int32)[None]
+    before, after = (
+        model.apply({"params": trained}, tokens),
+        again.apply({"params": loaded}, tokens),
+    )
+    np.testing.assert_allclose(after.logits, before.logits, rtol=0, atol=1e-5)
+    lte_jax.save(tmp_path / "half", model, trained, dtype="float16")
+    assert hf.read_config(tmp_path / "half")[0].dtype == "float16"
 
 
 def test_roundtrip_of_shards(tmp_path):
@@ -157,7 +180,8 @@ def test_roundtrip_of_real_model(name, shared, tmp_path):
     folder = shared / "models" / name
     new = import_export(folder, tmp_path / "new", source=folder)
     assert_bit_equal(read_tensors(new), read_tensors(folder))
-    assert {p.name for p in new.iterdir()} == {p.name for p in folder.iterdir()}
+    expected = {p.name for p in folder.iterdir()} | {"manifest.json"}
+    assert {p.name for p in new.iterdir()} == expected
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
             assert (new / file.name).read_bytes() == file.read_bytes()
@@ -236,7 +260,8 @@ def test_roundtrip_replaces_an_older_model(tmp_path):
     config, params, _ = as_lte(folder)
     hf.save(folder, config, LTE, params, source=folder)
     assert hf.read_config(folder) == (config, LTE)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    held = sorted(p.name for p in folder.iterdir())
+    assert held == ["config.json", "manifest.json", "model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -10,6 +10,10 @@ it, as the dense model with its neurons in another order:
   expert_order.safetensors      optional: "expert_order" int32 [N, E, M], the neuron of the dense
                                 model that is neuron m of expert e
 
+and what this library wrote, dense or LTE, has
+
+  manifest.json                 size and SHA-256 of every file: `lte_jax.files`
+
 Neuron m of expert e is row e*M + m of gate_proj.weight and up_proj.weight (and of their biases)
 and column e*M + m of down_proj.weight. A folder is written beside its place and renamed, so it is
 whole or absent; a killed process can leave a hidden `.NAME.new-*` beside it.
@@ -19,14 +23,18 @@ Dimension key: D model width  E experts  M neurons per expert  N layers
 
 from lte_jax.hf.config_json import read_config
 from lte_jax.hf.export import save
-from lte_jax.hf.hub import load_tokenizer, resolve
+from lte_jax.hf.folder import verify
+from lte_jax.hf.hub import expand, resolve
+from lte_jax.hf.tokenizer import load_tokenizer
 from lte_jax.hf.weights import load_expert_order, load_params
 
 __all__ = [
+    "expand",
     "load_expert_order",
     "load_params",
     "load_tokenizer",
     "read_config",
     "resolve",
     "save",
+    "verify",
 ]

@@ -9,7 +9,6 @@ error: a model that computes something else than its author meant is worse than 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from lte_jax.config import (
     Activation,
     LTEConfig,
     ModelConfig,
-    RopeScaling,
     from_mapping,
     num_experts,
 )
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
-from lte_jax.hf.fields import NULL, Fields
+from lte_jax.hf import foreign, rope
+from lte_jax.hf.fields import MAX_LAYERS, NULL, Fields
+from lte_jax.hf.folder import CONFIG, verify
+from lte_jax.hf.harmless import reject_unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,6 +70,7 @@ _FAMILIES = {
     ),
 }
 
+_MAX_EOS_IDS = 100
 _ACTIVATIONS: dict[str, Activation] = {  # the first of each kind is what we write
     "silu": "silu",
     "gelu": "gelu",
@@ -79,22 +81,6 @@ _ACTIVATIONS: dict[str, Activation] = {  # the first of each kind is what we wri
     "gelu_new": "gelu_tanh",
 }
 
-# Keys seen in real folders that no forward pass of these families reads.
-_WITHOUT_EFFECT = frozenset(
-    "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled add_cross_attention "
-    "architectures attention_dropout attn_implementation auto_map chunk_size_feed_forward "
-    "cross_attention_hidden_size embd_pdrop finetuning_task hidden_dropout initializer_range "
-    "is_decoder is_encoder_decoder is_llama_config model_max_length output_attentions "
-    "output_hidden_states pretraining_tp problem_type resid_pdrop tie_encoder_decoder "
-    "tie_last_hidden_states transformers.js_config transformers_version use_cache".split()
-)
-_WITHOUT_EFFECT_IF = {"is_causal": True, "partial_rotary_factor": 1.0}
-# Any other key with such a word in it could change what is computed.
-_TELLING = re.compile(
-    "act|alibi|attention|attn|bias|cap|causal|clip|embed|expert|head|hidden|layer|logit|mlp|moe|"
-    "mup|multiplier|norm|position|quant|residual|rope|rotary|scal|slid|soft|window"
-)
-
 
 def read_config(folder: Path) -> tuple[ModelConfig, LTEConfig | None]:
     """The model in an HF or LTE folder; the second is None where it is dense.
@@ -103,7 +89,10 @@ def read_config(folder: Path) -> tuple[ModelConfig, LTEConfig | None]:
       UserError: where config.json is absent or corrupt, lacks a key, or asks for what this
         library does not compute (family, rotary embedding, activation, unknown keys).
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
+    if not path.exists() and (found := foreign.in_folder(Path(folder))):
+        raise UserError(f"{folder} {found}")
+    verify(folder)
     raw = read_json(path, f"is {folder} the folder of a model in Hugging Face format?")
     generation = path.with_name("generation_config.json")
     stops = read_json(generation).get("eos_token_id") if generation.exists() else None
@@ -118,11 +107,13 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | 
         fields = Fields(raw)
         config = _model_config(fields)
         section = fields.get("lte", dict, None)
-        _reject_unknown(fields)
+        reject_unknown(fields)
         lte = None if section is None else from_mapping(LTEConfig, section, "lte")
         num_experts(config, lte)  # raises where the expert size does not divide
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
+    except RecursionError:  # a value to be shown in a message is itself a deep tree
+        raise UserError(f"{where} is nested too deeply: download or copy it again") from None
     return config, lte
 
 
@@ -152,7 +143,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": names[config.activation],
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_json(config.rope_scaling),
+        "rope_scaling": rope.write(config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,
         "eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None,
@@ -192,28 +183,17 @@ def _check_expressible(config: ModelConfig, raw: Mapping[str, Any], dtype: str) 
             )
 
 
-def _reject_unknown(fields: Fields) -> None:
-    """Raises on keys that nobody asked for and that could change the forward pass."""
-    for key in sorted(fields.raw.keys() - fields.asked - _WITHOUT_EFFECT):
-        value = fields.raw[key]
-        if key in _WITHOUT_EFFECT_IF:
-            harmless = value is None or value == _WITHOUT_EFFECT_IF[key]
-        else:
-            harmless = not value or not _TELLING.search(key)
-        if not harmless:
-            raise UserError(
-                f"{key}={value!r} could change what a {fields.raw['model_type']} model computes "
-                "and is not supported: remove the key if the model does not depend on it"
-            )
-
-
 def _model_config(fields: Fields) -> ModelConfig:
     model_type = fields.get("model_type", str)
     if model_type not in _FAMILIES:
-        raise UserError(f"model_type={model_type!r} is not supported: valid are {_list(_FAMILIES)}")
+        raise UserError(
+            f"model_type={model_type!r} {foreign.family(model_type)}: valid are {_list(_FAMILIES)}"
+        )
+    if fields.get("quantization_config", dict, None):
+        raise UserError(foreign.quantised(fields.raw["quantization_config"]))
     family = _FAMILIES[model_type]
     hidden_size = fields.size("hidden_size")
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
     num_heads = fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", family.kv_heads, nullable=True)
     head_dim = fields.size("head_dim", family.head_dim, nullable=True)
@@ -224,10 +204,10 @@ def _model_config(fields: Fields) -> ModelConfig:
             f"hidden_act={activation!r} is not supported: valid are {_list(_ACTIVATIONS)}"
         )
     attention_bias = _flag(fields, "attention_bias", family.attention_bias)
-    theta, scaling = _rope(fields, max_length)
+    theta, scaling = rope.read(fields, max_length)
     window, slides = _sliding(fields, family, num_layers)
     bos, eos = family.special_ids
-    pad = fields.get("pad_token_id", int, None)
+    pad = fields.token_id("pad_token_id", None)
     return ModelConfig(
         vocab_size=fields.size("vocab_size"),
         d_model=hidden_size,
@@ -239,7 +219,7 @@ def _model_config(fields: Fields) -> ModelConfig:
         max_length=max_length,
         family=model_type,
         activation=_ACTIVATIONS[activation],
-        norm_eps=float(fields.get("rms_norm_eps", (float, int), 1e-6)),
+        norm_eps=fields.positive("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=bool(fields.get("tie_word_embeddings", bool, False)),
@@ -249,7 +229,7 @@ def _model_config(fields: Fields) -> ModelConfig:
         qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=slides,
-        bos_id=fields.get("bos_token_id", (int, NULL), bos),
+        bos_id=fields.token_id("bos_token_id", bos),
         eos_ids=_ids(fields.get("eos_token_id", (int, list, NULL), eos)),
         pad_id=pad if pad is not None and pad >= 0 else None,  # -1 stands for none in old folders
         dtype=_dtype(fields),
@@ -273,12 +253,15 @@ def _ids(value: int | list | None) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(type(i) is int for i in ids):
         raise UserError(f"eos_token_id={value!r}: expected an integer or a list of them")
+    if len(ids) > _MAX_EOS_IDS:
+        raise UserError(f"eos_token_id has {len(ids)} entries: expected at most {_MAX_EOS_IDS}")
     return ids
 
 
 def _dtype(fields: Fields) -> str:
     old, new = fields.get("torch_dtype", str, None), fields.get("dtype", str, None)
-    name = (new or old or "float32").removeprefix("torch.")
+    said = [name.removeprefix("torch.") for name in (new, old) if name not in (None, "auto")]
+    name = said[0] if said else "float32"
     if name not in DTYPES:
         raise UserError(f"dtype={name!r} is not supported: valid are {', '.join(DTYPES)}")
     return name
@@ -288,19 +271,21 @@ def _sliding(
     fields: Fields, family: _Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window and which layers have it (None: all), as transformers' masks have them."""
-    if family.sliding is None:
-        return None, None
-    if family.sliding == "all":
-        return fields.size("sliding_window", 4096, nullable=True), None
+    kinds = fields.get("layer_types", list, None)
+    named = None if kinds is None else _from_layer_types(kinds, num_layers)
+    if family.sliding != "some":
+        window = fields.size("sliding_window", 4096, nullable=True) if family.sliding else None
+        if named is not None and set(named) != {window is not None}:
+            raise UserError(
+                f"layer_types has other kinds than the masks of a {fields.raw['model_type']} with "
+                f"sliding_window={window}: make them agree"
+            )
+        return window, None
     window = fields.size("sliding_window", 4096, nullable=True)
     if not fields.get("use_sliding_window", bool, False):
         window = None
-    first = fields.get("max_window_layers", int, 28)
-    kinds = fields.get("layer_types", list, None)
-    if kinds is None:
-        slides = tuple(window is not None and i >= first for i in range(num_layers))
-    else:
-        slides = _from_layer_types(kinds, num_layers)
+    first = fields.get("max_window_layers", int if window and not named else (int, NULL), 28)
+    slides = named or tuple(window is not None and i >= first for i in range(num_layers))
     if not any(slides):
         return None, None
     if window is None:
@@ -313,62 +298,9 @@ def _sliding(
 
 def _from_layer_types(kinds: list, num_layers: int) -> tuple[bool, ...]:
     valid = ("full_attention", "sliding_attention")
+    if len(kinds) != num_layers:
+        raise UserError(f"layer_types has {len(kinds)} entries for num_hidden_layers={num_layers}")
     for kind in kinds:
         if kind not in valid:
             raise UserError(f"layer_types has {kind!r}: valid are {', '.join(valid)}")
-    if len(kinds) != num_layers:
-        raise UserError(f"layer_types has {len(kinds)} entries for num_hidden_layers={num_layers}")
     return tuple(kind == "sliding_attention" for kind in kinds)
-
-
-def _rope(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
-    """Base and stretching of the rotary frequencies; transformers: modeling_rope_utils.py."""
-    theta = fields.get("rope_theta", (float, int), None)
-    old, new = fields.get("rope_scaling", dict, None), fields.get("rope_parameters", dict, None)
-    rope = Fields(old or new or {}, "rope_scaling." if old else "rope_parameters.")
-    theta = rope.get("rope_theta", (float, int), None) or theta or 10000.0
-    old_kind = rope.get("type", str, None)
-    kind = rope.get("rope_type", str, None) or old_kind or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"rope_type={kind!r} is not supported: valid are default, linear, llama3")
-    outer = fields.get("original_max_position_embeddings", int, None)
-    inner = rope.get("original_max_position_embeddings", int, None)
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", float(rope.get("factor", (float, int))))
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            "llama3",
-            factor=float(rope.get("factor", (float, int))),
-            low_freq_factor=float(rope.get("low_freq_factor", (float, int))),
-            high_freq_factor=float(rope.get("high_freq_factor", (float, int))),
-            original_max_length=outer or inner or max_length,
-        )
-    unknown = {
-        key: value
-        for key, value in rope.raw.items()
-        if key not in rope.asked and value is not None and (key, value) not in _NEUTRAL_IN_ROPE
-    }
-    if unknown:
-        raise UserError(
-            f"{rope.section[:-1]} has {unknown}, which is not supported with rope_type={kind!r}: "
-            "remove it if the model does not depend on it"
-        )
-    return float(theta), scaling
-
-
-_NEUTRAL_IN_ROPE = [("partial_rotary_factor", 1.0), ("attention_factor", 1.0), ("factor", 1.0)]
-
-
-def _rope_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_length,
-    }

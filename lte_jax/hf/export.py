@@ -5,10 +5,11 @@ Dimension key: N layers  E experts  M neurons per expert
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import fnmatch
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +21,15 @@ from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
-from lte_jax.files import read_json, replacing
+from lte_jax.files import read_json, replacing, write_manifest
 from lte_jax.hf import names
-from lte_jax.hf.config_json import DTYPES, read_config, write_config
-from lte_jax.hf.hub import COMPANIONS, resolve
+from lte_jax.hf.config_json import DTYPES, parse, read_config, write_config
+from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, INDEX, ONE_FILE, check_replaceable, companions
+from lte_jax.hf.hub import expand, resolve
 from lte_jax.hf.names import Row
-from lte_jax.hf.weights import EXPERT_ORDER, INDEX, ONE_FILE, STORED_DTYPES, open_tensors
+from lte_jax.hf.weights import STORED_DTYPES, check_expert_order, open_parameters
 
 _TAGS = {dtype: tag for tag, dtype in STORED_DTYPES.items()} | {"int32": "I32"}
-_CONFIG = "config.json"
 
 
 def save(
@@ -54,7 +55,7 @@ def save(
         tokenizer, generation config and licence are taken over. None: config.json is made.
       expert_order: int32 [N, E, M], the neuron of the dense model in each slot.
       dtype: of the stored tensors, routers aside, which keep theirs: rounding would move scores
-        across the threshold. None: each as in `source`, else config.dtype.
+        across the threshold. None: each as its parameter; "source": each as in `source`.
       max_shard_bytes: larger models are cut into several files with an index.
       tokenizer: a transformers tokenizer to put in the folder, in place of that of `source`.
 
@@ -62,25 +63,28 @@ def save(
       UserError: where the parameters are not those of the model, `source` is another model, or
         the folder holds other things or cannot be written.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
+    valid = DTYPES if source is None else (*DTYPES, "source")
+    if dtype is not None and dtype not in valid:
+        raise UserError(f"dtype={dtype!r}: {nearest(dtype, valid)}")
     source = None if source is None else resolve(source)
-    settings = _config_json(config, lte, source, dtype)
-    tensors = _plan(config, lte, params, source, dtype)
+    if source is not None:
+        _check_source(config, source)
+    raw = _config_json(config, lte, source)
+    stored = _stored_dtypes(source) if source is not None and dtype == "source" else {}
+    tensors = _plan(config, lte, params, dtype, stored)
     order = None if expert_order is None else _plan_order(config, lte, expert_order)
-    _check_replaceable(Path(folder))
-    with replacing(Path(folder)) as new:
-        if source is not None:
-            _copy_companions(source, new)
+    folder = expand(folder)
+    check_replaceable(folder)
+    with replacing(folder) as new:
+        for file in companions(source) if source is not None else ():
+            shutil.copyfile(file, new / file.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        if isinstance(settings, Path):
-            shutil.copyfile(settings, new / _CONFIG)
-        else:
-            (new / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _write_config(new, raw, source, _main_dtype(tensors))
         _write_weights(new, tensors, max_shard_bytes)
         if order is not None:
             _write_safetensors(new / EXPERT_ORDER, [order])
+        write_manifest(new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,21 +111,30 @@ class _Tensor:
         return np.ascontiguousarray(array.astype(self.dtype, copy=False))
 
 
-def _config_json(
-    config: ModelConfig, lte: LTEConfig | None, source: Path | None, dtype: str | None
-) -> dict[str, Any] | Path:
-    """The object for config.json, or the path of the one that can be copied unchanged."""
-    if source is None:
-        settings = write_config(config, dtype or config.dtype)
+def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None) -> dict[str, Any]:
+    """The object for config.json; that of `source` where there is one."""
+    raw = write_config(config, config.dtype) if source is None else read_json(source / CONFIG)
+    raw.pop("lte", None)
+    return raw if lte is None else raw | {"lte": dataclasses.asdict(lte)}
+
+
+def _write_config(new: Path, raw: dict[str, Any], source: Path | None, dtype: str) -> None:
+    """Writes config.json for tensors of a type; byte for byte that of `source` if it says so."""
+    if parse(raw, CONFIG)[0].dtype != dtype:
+        raw = raw | {"torch_dtype" if "torch_dtype" in raw else "dtype": dtype}
+    if source is not None and raw == read_json(source / CONFIG):
+        shutil.copyfile(source / CONFIG, new / CONFIG)
     else:
-        _check_source(config, source)
-        settings = read_json(source / _CONFIG)
-        if lte is None and dtype is None and "lte" not in settings:
-            return source / _CONFIG
-        settings.pop("lte", None)
-        if dtype is not None:
-            settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = dtype
-    return settings if lte is None else settings | {"lte": dataclasses.asdict(lte)}
+        (new / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _main_dtype(tensors: list[_Tensor]) -> str:
+    """What config.json says: the type of most of the weights, routers aside."""
+    numbers: collections.Counter[str] = collections.Counter()
+    for tensor in tensors:
+        if not names.is_router(tensor.row.path if tensor.row else ""):
+            numbers[tensor.dtype] += math.prod(tensor.shape)
+    return max(DTYPES, key=lambda dtype: numbers[dtype])
 
 
 def _check_source(config: ModelConfig, source: Path) -> None:
@@ -135,12 +148,19 @@ def _check_source(config: ModelConfig, source: Path) -> None:
             )
 
 
+def _stored_dtypes(source: Path) -> dict[str, str | None]:
+    """Name -> type of the tensors of a folder."""
+    with contextlib.ExitStack() as stack:
+        known = open_parameters(source, *read_config(source), stack)
+        return {name: STORED_DTYPES.get(tensor.dtype) for name, tensor in known.items()}
+
+
 def _plan(
     config: ModelConfig,
     lte: LTEConfig | None,
     params: Mapping[str, Any],
-    source: Path | None,
     dtype: str | None,
+    stored: Mapping[str, str | None],
 ) -> list[_Tensor]:
     """Every tensor to be written, checked but not yet fetched."""
     sizes, rows = names.sizes(config, lte), names.table(config, lte)
@@ -148,11 +168,6 @@ def _plan(
     for path in sorted(flat.keys() ^ {row.path for row in rows}):
         problem = "is not a parameter of" if path in flat else "is missing from"
         raise UserError(f"{path} {problem} the model to be saved: config and params must agree")
-    stored = {}
-    if source is not None and dtype is None:
-        with contextlib.ExitStack() as stack:
-            known = open_tensors(source, stack)
-            stored = {name: STORED_DTYPES.get(tensor.dtype) for name, tensor in known.items()}
     planned = []
     for row in rows:
         array = flat[row.path]
@@ -163,9 +178,14 @@ def _plan(
             )
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise UserError(f"{row.path} is spread over several processes: gather it before saving")
-        own = str(array.dtype) if row.path.startswith("layers/ffn/router/") else None
+        own = str(array.dtype)
+        if own not in DTYPES and (dtype is None or names.is_router(row.path)):
+            raise UserError(
+                f"{row.path} is {own}, expected {', '.join(DTYPES)}: convert it, or give a dtype"
+            )
         for layer, name in enumerate(row.hf_names(sizes)):
-            kept = own or dtype or stored.get(name) or config.dtype
+            kept = stored.get(name) or own if dtype == "source" else dtype or own
+            kept = own if names.is_router(row.path) else kept
             where = layer if row.layered else None
             planned.append(_Tensor(name, kept, row.hf_shape(sizes), array, where, row, sizes))
     return planned
@@ -179,6 +199,7 @@ def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _
             f"expert_order has shape {list(np.shape(order_NEM))}, expected [num_layers, experts, "
             f"expert_size]={list(expected)} of an LTE model"
         )
+    check_expert_order(np.asarray(order_NEM), "expert_order")
     return _Tensor("expert_order", "int32", expected, order_NEM)
 
 
@@ -226,31 +247,3 @@ def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(tensor.fetch().reshape(-1).view(np.uint8).data)
-
-
-def _copy_companions(source: Path, new: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and _matches(file.name, COMPANIONS):
-            shutil.copyfile(file, new / file.name)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raises where writing `folder` would destroy anything but an older model."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another folder to write the model to")
-    ours = (_CONFIG, INDEX, EXPERT_ORDER, "model*.safetensors", *COMPANIONS)
-    held = sorted(folder.iterdir())
-    foreign = [entry.name for entry in held if entry.is_dir() or not _matches(entry.name, ours)]
-    if held and not foreign and not (folder / _CONFIG).exists():
-        foreign = [held[0].name]
-    if foreign:
-        raise UserError(
-            f"{folder} holds {foreign[0]}, which is not part of a model, and would be replaced: "
-            "choose another folder, or empty this one"
-        )

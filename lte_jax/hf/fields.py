@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lte_jax.errors import UserError
 
 NULL = type(None)
+MAX_SIZE = 2**31 - 1  # JAX's index type
+MAX_LAYERS = 2**14  # 40 times the deepest known
 
 
 class Fields:
@@ -31,12 +34,34 @@ class Fields:
             return None
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(k.__name__ for k in kinds if k is not NULL)
-            raise UserError(f"{self.section}{key}={value!r}: expected {expected}")
+            raise self.wrong(key, expected)
         return value
 
-    def size(self, key: str, *default: int | None, nullable: bool = False) -> Any:
+    def size(
+        self, key: str, *default: int | None, nullable: bool = False, most: int = MAX_SIZE
+    ) -> Any:
         """A positive integer, or None for null where that is allowed."""
         value = self.get(key, (int, NULL) if nullable else int, *default)
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}: expected a positive integer")
+        if value is not None and not 1 <= value <= most:
+            raise self.wrong(key, f"a positive integer, at most {most:,}")
         return value
+
+    def positive(self, key: str, *default: float | None) -> Any:
+        """A finite number above zero; None only where that is the default."""
+        value = self.get(key, (float, int), *default)
+        if value is not None and not (0 < value <= 1e30 and math.isfinite(value)):
+            raise self.wrong(key, "a positive number")
+        return None if value is None else float(value)
+
+    def token_id(self, key: str, default: int | None) -> int | None:
+        """A token id or null; some folders put it into a list of one."""
+        value = self.get(key, (int, list, NULL), default)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if value is not None and type(value) is not int:
+            raise self.wrong(key, "one integer")
+        return value
+
+    def wrong(self, key: str, expected: str) -> UserError:
+        """The error that says what was expected of a key."""
+        return UserError(f"{self.section}{key}={self.raw[key]!r}: expected {expected}")

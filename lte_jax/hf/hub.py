@@ -1,85 +1,71 @@
-"""Where a model lies, a local folder or the Hugging Face hub, and its tokenizer."""
+"""Where a model lies: a local folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 from lte_jax.errors import UserError, one_line
+from lte_jax.hf.folder import COMPANIONS
 
-# Files of a folder that belong to the model besides its config and weights; copied on export.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
+_NAME = r"\w[\w.-]*"
+_HUB_ID = re.compile(rf"(?P<id>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[\w./-]+))?/*")
+_HUB_URL = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/"
+    rf"(?P<id>(?!datasets/|spaces/){_NAME}/{_NAME})(?:/tree/(?P<revision>[\w.%-]+))?/*(?:[?#].*)?"
 )
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a model, downloaded to the hub's cache if it is a hub id.
+    """The local folder of a model, downloaded to the hub's cache if it is a model of the hub.
 
-    Of a hub model only config, safetensors, tokenizer and licence files are fetched.
+    A model of the hub is named "owner/name", "owner/name@revision" (branch, tag or commit), or by
+    the address of its page. Only config, safetensors, tokenizer and licence files are fetched.
 
     Raises:
       UserError: where it is neither a folder nor a hub model within reach.
     """
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise UserError(f"{path_or_hub_id!r} is no model: expected a folder or a hub id")
+    folder = expand(path_or_hub_id)
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} is a file: expected the folder of a model")
-    if not _HUB_ID.fullmatch(str(path_or_hub_id)):
+    spelled = str(path_or_hub_id)
+    named = _HUB_URL.fullmatch(spelled) or _HUB_ID.fullmatch(spelled)
+    if named is None:
         raise UserError(
-            f"{path_or_hub_id} is no local folder, nor is it spelled like a hub id (owner/name): "
-            "correct the path"
+            f"{spelled} is no local folder, nor is it spelled like a hub id (owner/name, "
+            "owner/name@revision): correct the path"
         )
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(path_or_hub_id),
+                named["id"],
+                revision=named["revision"] and unquote(named["revision"]),
                 allow_patterns=["*.safetensors", "*.json", *COMPANIONS],
                 ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
             )
         )
     except Exception as e:  # no common base: HTTP, offline, cache and disk errors each have theirs
         raise UserError(
-            f"{path_or_hub_id} is neither a local folder nor could it be had from the hub "
+            f"{spelled} is neither a local folder nor could it be had from the hub "
             f"({type(e).__name__}: {one_line(e)}): correct the path, go online, or log in"
         ) from None
 
 
-def load_tokenizer(path_or_hub_id: str | Path) -> Any:
-    """The transformers tokenizer of a model.
+def expand(path: str | os.PathLike) -> Path:
+    """A path as the shell would give it: `~` is the home folder.
 
     Raises:
-      UserError: where there is none, it is corrupt, or transformers is not installed.
+      UserError: where that is not known.
     """
-    folder = resolve(path_or_hub_id)
-    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(
-            f"{folder} has no tokenizer.json: copy it from the model's source, or name another "
-            "folder or hub id as the tokenizer"
-        )
     try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise UserError(
-            "tokenizers are read by transformers, which is not installed: pip install transformers"
-        ) from None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as e:  # whatever the tokenizer libraries stumble over: plain Exception, often
-        raise UserError(
-            f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {one_line(e)}): "
-            "download or copy tokenizer.json again"
-        ) from None
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: the home folder of ~ is not known: write it out") from None

@@ -98,6 +98,11 @@ class Row:
         return array.transpose(order).reshape(self.hf_shape(sizes))
 
 
+def is_router(path: str) -> bool:
+    """Whether a path of the parameter tree is of the routers, which alone decide what runs."""
+    return path.startswith("layers/ffn/router/")
+
+
 def sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
     """The size that each dimension letter stands for."""
     experts = num_experts(config, lte)

@@ -10,30 +10,25 @@ Dimension key: N layers  E experts  M neurons per expert
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  numpy learns bfloat16, without which safetensors cannot return it
 import numpy as np
-import safetensors
 from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
-from lte_jax.hf import names
-from lte_jax.hf.config_json import DTYPES
+from lte_jax.hf import foreign, names, renaming
+from lte_jax.hf.config_json import DTYPES, read_config
+from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, verify
 from lte_jax.hf.names import Row, Span
+from lte_jax.hf.stored import StoredTensor, open_file, open_tensors, say_once
 
-ONE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-EXPERT_ORDER = "expert_order.safetensors"
 STORED_DTYPES: dict[str, str] = dict(zip(("F32", "BF16", "F16"), DTYPES, strict=True))
-_TIED_HEAD = "lm_head.weight"
 _ROWS_AT_ONCE_BYTES = 1 << 22
 
 
@@ -56,17 +51,20 @@ def load_params(
 
     Raises:
       UserError: where a tensor is missing, unknown, misshapen, of another kind than float, or
-        a file is absent or truncated; by its HF name, with both shapes.
+        a file is absent, truncated or not as its manifest says, and where a router's weights are
+        not finite; by its HF name, with both shapes.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
+    folder = Path(folder)
+    verify(folder)
     sizes = names.sizes(config, lte)
     placed: dict[str, Any] = traverse_util.flatten_dict(shardings or {}, sep="/")
     params = {}
     with contextlib.ExitStack() as stack:
-        tensors = open_tensors(Path(folder), stack)
+        tensors = open_parameters(folder, config, lte, stack)
         rows = names.table(config, lte)
-        _drop_harmless(tensors, config)
+        _drop_tied_head(tensors, config)
         _check_names(folder, tensors, rows, sizes, config)
         for row in rows:
             array_dtype = dtype or _common_dtype(tensors, row, sizes)
@@ -80,110 +78,80 @@ def load_expert_order(folder: Path) -> np.ndarray | None:
     """The neuron of the dense model in each slot of an LTE folder, int32 [N, E, M].
 
     None where the folder does not say.
-    """
-    path = Path(folder) / EXPERT_ORDER
-    if not path.exists():
-        return None
-    with contextlib.ExitStack() as stack:
-        return _open(path, stack).get_tensor("expert_order")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is still on disk; slicing reads that part."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it: "F32", "BF16", ...
-    slices: Any
-
-    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
-        return self.slices[key]
-
-
-def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
-    """All tensors of a folder by name; they can be read while `stack` is open.
 
     Raises:
-      UserError: where there are no safetensors, a shard is absent or truncated, or the index and
-        the shards disagree.
+      UserError: where it once said so, or says something else than an order of each layer's
+        neurons.
     """
-    tensors: dict[str, StoredTensor] = {}
-    index = _index(folder)
-    for file in sorted(set(index.values())) if index is not None else [ONE_FILE]:
-        opened = _open(folder / file, stack)
-        for name in opened.keys():  # noqa: SIM118  not a mapping
-            if name in tensors:
-                both = f"{tensors[name].file} and {folder / file}"
-                raise UserError(f"{name} is both in {both}: download them again")
-            slices = opened.get_slice(name)
-            shape = tuple(slices.get_shape())
-            tensors[name] = StoredTensor(folder / file, shape, slices.get_dtype(), slices)
-    for name, file in (index or {}).items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise UserError(
-                f"{folder / INDEX} says that {name} is in {file}, which does not hold it: "
-                "download both again"
-            )
-    return tensors
-
-
-def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> shard, or None where one file holds all."""
-    if (folder / ONE_FILE).exists():
+    folder = Path(folder)
+    verify(folder)
+    path = folder / EXPERT_ORDER
+    if not path.exists():
         return None
-    if not (folder / INDEX).exists():
-        held = sorted(file.name for file in folder.glob("*.bin"))
-        raise UserError(
-            f"{folder} has neither {ONE_FILE} nor {INDEX}, and only safetensors are read: convert "
-            f'{held[0] if held else "another format"} with python -c "from transformers import '
-            f"AutoModelForCausalLM as M; M.from_pretrained('{folder if held else 'MODEL'}')"
-            ".save_pretrained('NEW_FOLDER')\", which needs torch"
-        )
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise UserError(
-            f"{folder / INDEX} has no weight_map of tensor names to files: download it again"
-        )
-    for file in sorted(set(index.values())):
-        if not (folder / file).is_file():
-            held = sum(shard == file for shard in index.values())
+    sizes = names.sizes(*read_config(folder))
+    expected = tuple(sizes[letter] for letter in "NEM")
+    with contextlib.ExitStack() as stack:
+        tensor = open_file(path, stack).get("expert_order")
+        if tensor is None or tensor.dtype != "I32" or tensor.shape != expected:
+            found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise UserError(
-                f"{folder / file} is absent, but {INDEX} says that it holds {held} tensors: "
-                "download it again"
+                f"{path} holds {found} as expert_order, expected I32 {list(expected)} [num_layers, "
+                "experts, expert_size]: copy the folder again"
             )
-    return index
+        order_NEM = tensor[:, :, :]
+    check_expert_order(order_NEM, str(path))
+    return order_NEM
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> Any:
-    try:
-        return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(
-            f"{path} is truncated or corrupt ({e}): download or copy it again"
-        ) from None
+def check_expert_order(order_NEM: np.ndarray, where: str) -> None:
+    """Raises unless each layer names all its neurons, each once; `where` begins the line."""
+    for layer, order_EM in enumerate(order_NEM):
+        if not np.array_equal(np.sort(order_EM, axis=None), np.arange(order_EM.size)):
+            raise UserError(
+                f"{where}: layer {layer} of expert_order does not name each of {order_EM.size} "
+                "neurons once: copy the folder, or make the experts, again"
+            )
 
 
-def _drop_harmless(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
-    """Removes what old exporters store besides the parameters, having checked that it agrees."""
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]  # rotary frequencies follow from config.json, as in transformers
-    embedding = tensors.get("model.embed_tokens.weight")
-    if not config.tie_embeddings or _TIED_HEAD not in tensors or embedding is None:
+def open_parameters(
+    folder: Path, config: ModelConfig, lte: LTEConfig | None, stack: contextlib.ExitStack
+) -> dict[str, StoredTensor]:
+    """As `open_tensors`, under the names of the table wherever the stored ones can be explained."""
+    tensors = open_tensors(folder, stack)
+    sizes, rows = names.sizes(config, lte), names.table(config, lte)
+    expected = {name for row in rows for name in row.hf_names(sizes)}
+    renamed, done = renaming.to_expected(tensors, expected)
+    if done and expected == set(renamed.values()):
+        say_once(f"{folder}: {done}")
+    return {new: tensors[old] for old, new in renamed.items()}
+
+
+def _drop_tied_head(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Removes a stored copy of a tied matrix, having checked that it is one."""
+    embedding = tensors.get(renaming.EMBEDDING)
+    if not config.tie_embeddings or renaming.TIED_HEAD not in tensors or embedding is None:
         return
-    head = tensors[_TIED_HEAD]
+    head = tensors[renaming.TIED_HEAD]
     if not _equal(head, embedding):
         raise UserError(
-            f"{head.file}: {_TIED_HEAD} differs from model.embed_tokens.weight, although "
-            "config.json says tie_word_embeddings=true: set it to false, or remove the tensor"
+            f"{head.file}: {head.name} differs from {embedding.name}, although config.json says "
+            "tie_word_embeddings=true: download both files again; what transformers computes, "
+            "which ignores the head, is had by removing the tensor"
         )
-    del tensors[_TIED_HEAD]
+    del tensors[renaming.TIED_HEAD]
 
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two matrices are equal, reading a few rows of each at a time."""
+    """Whether two matrices are equal, once in the narrower type; reads a few rows at a time."""
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= STORED_DTYPES.keys():
+        return False
+    narrow = max(a.dtype, b.dtype, key=lambda dtype: (dtype != "F32", dtype == "BF16"))
+    dtype = np.dtype(STORED_DTYPES[narrow])
     cuts = [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
-    return a.shape == b.shape and all(np.array_equal(a[cut, :], b[cut, :]) for cut in cuts)
+    return all(
+        np.array_equal(a[cut, :].astype(dtype), b[cut, :].astype(dtype), equal_nan=True)
+        for cut in cuts
+    )
 
 
 def _check_names(
@@ -196,14 +164,21 @@ def _check_names(
     """Raises unless the tensors are exactly those of the table, with their shapes and dtypes."""
     expected = {name: row for row in rows for name in row.hf_names(sizes)}
     model = f"a {config.family} with num_hidden_layers={config.num_layers}"
-    if missing := [name for name in expected if name not in tensors]:
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    if missing or extra:
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        raw = read_json(folder / CONFIG)
+        if found := foreign.misfit(raw, dtypes, missing, extra):
+            raise UserError(f"{folder} {found}")
+    if missing:
         first = f"{missing[0]} {expected[missing[0]].describe(sizes)}"
         raise UserError(
             f"{folder} lacks {first}{_more(missing)}, which config.json asks for ({model}): "
-            + ("set tie_word_embeddings=true, or " if missing[0] == _TIED_HEAD else "")
+            + ("set tie_word_embeddings=true, or " if missing[0] == renaming.TIED_HEAD else "")
             + "correct config.json or download the checkpoint again"
         )
-    if extra := [name for name in tensors if name not in expected]:
+    if extra:
         first = f"{extra[0]} {list(tensors[extra[0]].shape)}"
         raise UserError(
             f"{tensors[extra[0]].file} holds {first}{_more(extra)}, which config.json does not ask "
@@ -218,8 +193,8 @@ def _check_names(
             )
         if tensor.dtype not in STORED_DTYPES:
             raise UserError(
-                f"{name} has dtype {tensor.dtype}, expected {', '.join(STORED_DTYPES)}: "
-                f"store {tensor.file} unquantised"
+                f"{tensor.file}: {name} has dtype {tensor.dtype}, expected "
+                f"{', '.join(STORED_DTYPES)}: {foreign.dtype(folder, tensor.dtype)}"
             )
 
 
@@ -256,7 +231,13 @@ def _load_row(
         part = _aligned_zeros([span.stop - span.start for span in spans], np.dtype(dtype))
         layers = range(*cut["N"]) if row.layered else [0]
         for slot, layer in zip(part if row.layered else [part], layers, strict=True):
-            _fill_slot(slot, tensors[hf_names[layer]], row, sizes, cut)
+            tensor = tensors[hf_names[layer]]
+            _fill_slot(slot, tensor, row, sizes, cut)
+            if names.is_router(row.path) and not np.isfinite(slot).all():
+                raise UserError(
+                    f"{tensor.file}: {tensor.name} has weights that are NaN or infinite, which no "
+                    "router can choose experts by: take an older copy of the folder, or train again"
+                )
         return part
 
     if sharding is None:

@@ -1,0 +1,118 @@
+"""Which files of a folder make up its model, and which of them may be trusted to be what they say.
+
+A folder that this library wrote has a manifest (`lte_jax.files`): what is no longer as it was
+written is refused. A folder may come from a stranger: what lies outside it is not copied for it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lte_jax import files
+from lte_jax.errors import UserError
+
+CONFIG = "config.json"
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EXPERT_ORDER = "expert_order.safetensors"
+# Files that belong to the model besides its config and weights; copied on export.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+_ALL = (CONFIG, INDEX, EXPERT_ORDER, files.MANIFEST, "model*.safetensors", *COMPANIONS)
+log = logging.getLogger(__name__)
+
+
+def verify(folder: Path, *, digests: bool = False, mend: str | None = None) -> None:
+    """Compares a folder with its manifest: the sizes of its files, and if asked their contents.
+
+    Args:
+      folder: of a model. Those of others have no manifest, and pass.
+      digests: compare contents, too; reads every file.
+      mend: what to do where it is not as it was written. With it, the folder is one that we made,
+        and must have a manifest.
+
+    Raises:
+      UserError: names the file that is not as it was written.
+    """
+    folder = Path(folder)
+    if mend is None and not os.path.lexists(folder / files.MANIFEST):
+        return
+    try:
+        files.verify(folder, digests=digests)
+    except files.Damaged as damage:
+        advice = (
+            f"copy or make the folder again, or remove {files.MANIFEST} if the change was meant"
+        )
+        raise UserError(f"{folder} is not as it was written: {damage}: {mend or advice}") from None
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """The files of a folder that go with its model wherever it is saved.
+
+    A link that leads elsewhere is left out: it would carry a file of this machine into what is
+    published. The hub's cache is made of links, which lead to the blobs of the same cache.
+    """
+    for file in sorted(folder.iterdir()):
+        if not _matches(file.name, COMPANIONS) or file.is_dir():
+            continue
+        if not file.is_file():
+            log.warning("%s is left out of what is saved: it is no regular file", file)
+        elif not _inside(file, folder):
+            where = os.path.realpath(file)
+            log.warning("%s is left out of what is saved: it is a link to %s", file, where)
+        else:
+            yield file
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises where writing `folder` would destroy anything but an older model."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder to write the model to")
+    held = sorted(folder.iterdir())
+    foreign = [entry.name for entry in held if entry.is_dir() or not _matches(entry.name, _ALL)]
+    if held and not foreign and not (folder / CONFIG).exists():
+        foreign = [held[0].name]
+    if foreign:
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which is not part of a model, and would be replaced: "
+            "choose another folder, or empty this one"
+        )
+
+
+def cached_repository(folder: Path) -> str | None:
+    """The hub id whose download a folder is; None where it is no snapshot in the hub's cache."""
+    snapshot = Path(os.path.realpath(folder))
+    kind, *name = snapshot.parent.parent.name.split("--")
+    if snapshot.parent.name != "snapshots" or kind != "models" or not name:
+        return None
+    return "/".join(name)
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    """Whether what a file's name leads to lies in the folder, or in its hub cache."""
+    home = Path(os.path.realpath(folder))
+    homes = [home]
+    if cached_repository(home):  # models--owner--name/snapshots/commit; blobs may be shared
+        repository = home.parent.parent
+        homes += [repository / "blobs", repository.parent / "blobs"]
+    real = os.path.realpath(file)
+    return any(Path(real).is_relative_to(os.path.realpath(place)) for place in homes)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

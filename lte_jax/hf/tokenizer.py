@@ -1,0 +1,84 @@
+"""The tokenizer of a model, as transformers reads it; code that a folder brings is never run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lte_jax.errors import UserError, one_line
+from lte_jax.files import check_regular, read_json
+from lte_jax.hf.folder import CONFIG, verify
+from lte_jax.hf.hub import resolve
+
+log = logging.getLogger(__name__)
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_READ = (  # by transformers, unasked: none of them may be a pipe
+    *_VOCABULARIES,
+    CONFIG,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Any:
+    """The transformers tokenizer of a model.
+
+    Where the folder names Python code of its own for it, the code is not run: tokenizer.json
+    alone is read.
+
+    Raises:
+      UserError: where there is none, it is corrupt, cannot be had without running code of the
+        folder, or transformers is not installed.
+    """
+    folder = resolve(path_or_hub_id)
+    if not any(os.path.lexists(folder / name) for name in _VOCABULARIES):
+        raise UserError(
+            f"{folder} has no tokenizer.json: copy it from the model's source, or name another "
+            "folder or hub id as the tokenizer"
+        )
+    verify(folder)
+    for name in _READ:
+        if (folder / name).exists():
+            check_regular(folder / name)
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "tokenizers are read by transformers, which is not installed: pip install transformers"
+        ) from None
+    try:
+        return _read(transformers.AutoTokenizer, folder)
+    except UserError:
+        if not _names_code(folder):
+            raise
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(
+            f"the tokenizer in {folder} needs Python code of that folder (auto_map), which is "
+            "never run: name another folder or hub id as the tokenizer, one with tokenizer.json"
+        )
+    log.warning("%s: the code that auto_map names is not run: tokenizer.json is read", folder)
+    return _read(transformers.PreTrainedTokenizerFast, folder)
+
+
+def _read(reader: Any, folder: Path) -> Any:
+    try:
+        return reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # plain Exception, often; and what panics in Rust is not even that
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {one_line(e)}): "
+            "download or copy tokenizer.json again"
+        ) from None
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether config.json or tokenizer_config.json names Python code to be run."""
+    described = [folder / name for name in (CONFIG, "tokenizer_config.json")]
+    return any("auto_map" in read_json(file) for file in described if file.exists())
