@@ -39,6 +39,7 @@ NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ff
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices gathered in one pass over the calibration data
 TOLERANCE = 1e-4  # the clustering stops when a sweep lowers the inertia by a smaller share
 MAX_SWEEPS = 50
+LONGEST = 6.0  # medians of length that a vector to be clustered is shortened to
 
 
 # ------------------------------------------------------------------------------------ the pipeline
@@ -184,8 +185,8 @@ def balanced_kmeans(
 ) -> Int[np.ndarray, "E M"]:
     """Clusters of exactly F/E rows with a small sum of squared distances to their means.
 
-    Rows should be of similar norm, which is what they are quantised by (see `exact_gram`). Same
-    input and seed, same clusters: on any number of threads and any machine.
+    Rows longer than LONGEST medians count as that long: they are quantised by the longest (see
+    `exact_gram`). Same input and seed, same clusters: on any number of threads and any machine.
 
     Raises:
       UserError: where `num_clusters` does not divide the number of rows.
@@ -194,7 +195,8 @@ def balanced_kmeans(
         raise UserError(
             f"num_clusters={num_clusters} does not divide {len(x_FD)} rows into equal clusters"
         )
-    return balanced_partition(exact_gram(x_FD), num_clusters, seed=seed)
+    shorter_F = _shortening(_norms(x_FD)).astype(np.float32)
+    return balanced_partition(exact_gram(x_FD * shorter_F[:, None]), num_clusters, seed=seed)
 
 
 def balanced_partition(
@@ -202,12 +204,19 @@ def balanced_partition(
 ) -> Int[np.ndarray, "E M"]:
     """Balanced k-means of vectors of which only the inner products are known, float32.
 
+    Vectors longer than LONGEST medians count as that long. One massive neuron, and large models
+    have some, would else be most of the inertia: the search would stop once it lies well, and
+    chance would draw others to it.
+
     With clusters of equal size M the inertia is the trace of the Gram matrix less 1/M of the sum
     of its entries within clusters, so k-means is a balanced graph partition. Lloyd's rounds settle
     early here, for in small clusters a row is a large part of its own mean. Instead, clusters are
     grown one neuron at a time; then each neuron in turn changes places with the one neuron, of all
     in other clusters, with which this lowers the inertia most. A sweep costs F^2 operations.
     """
+    shorter_F = _shortening(np.sqrt(np.maximum(np.diag(gram_FF), 0.0))).astype(np.float32)
+    if (shorter_F < 1).any():  # a copy as large as a layer that most layers need not
+        gram_FF = gram_FF * shorter_F[:, None] * shorter_F[None]
     visit_F = _visits(len(gram_FF), seed)
     clusters = _Clusters(gram_FF, num_clusters, visit_F)
     for _ in range(MAX_SWEEPS):
@@ -281,6 +290,14 @@ class _Clusters:
             self._settle(cluster)
 
 
+def _shortening(length_F: np.ndarray) -> np.ndarray:
+    """Factors, mostly 1, that leave no vector longer than LONGEST medians of those not zero."""
+    if not length_F.any():
+        return np.ones_like(length_F)
+    longest = LONGEST * np.median(length_F[length_F > 0])
+    return longest / np.maximum(length_F, longest)
+
+
 def normalize(x_FD: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
     """Rows scaled to L2 norm 1, float32; rows of zeros stay."""
     x_FD = x_FD.astype(np.float32)
@@ -336,7 +353,8 @@ def coactivations(
     The data is read row by row, and once for as many layers as COACTIVATION_BYTES hold. On
     babyllama (experts of 32, the half with the largest sum of |h| kept) the squared error of the
     FFN outputs was 0.14 of theirs with k-means on rows, 0.12 with cosines of h, 0.105 with cosines,
-    correlations or top-decile counts of |h|, and 0.104 with this.
+    correlations or top-decile counts of |h|, and 0.104 with this. (Its largest deviation is 5.2
+    medians; neurons beyond LONGEST medians count less, see `balanced_partition`.)
 
     Raises:
       UserError: where there are no calibration tokens, or not in rows.

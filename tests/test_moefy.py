@@ -308,6 +308,32 @@ def test_coactivation_brings_together_what_fires_together():
     assert (group_F[order_EM] == group_F[order_EM[:, :1]]).all()
 
 
+@pytest.mark.parametrize("size", [0, 5, 50, 500])
+def test_a_massive_neuron_disturbs_no_grouping(size):
+    """Neuron 0 fires on 1% of the tokens, so strongly that its variance is most of all variance."""
+    rng = np.random.default_rng(0)
+    planted_F = rng.permutation(np.repeat(np.arange(32), 32))
+    fires_TG = rng.random((2000, 32)) < 0.1
+    h_TF = np.abs(fires_TG[:, planted_F] + rng.standard_normal((2000, 1024)))
+    h_TF[:, 0] = size * (rng.random(2000) < 0.01) if size else h_TF[:, 0]
+    covariance_FF = np.cov(h_TF, rowvar=False).astype(np.float32)
+    lte = LTEConfig(expert_size=32, grouping="coactivation")
+    order_EM = moefy.group_neurons(np.zeros((1024, 1), np.float32), lte, 0, covariance_FF)
+    together = [np.bincount(planted_F[expert_M[expert_M > 0]]).max() for expert_M in order_EM]
+    assert sum(together) / 1023 >= 0.95
+
+
+def test_a_long_row_disturbs_no_clusters():
+    """Rows are quantised by the longest: with one of 5,000 the others all were zeros."""
+    rng = np.random.default_rng(0)
+    planted_F = rng.permutation(np.repeat(np.arange(20), 16))
+    x_FD = rng.standard_normal((20, 64))[planted_F] + rng.standard_normal((320, 64))
+    x_FD[0] *= 5000
+    order_EM = moefy.balanced_kmeans(x_FD, 20)
+    together = [np.bincount(planted_F[expert_M[expert_M > 0]]).max() for expert_M in order_EM]
+    assert sum(together) / 319 >= 0.95
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 
