@@ -113,8 +113,9 @@ def moefy(
     Args:
       model: dense.
       params: its parameters; they are not changed.
-      calibration: token ids of typical text; some 10,000 tokens are enough. Needed for the
-        default settings grouping="coactivation" and router_init="ridge".
+      calibration: token ids of typical text, 32 tokens or more for each of the model's D + 1
+        router inputs (a warning says where there are fewer); any number fits into memory. Needed
+        for the default settings grouping="coactivation" and router_init="ridge".
       mask: where `calibration` is not padding; None: nowhere.
       settings: fields of `LTEConfig`.
 

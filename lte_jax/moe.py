@@ -14,16 +14,15 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 
 from __future__ import annotations
 
+import functools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from lte_jax import interrupt
 from lte_jax.config import (
     Activation,
     LTEConfig,
@@ -35,6 +34,7 @@ from lte_jax.config import (
     top_k,
 )
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -57,10 +57,22 @@ def active_experts(
     threshold: Float[Array, ""] | float,
     top_k: int | None = None,
 ) -> Bool[Array, "*B E"]:
-    """The experts that run: score strictly above the threshold (Eq. 2), or the best `top_k`."""
-    if top_k is None:
-        return scores_BLE > threshold
-    return scores_BLE >= jax.lax.top_k(scores_BLE, top_k)[0][..., -1:]
+    """The experts that run: score strictly above the threshold (Eq. 2), or `largest` `top_k`."""
+    return scores_BLE > threshold if top_k is None else largest(scores_BLE, top_k)
+
+
+def largest(x_BE: Float[Array, "*B E"], count: int) -> Bool[Array, "*B E"]:
+    """Where the `count` largest values of each row stand; of equal ones, those of lowest index."""
+    return first_largest(x_BE, jax.lax.top_k(x_BE, count)[0][..., -1:], count)
+
+
+def first_largest(
+    x_BE: Float[Array, "*B E"], least_B1: Float[Array, "*B 1"], count: Int[Array, "*B 1"] | int
+) -> Bool[Array, "*B E"]:
+    """`largest`, where the smallest of the values that are kept is known already."""
+    above_BE, equal_BE = x_BE > least_B1, x_BE == least_B1
+    room_B1 = count - jnp.sum(above_BE, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above_BE | (equal_BE & (jnp.cumsum(equal_BE, axis=-1, dtype=jnp.int32) <= room_B1))
 
 
 def gates(
@@ -156,103 +168,7 @@ def contribution(
     h_BLEM: Float[Array, "*B E M"], down_EMD: Float[Array, "E M D"]
 ) -> Float[Array, "*B E"]:
     """The L2 norm of what each expert adds to the residual stream: how much it matters here."""
-    gram_EMK = jnp.einsum("EMD,EKD->EMK", down_EMD, down_EMD)  # M x M an expert: no [.., E, D]
-    squared_BLE = jnp.einsum("...EM,EMK,...EK->...E", h_BLEM, gram_EMK, h_BLEM)
+    einsum = functools.partial(jnp.einsum, precision=_HIGHEST)
+    gram_EMK = einsum("EMD,EKD->EMK", down_EMD, down_EMD)  # M x M an expert: no [.., E, D]
+    squared_BLE = einsum("...EM,EMK,...EK->...E", h_BLEM, gram_EMK, h_BLEM)
     return jnp.sqrt(jnp.maximum(squared_BLE, 0.0))
-
-
-def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: LTEConfig):
-    """Routers that know nothing: kernel [N, D, E] and bias [N, E].
-
-    "normal": zero-mean logits of standard deviation `router_init_std` on inputs of unit RMS.
-    "open": the same, smaller, and a bias that starts with all experts on.
-
-    Raises:
-      UserError: "open" without a bias, which has nothing to open with.
-    """
-    if lte.router_init == "open" and not lte.router_bias:
-        raise UserError("lte.router_init='open' needs lte.router_bias=True: a bias opens the gates")
-    std = lte.router_init_std * (0.1 if lte.router_init == "open" else 1.0) / d_model**0.5
-    router = {"kernel": std * jax.random.normal(key, (num_layers, d_model, experts))}
-    if lte.router_bias:
-        level = lte.router_init_std if lte.router_init == "open" else 0.0
-        router["bias"] = jnp.full((num_layers, experts), level)
-    return router
-
-
-def ridge_router(
-    model: nn.Module, params, batches: Sequence[Mapping[str, Array | np.ndarray]], lte: LTEConfig
-):
-    """Routers regressed on what an oracle would choose: kernel [N, D, E] and bias [N, E].
-
-    On each real token of `batches` ({"tokens", "segments"} [B, L]) the oracle keeps the experts
-    of largest `contribution`; ridge regression of that choice on the FFN's input gives the
-    direction of each expert's logit. A layer's logits are scaled to a standard deviation of
-    `router_init_std`; the bias puts each expert's quantile where the oracle's frequency is.
-    Runs the dense model twice over the batches.
-    """
-    experts, kept = num_experts(model.config, lte), 1.0 - (lte.target_sparsity or 0.5)
-    top = max(1, round(kept * experts))
-
-    @jax.jit
-    def moments(params, batch):
-        x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
-        importance_NTE = jax.vmap(contribution)(h_NTEM, params["layers"]["ffn"]["down"])
-        least_NT1 = jax.lax.top_k(importance_NTE, top)[0][..., -1:]
-        chosen_NTE = (importance_NTE >= least_NT1).astype(jnp.float32) * real_T[None, :, None]
-        x_NTD = jnp.concatenate([x_NTD, jnp.ones_like(x_NTD[..., :1])], -1) * real_T[None, :, None]
-        return {
-            "gram": jnp.einsum("NTD,NTK->NDK", x_NTD, x_NTD),
-            "cross": jnp.einsum("NTD,NTE->NDE", x_NTD, chosen_NTE),
-        }
-
-    total = None
-    for batch in batches:
-        interrupt.check("while starting routers")
-        part = moments(params, batch)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    kernel_NDE = jax.jit(_solve_ridge)(total["gram"], total["cross"])
-    count, frequency_NE = total["gram"][0, -1, -1], total["cross"][:, -1]
-
-    @jax.jit
-    def logits(params, batch):
-        x_NTD, _, real_T = _ffn_intermediates(model, params, batch)
-        z_NTE = jnp.einsum("NTD,NDE->NTE", x_NTD, kernel_NDE)
-        return jnp.where(real_T[None, :, None] > 0, z_NTE, jnp.nan)
-
-    z_NTE = jnp.concatenate([logits(params, batch) for batch in batches], axis=1)
-    std_N11 = jnp.sqrt(jnp.mean(jnp.nanvar(z_NTE, axis=1), axis=-1))[:, None, None]
-    scale_N11 = lte.router_init_std / jnp.maximum(std_N11, 1e-6)
-    kernel_NDE, z_NTE = kernel_NDE * scale_N11, z_NTE * scale_N11
-    if not lte.router_bias:
-        return {"kernel": kernel_NDE}
-    cut = jax.vmap(jax.vmap(jnp.nanquantile, in_axes=(1, 0)))  # over layers, then experts
-    cut_NE = cut(z_NTE, jnp.clip(1.0 - frequency_NE / count, 0.0, 1.0))
-    return {"kernel": kernel_NDE, "bias": jnp.log(lte.threshold / (1 - lte.threshold)) - cut_NE}
-
-
-def _solve_ridge(gram_NDK: Float[Array, "N K K"], cross_NDE: Float[Array, "N K E"]):
-    """Ridge regression with an unpenalised constant (the last of K = D + 1); drops its row."""
-    size = gram_NDK.shape[-1]
-    level_N = jnp.trace(gram_NDK[:, :-1, :-1], axis1=1, axis2=2) / (size - 1)
-    penalty_K = jnp.ones(size).at[-1].set(0.0)
-    ridge_NDK = 1e-3 * level_N[:, None, None] * jnp.diag(penalty_K)[None]
-    solve = jax.vmap(lambda a, b: jax.scipy.linalg.solve(a, b, assume_a="pos"))
-    return solve(gram_NDK + ridge_NDK, cross_NDE)[:, :-1]
-
-
-def _ffn_intermediates(model: nn.Module, params, batch):
-    """FFN inputs [N, T, D] and hidden activations [N, T, E, M], T = B*L, and which tokens count."""
-    _, sown = model.apply(
-        {"params": params},
-        batch["tokens"],
-        mask=batch["segments"],
-        routing="dense",
-        mutable="intermediates",
-    )
-    (x_NBLD,), (h_NBLEM,) = (
-        sown["intermediates"]["layers"]["ffn"][n] for n in ("ffn_input", "hidden")
-    )
-    real_T = (batch["segments"] > 0).astype(jnp.float32).reshape(-1)
-    flat = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
-    return flat(x_NBLD), flat(h_NBLEM), real_T

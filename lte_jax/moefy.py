@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from lte_jax import interrupt, moe
+from lte_jax import interrupt, router_init
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
 
@@ -60,7 +60,7 @@ def to_experts(
       model: a dense Transformer.
       params: its parameters, fully addressable from this process; they stay as they are.
       lte: the expert size, and how and from which seed neurons are grouped.
-      calibration: token ids [R, L], for grouping="coactivation"; some 10,000 tokens are enough.
+      calibration: token ids [R, L] of typical text, for grouping="coactivation".
       mask: [R, L] as the model takes it, True or > 0 at real tokens. None: no padding.
       progress: show a bar over the layers if standard error is a terminal.
 
@@ -101,16 +101,18 @@ def add_routers(
     Args:
       model: with experts.
       params: its parameters, without routers or with others.
-      calibration: token ids [R, L], for router_init="ridge"; some 10,000 tokens are enough.
+      calibration: token ids [R, L] of typical text, for router_init="ridge": at least
+        `router_init.TOKENS_PER_UNKNOWN` real tokens for each of D + 1 unknowns, or a warning
+        says so. They are read row by row, in memory that does not grow with them.
       mask: [R, L] as the model takes it, True or > 0 at real tokens. None: no padding.
 
     Raises:
-      UserError: where ridge is asked for without calibration tokens.
+      UserError: where ridge is asked for without calibration tokens, or with padding alone.
     """
     config, lte = model.config, model.lte
     if lte.router_init != "ridge":
         experts, key = num_experts(config, lte), jax.random.key(lte.seed)
-        router = moe.random_router(key, config.num_layers, config.d_model, experts, lte)
+        router = router_init.random_router(key, config.num_layers, config.d_model, experts, lte)
     else:
         if calibration is None:
             raise UserError(
@@ -122,7 +124,7 @@ def add_routers(
             {"tokens": calibration[i : i + 1], "segments": mask_RL[i : i + 1].astype(np.int32)}
             for i in range(len(calibration))
         ]
-        router = moe.ridge_router(model, params, rows, lte)
+        router = router_init.ridge_router(model, params, rows, lte)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
@@ -158,7 +160,8 @@ def group_neurons(
       covariance_FF: of the neurons' magnitudes, for grouping="coactivation".
 
     Raises:
-      UserError: where the weights are not finite, or the expert size does not divide F.
+      UserError: where what neurons are grouped by is not finite, or the expert size does not
+        divide F.
     """
     experts, rest = divmod(len(first_FD), lte.expert_size)
     if rest:
@@ -166,14 +169,17 @@ def group_neurons(
     seed = (lte.seed, layer)
     if lte.grouping == "random":
         return _canonical(_visits(len(first_FD), seed).reshape(experts, -1))
-    if lte.grouping == "coactivation":
-        assert covariance_FF is not None
-        return balanced_partition(covariance_FF, experts, seed=seed)
-    if not np.isfinite(first_FD.astype(np.float32)).all():
+    coactivation = lte.grouping == "coactivation"
+    grouped_by = covariance_FF if coactivation else first_FD.astype(np.float32)
+    assert grouped_by is not None
+    if not np.isfinite(grouped_by).all():
+        what = "covariance of the neurons" if coactivation else "first matrix"
         raise UserError(
-            f"layers/ffn: the first matrix of layer {layer} has values that are not finite; "
+            f"layers/ffn: the {what} of layer {layer} has values that are not finite; "
             "expected the weights of a working model"
         )
+    if coactivation:
+        return balanced_partition(grouped_by, experts, seed=seed)
     return balanced_kmeans(normalize(first_FD), experts, seed=seed)
 
 
@@ -397,7 +403,8 @@ def _magnitude_sums(
     h_NBLEM = state["intermediates"]["layers"]["ffn"]["hidden"][0][layers.start : layers.stop]
     h_NTF = jnp.abs(h_NBLEM.reshape(len(layers), tokens_BL.size, -1).astype(jnp.float32))
     h_NTF = jnp.where((mask_BL > 0).reshape(1, -1, 1), h_NTF, 0.0)
-    return jnp.einsum("NTF,NTG->NFG", h_NTF, h_NTF), jnp.sum(h_NTF, axis=1)
+    product_NFG = jnp.einsum("NTF,NTG->NFG", h_NTF, h_NTF, precision=jax.lax.Precision.HIGHEST)
+    return product_NFG, jnp.sum(h_NTF, axis=1)
 
 
 # -------------------------------------------------------------------------------------- permutation

@@ -30,7 +30,8 @@ ORDER = {
     "lte_jax.checkpoint": 9,
     "lte_jax.kernels": 11,
     "lte_jax.moe": 12,
-    "lte_jax.moefy": 12.5,  # routers start in moe.py
+    "lte_jax.router_init": 12.4,
+    "lte_jax.moefy": 12.5,
     "lte_jax.model": 13,
     "lte_jax.losses": 14,
     "lte_jax.sparsity": 15,

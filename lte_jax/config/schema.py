@@ -279,7 +279,8 @@ class Experiment:
     source: SourceConfig = SourceConfig()
     data: DataConfig = DataConfig()
     lte: LTEConfig = LTEConfig()
-    calibration_rows: int = 32  # training rows that start the routers (router_init="ridge")
+    calibration_rows: int | None = None  # training rows that group neurons, start routers and set
+    # the last threshold; None: at least 32, and 32 real tokens for each of a router's D + 1 inputs
     stages: StagesConfig = StagesConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -292,8 +293,10 @@ class Experiment:
     sample_temperature: float = 0.0  # 0: the likeliest token each time
 
     def __post_init__(self):
-        for name in ("calibration_rows", "eval_every", "log_every"):
+        for name in ("eval_every", "log_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "a positive integer")
+        rows = self.calibration_rows
+        _check(rows is None or rows >= 1, "calibration_rows", rows, "a positive integer or None")
 
 
 def to_config_dict(config: Any) -> ConfigDict:

@@ -1,0 +1,224 @@
+"""How routers start: regressed on what an oracle would choose, or knowing nothing.
+
+Dimension key: B batch  L length  T tokens  R rows  D model width  K = D + 1 unknowns of a logit
+               E experts  M neurons per expert  N layers  S bins of a histogram
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Int
+
+from lte_jax import interrupt, moe
+from lte_jax.config import LTEConfig, num_experts
+from lte_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_UNKNOWN = 32  # babyllama at 75%, untrained: perplexity 21.2 of 2, 14.6 of 8, 13.0 of 64
+LEAST_ROWS = 32
+BINS = 1024  # of a histogram of logits, over REACH standard deviations to either side of the mean
+REACH = 8.0
+_HIGHEST = jax.lax.Precision.HIGHEST  # accelerators round the operands of float32 products else
+
+
+def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: LTEConfig):
+    """Routers that know nothing: kernel [N, D, E] and bias [N, E].
+
+    "normal": zero-mean logits of standard deviation `router_init_std` on inputs of unit RMS.
+    "open": the same, smaller, and a bias that starts with all experts on.
+
+    Raises:
+      UserError: "open" without a bias, which has nothing to open with.
+    """
+    if lte.router_init == "open" and not lte.router_bias:
+        raise UserError("lte.router_init='open' needs lte.router_bias=True: a bias opens the gates")
+    std = lte.router_init_std * (0.1 if lte.router_init == "open" else 1.0) / d_model**0.5
+    shape = (num_layers, d_model, experts)
+    router = {"kernel": std * jax.random.normal(key, shape, jnp.float32)}
+    if lte.router_bias:
+        level = lte.router_init_std if lte.router_init == "open" else 0.0
+        router["bias"] = jnp.full((num_layers, experts), level, jnp.float32)
+    return router
+
+
+def enough_rows(
+    segments_RL: Int[np.ndarray, "R L"], d_model: int, asked: int | None, rng: np.random.Generator
+) -> Int[np.ndarray, " C"]:
+    """A random choice of rows to calibrate on, ascending.
+
+    `asked` of them; None: TOKENS_PER_UNKNOWN real tokens for each unknown of a logit, and at least
+    LEAST_ROWS rows. All rows where there are no more.
+    """
+    order_R = rng.permutation(len(segments_RL))
+    if asked is None:
+        tokens_R = np.cumsum(np.count_nonzero(segments_RL, axis=1)[order_R])
+        wanted = TOKENS_PER_UNKNOWN * (d_model + 1)
+        asked = max(LEAST_ROWS, 1 + int(np.searchsorted(tokens_R, wanted)))
+        if tokens_R[-1] < wanted:
+            log.warning(
+                "calibration: takes all %d tokens of the training text, fewer than the %d wanted",
+                *(tokens_R[-1], wanted),
+            )
+    return np.sort(order_R[:asked])
+
+
+def ridge_router(
+    model: Any, params: Any, batches: Iterable[Mapping[str, Array | np.ndarray]], lte: LTEConfig
+):
+    """Routers regressed on what an oracle would choose: kernel [N, D, E] and bias [N, E].
+
+    On each real token of `batches` ({"tokens", "segments"} [B, L]) the oracle keeps the experts
+    of largest `moe.contribution`; ridge regression of that choice on the FFN's input gives the
+    direction of each expert's logit. A layer's logits are scaled to a standard deviation of
+    `router_init_std`; the bias puts each expert's quantile where the oracle's frequency is.
+
+    A logit has D + 1 unknowns: fewer than TOKENS_PER_UNKNOWN tokens for each are warned of. Runs
+    the dense model over the batches twice, once where there is no bias, in memory that does not
+    grow with them: sums of products first, then a histogram of each logit.
+
+    Raises:
+      UserError: where no token is real, or the model's activations are not finite.
+    """
+    experts, kept = num_experts(model.config, lte), 1.0 - (lte.target_sparsity or 0.5)
+    top = max(1, round(kept * experts))
+    sums = None
+    for batch in batches:
+        interrupt.check("while starting routers")
+        part = _moments(model, top, params, batch)
+        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+    if sums is None or not (count := float(sums["gram"][0, -1, -1])):
+        raise UserError("mask: all calibration tokens are padding; expected some real ones")
+    _warn_of_few(round(count), model.config.d_model)
+    # Float32 sums over R batches are off by R * 6e-8 of the diagonal at most: a hundredth of the
+    # ridge penalty after 160 batches. From here on float64, one layer at a time.
+    layers = [
+        _regress(np.asarray(gram_KK, np.float64), np.asarray(cross_KE, np.float64), lte, layer)
+        for layer, (gram_KK, cross_KE) in enumerate(zip(sums["gram"], sums["cross"], strict=True))
+    ]
+    kernel_NDE, mean_NE, std_NE = (np.stack(arrays) for arrays in zip(*layers, strict=True))
+    router = {"kernel": jnp.asarray(kernel_NDE, jnp.float32)}
+    if not lte.router_bias:
+        return router
+    low_NE = mean_NE - REACH * std_NE
+    width_NE = 2 * REACH / BINS * np.maximum(std_NE, 1e-12)
+    place = [jnp.asarray(array, jnp.float32) for array in (low_NE, width_NE)]
+    counts_NES = np.zeros((*low_NE.shape, BINS), np.int64)
+    for batch in batches:
+        interrupt.check("while starting routers")
+        counts_NES += np.asarray(_histogram(model, params, batch, router["kernel"], *place))
+    chosen_NE = np.asarray(sums["cross"][:, -1], np.float64)
+    cut_NE = low_NE + width_NE * _upper(counts_NES, chosen_NE)
+    # An expert that is always chosen, or never, has a constant logit: rounding would toss a coin.
+    clear = 0.1 * lte.router_init_std
+    cut_NE += clear * ((chosen_NE < 0.5).astype(float) - (chosen_NE > count - 0.5))
+    bias_NE = np.log(lte.threshold / (1 - lte.threshold)) - cut_NE
+    return router | {"bias": jnp.asarray(bias_NE, jnp.float32)}
+
+
+@partial(jax.jit, static_argnames=("model", "top"))
+def _moments(model: Any, top: int, params: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Sums over real tokens: gram [N, K, K] of (inputs, 1), cross [N, K, E] with the choice."""
+    x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
+    down_NEMD = params["layers"]["ffn"]["down"].astype(jnp.float32)
+    chosen_NTE = moe.largest(jax.vmap(moe.contribution)(h_NTEM, down_NEMD), top)
+    x_NTK = jnp.concatenate([x_NTD, jnp.ones_like(x_NTD[..., :1])], axis=-1)
+    x_NTK = jnp.where(real_T[None, :, None], x_NTK, 0.0)
+    einsum = partial(jnp.einsum, precision=_HIGHEST)
+    return {
+        "gram": einsum("NTK,NTJ->NKJ", x_NTK, x_NTK),
+        "cross": einsum("NTK,NTE->NKE", x_NTK, chosen_NTE.astype(jnp.float32)),
+    }
+
+
+def _regress(
+    gram_KK: np.ndarray, cross_KE: np.ndarray, lte: LTEConfig, layer: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kernel [D, E] of one layer, and mean and standard deviation [E] of its logits.
+
+    The constant is not penalised, and dropped: quantiles take its place.
+    """
+    if not (np.isfinite(gram_KK).all() and np.isfinite(cross_KE).all()):
+        raise UserError(
+            f"layers/ffn: activations of layer {layer} are not finite on the calibration tokens; "
+            "expected the weights of a working model"
+        )
+    level = max(np.trace(gram_KK[:-1, :-1]) / (len(gram_KK) - 1), 1e-30)
+    penalty_K = np.append(np.full(len(gram_KK) - 1, 1e-3 * level), 0.0)
+    kernel_DE = scipy.linalg.solve(gram_KK + np.diag(penalty_K), cross_KE, assume_a="pos")[:-1]
+    mean_D = gram_KK[-1, :-1] / gram_KK[-1, -1]
+    covariance_DD = gram_KK[:-1, :-1] / gram_KK[-1, -1] - mean_D[:, None] * mean_D
+    variance_E = np.maximum(np.sum(kernel_DE * (covariance_DD @ kernel_DE), axis=0), 0.0)
+    scale = lte.router_init_std / max(np.sqrt(np.mean(variance_E)), 1e-6)
+    return scale * kernel_DE, scale * (mean_D @ kernel_DE), scale * np.sqrt(variance_E)
+
+
+@partial(jax.jit, static_argnames="model")
+def _histogram(
+    model: Any,
+    params: Any,
+    batch: Mapping[str, Array],
+    kernel_NDE: Array,
+    low_NE: Array,
+    width_NE: Array,
+) -> Int[Array, "N E S"]:
+    """How many real tokens have their logit in each bin; the outer bins take what is beyond."""
+    x_NTD, _, real_T = _ffn_intermediates(model, params, batch)
+    z_NTE = jnp.einsum("NTD,NDE->NTE", x_NTD, kernel_NDE, precision=_HIGHEST)
+    bin_NTE = jnp.clip((z_NTE - low_NE[:, None]) / width_NE[:, None], 0, BINS - 1)
+    empty_S = jnp.zeros(BINS, jnp.int32)
+    count = lambda bin_T: empty_S.at[bin_T].add(real_T.astype(jnp.int32))  # noqa: E731
+    return jax.vmap(jax.vmap(count, in_axes=1))(bin_NTE.astype(jnp.int32))
+
+
+def _upper(counts_NES: np.ndarray, chosen_NE: np.ndarray) -> np.ndarray:
+    """The quantile, in bins, above which `chosen_NE` tokens lie: within a bin of `np.quantile`."""
+    sums_NES = np.cumsum(counts_NES, axis=-1)
+    last = sums_NES[0, 0, -1] - 1
+    place_NE = np.clip((1.0 - chosen_NE / (last + 1)) * last, 0, last)
+
+    def at(rank_NE: np.ndarray) -> np.ndarray:
+        """Where the logit of this rank lies, those of one bin being spread over it evenly."""
+        bin_NE1 = np.sum(sums_NES <= rank_NE[..., None], axis=-1, keepdims=True)
+        here_NE = np.take_along_axis(counts_NES, bin_NE1, -1)[..., 0]
+        before_NE = np.take_along_axis(sums_NES, bin_NE1, -1)[..., 0] - here_NE
+        return bin_NE1[..., 0] + (rank_NE - before_NE + 0.5) / here_NE
+
+    below_NE = np.floor(place_NE)
+    part_NE = place_NE - below_NE
+    return (1 - part_NE) * at(below_NE) + part_NE * at(np.minimum(below_NE + 1, last))
+
+
+def _warn_of_few(tokens: int, d_model: int) -> None:
+    wanted = TOKENS_PER_UNKNOWN * (d_model + 1)
+    if tokens < wanted:
+        log.warning(
+            "calibration: %d tokens are %.1f for each of the d_model + 1 = %d unknowns of a "
+            "router's logit; with fewer than %d routers start worse: give %d tokens "
+            "(config.calibration_rows, where an experiment sets it)",
+            *(tokens, tokens / (d_model + 1), d_model + 1, TOKENS_PER_UNKNOWN, wanted),
+        )
+
+
+def _ffn_intermediates(model: Any, params: Any, batch: Mapping[str, Array]):
+    """FFN inputs [N, T, D] and hidden activations [N, T, E, M], T = B*L, and which tokens count."""
+    _, sown = model.apply(
+        {"params": params},
+        batch["tokens"],
+        mask=batch["segments"],
+        routing="dense",
+        mutable="intermediates",
+    )
+    (x_NBLD,), (h_NBLEM,) = (
+        sown["intermediates"]["layers"]["ffn"][n] for n in ("ffn_input", "hidden")
+    )
+    flat = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
+    return flat(x_NBLD), flat(h_NBLEM), (batch["segments"] > 0).reshape(-1)
