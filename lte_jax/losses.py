@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def predicted(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Where the next token is of the same text: the positions that carry a loss (not the last)."""
+    """Where the next token is of the same text: the positions that carry a task loss."""
     next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
     return (segments_BL == next_BL) & (segments_BL > 0)
 
@@ -35,14 +35,18 @@ def cross_entropy(
 def distillation(
     logits_BLV: Float[Array, "B L V"],
     teacher_BLV: Float[Array, "B L V"],
-    predicted_BL: Bool[Array, "B L"],
+    real_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """KL(teacher || model), nats per predicted token (Hinton et al. 2015, temperature 1)."""
+    """KL(teacher || model), nats per real token (Hinton et al. 2015, temperature 1).
+
+    At the last token of a text too, where the next token is not known but what the teacher expects
+    is: that the text ends, say.
+    """
     logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
     teacher_logp_BLV = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32))
     kl_BL = jnp.sum(jnp.exp(teacher_logp_BLV) * (teacher_logp_BLV - logp_BLV), axis=-1)
-    return jnp.sum(jnp.where(predicted_BL, kl_BL, 0.0)) / count
+    return jnp.sum(jnp.where(real_BL, kl_BL, 0.0)) / count
 
 
 def efficiency(

@@ -24,12 +24,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lte_jax import hf, interrupt, metrics, preflight, report, sharding, stages, tasks, trainer
+from lte_jax import (
+    data,
+    hf,
+    interrupt,
+    metrics,
+    preflight,
+    report,
+    sharding,
+    stages,
+    tasks,
+    trainer,
+)
 from lte_jax import workdir as work
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefy import add_routers, to_experts
+from lte_jax.router_init import enough_rows
 from lte_jax.sparsity import Control
 from lte_jax.workdir import Paths
 
@@ -144,6 +156,14 @@ class _Run:
         done = self.paths.dense if self.paths.has(self.paths.dense) else None
         return preflight.prepare(self.experiment, self.mesh, done)
 
+    @functools.cached_property
+    def calibration(self) -> data.Rows:
+        """Training rows that group neurons, start routers and set the last threshold."""
+        rows, rng = self.parts.rows[0], np.random.default_rng(self.experiment.seed)
+        asked, d_model = self.experiment.calibration_rows, self.parts.config.d_model
+        chosen = enough_rows(rows.segments_RL, d_model, asked, rng)
+        return data.Rows(rows.tokens_RL[chosen], rows.segments_RL[chosen])
+
     def dense(self) -> None:
         """The dense model, trained on the task where the experiment has a finetune stage."""
         if self.paths.has(self.paths.dense):
@@ -168,14 +188,10 @@ class _Run:
             return
         model = self._model(self.parts.config, None)
         params = self._load(self.paths.dense, model)
-        train_rows, _ = self.parts.rows
-        rng = np.random.default_rng(self.experiment.seed)
-        chosen = rng.permutation(len(train_rows))[: self.experiment.calibration_rows]
-        rows = train_rows[np.sort(chosen)]
-        model, params, order_NEM = to_experts(
-            model, params, self.experiment.lte, rows["tokens"], rows["segments"]
-        )
-        params = add_routers(model, params, rows["tokens"], rows["segments"])
+        tokens_RL, segments_RL = self.calibration.tokens_RL, self.calibration.segments_RL
+        lte = self.experiment.lte
+        model, params, order_NEM = to_experts(model, params, lte, tokens_RL, segments_RL)
+        params = add_routers(model, params, tokens_RL, segments_RL)
         self._save(self.paths.experts, model, params, self.paths.dense, order_NEM)
 
     def sparse(self) -> None:
@@ -189,6 +205,11 @@ class _Run:
             if stage.routing != "dense":
                 trained = self._fit(model, stage, params, control, teacher)
                 params, control = trained.params, trained.control
+        if model.lte.target_sparsity is not None and model.lte.routing != "top_k":
+            batch_size = self.experiment.data.batch_size
+            control = trainer.settle_threshold(
+                model, params, control, self.calibration, batch_size, self.mesh
+            )
         lte = dataclasses.replace(model.lte, threshold=float(control.threshold))
         order_NEM = hf.load_expert_order(self.paths.experts)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)

@@ -3,27 +3,43 @@
 Sparsity is the share of (real token, layer, expert) that does not run. A user asks for a sparsity;
 the weight of the efficiency loss that gives it depends on model, data and initialisation. So the
 weight is the output of a PI controller while routers learn, and once they are frozen the threshold
-follows in small steps (a frozen router drifts as the model under it moves).
+follows in small steps (a frozen router drifts as the model under it moves). The last threshold is
+not that of the last batch: `settle` measures it.
 
-Dimension key: B batch  L length  E experts  N layers
+Dimension key: B batch  L length  E experts  N layers  S bins of a histogram of scores
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.moe import num_experts
 
-# Signed PI on kept - wanted, per step. Gains found in trials: within a point at 50, 75 and 90%.
-_INTEGRAL_GAIN, _PROPORTIONAL_GAIN = 2.0, 40.0
+# Signed PI on e = kept - wanted, per step: weight = P e + (sum of I e). Found in trials at a peak
+# learning rate of routers of 2e-3: within a point at 50, 75 and 90%. Learning is an integrator,
+# e' = -g weight, and g is proportional to the rate (Adam). So e'' + g P e' + g I e = 0, damped by
+# (P / 2) sqrt(g / I): 0.49 in those trials, g = 1.2e-3. With I proportional to the rate as well
+# the damping is that of the trials at any rate, but where one step of P overshoots (g P > 2, some
+# 40 times the rate).
+INTEGRAL_GAIN, _PROPORTIONAL_GAIN = 2.0, 40.0
+_REFERENCE_RATE = 2e-3
 _WEIGHT_RANGE = (-5.0, 50.0)
+# The threshold acts at once and learns nothing, so this gain holds at any learning rate: a step
+# takes away 0.1 d of the error, d being the density of scores at the threshold (share per unit of
+# score; 1 where they are uniform). It oscillates from d = 10 on and diverges from 20 on.
 _THRESHOLD_GAIN = 0.1
 _THRESHOLD_RANGE = (0.01, 0.99)
+
+SETTLED = 0.002  # of sparsity: how near to the target the last threshold comes
+_SETTLING_PASSES = 8
+_BINS = 2**14  # edges are exact in float32
 
 
 @flax.struct.dataclass
@@ -43,10 +59,10 @@ class Control:
         values = (weight, weight, lte.threshold, lte.target_sparsity or 0.0)
         return cls(*(jnp.asarray(value, jnp.float32) for value in values))
 
-    def steer_weight(self, kept: Float[Array, ""]) -> Control:
+    def steer_weight(self, kept: Float[Array, ""], integral_gain: float = INTEGRAL_GAIN) -> Control:
         """After a step that kept a share `kept` of the experts: the next efficiency weight."""
         error = kept - (1.0 - self.target_sparsity)
-        integral = jnp.clip(self.integral + _INTEGRAL_GAIN * error, *_WEIGHT_RANGE)
+        integral = jnp.clip(self.integral + integral_gain * error, *_WEIGHT_RANGE)
         weight = jnp.clip(integral + _PROPORTIONAL_GAIN * error, *_WEIGHT_RANGE)
         return self.replace(integral=integral, efficiency_weight=weight)
 
@@ -55,6 +71,59 @@ class Control:
         error = kept - (1.0 - self.target_sparsity)
         threshold = self.threshold + _THRESHOLD_GAIN * error
         return self.replace(threshold=jnp.clip(threshold, *_THRESHOLD_RANGE))
+
+
+def integral_gain(router_rate: float) -> float:
+    """The gain for routers that learn at this peak rate, see above."""
+    return INTEGRAL_GAIN * router_rate / _REFERENCE_RATE
+
+
+def settle(
+    histogram: Callable[[float], Int[np.ndarray, " S"]], threshold: float, target_sparsity: float
+) -> tuple[float, float]:
+    """The threshold that gives the target, and the sparsity there.
+
+    Scores depend on the threshold through the layers before, so the quantile of the scores under
+    one threshold is tried as the next. Where that leads out of the bracket found so far, its
+    middle is.
+
+    Args:
+      histogram: of all scores, `score_histogram` summed over the data, under a threshold.
+      threshold: to start from.
+      target_sparsity: share of scores that are not to be above the threshold.
+    """
+    least, most = (round(bound * _BINS) for bound in _THRESHOLD_RANGE)
+    low, high = 0, _BINS  # edges known to give too little, too much
+    edge, tried = min(max(round(threshold * _BINS), least), most), {}
+    while edge not in tried and len(tried) < _SETTLING_PASSES:
+        counts_S = histogram(edge / _BINS)
+        below_S = np.append(0, np.cumsum(counts_S)) / np.sum(counts_S)
+        tried[edge] = float(below_S[edge])
+        if abs(tried[edge] - target_sparsity) <= SETTLED / 4:
+            break
+        low, high = (edge, high) if tried[edge] < target_sparsity else (low, edge)
+        edge = int(np.argmin(np.abs(below_S - target_sparsity)))
+        edge = min(max(edge if low < edge < high else (low + high) // 2, least), most)
+    best = min(tried, key=lambda edge: abs(tried[edge] - target_sparsity))
+    return best / _BINS, tried[best]
+
+
+def score_histogram(
+    model: Any, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
+) -> Int[Array, " S"]:
+    """How many scores of real tokens lie in each bin of (0, 1] under hard routing; to be jitted."""
+    real_BL = batch["segments"] > 0
+    out = model.apply(
+        {"params": params},
+        batch["tokens"],
+        routing="hard",
+        mask=batch["segments"],
+        threshold=threshold,
+    )
+    # A score on an edge is not above it: it belongs to the bin below.
+    bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
+    real_NBLE = jnp.broadcast_to(real_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)
+    return jnp.zeros(_BINS, jnp.int32).at[bin_NBLE].add(real_NBLE)
 
 
 def layer_sparsity(

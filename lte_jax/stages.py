@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from lte_jax import sparsity
 from lte_jax.config import LTEConfig, Routing, StageConfig, StagesConfig
 from lte_jax.optim import Rule
 
@@ -29,11 +30,13 @@ class Stage:
     efficiency: bool = False  # with the weight of the control
     separability_weight: float = 0.0  # lambda of Eq. 6
     steer: Literal["weight", "threshold"] | None = None
+    integral_gain: float = sparsity.INTEGRAL_GAIN  # of steer="weight"
 
 
 def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
     """The stages that an experiment runs, in order; those of no steps are left out."""
     sparse = lte.target_sparsity is not None
+    router_rate = stages.router.learning_rate * stages.router.router_lr_multiplier
     task, distill = 1.0 - lte.distill_weight, lte.distill_weight
     finetune = Stage("finetune", stages.finetune, "dense", ((".*", 1.0),))
     router = Stage(
@@ -46,6 +49,7 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
         efficiency=True,
         separability_weight=lte.separability_weight,
         steer="weight" if sparse else None,
+        integral_gain=sparsity.integral_gain(router_rate),
     )
     adapt = Stage(
         "adapt",

@@ -9,6 +9,8 @@ Dimension key: B batch  L length  N layers  E experts
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import zlib
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
-from lte_jax import data, interrupt, losses, optim, sharding
+from lte_jax import data, interrupt, losses, optim, sharding, sparsity
 from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
@@ -32,6 +34,8 @@ from lte_jax.metrics import Writer
 from lte_jax.model import Transformer
 from lte_jax.sparsity import Control
 from lte_jax.stages import Stage
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Array | np.ndarray]  # tokens [B, L] and segments [B, L], int32
 
@@ -67,9 +71,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
         total, parts = stage.task_weight * task, {"task": task}
         if stage.distill_weight:
             dense = model.apply({"params": teacher}, tokens, routing="dense", mask=segments)
-            parts["distill"] = losses.distillation(
-                out.logits, dense.logits, predicted, counts["predicted"]
-            )
+            parts["distill"] = losses.distillation(out.logits, dense.logits, real, counts["real"])
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
             power = model.lte.efficiency_power
@@ -124,7 +126,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         control = state.control
         if stage.steer == "weight":
-            control = control.steer_weight(parts["kept"])
+            control = control.steer_weight(parts["kept"], stage.integral_gain)
         elif stage.steer == "threshold":
             control = control.steer_threshold(parts["kept"])
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
@@ -301,6 +303,41 @@ def _validate(
         "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
         "validation_sparsity": sums["skipped"] / max(sums["real"], 1.0),
     }
+
+
+def settle_threshold(
+    model: Transformer,
+    params: Any,
+    control: Control,
+    rows: data.Rows,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Control:
+    """The control with the threshold that gives the wanted sparsity on `rows`, hard routing.
+
+    Where scores crowd at one value it may be out of reach: a warning says what was reached.
+    """
+    count = jax.jit(
+        functools.partial(sparsity.score_histogram, model),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+    def histogram(threshold: float) -> np.ndarray:
+        total = np.zeros((), np.int64)
+        for batch in data.eval_batches(rows, batch_size, **_share()):
+            interrupt.check("while setting the threshold")
+            total = total + np.asarray(count(params, _to_mesh(batch, mesh), np.float32(threshold)))
+        return total
+
+    target = float(control.target_sparsity)
+    with jax.set_mesh(mesh):
+        threshold, reached = sparsity.settle(histogram, float(control.threshold), target)
+    log.log(
+        logging.INFO if abs(reached - target) <= sparsity.SETTLED else logging.WARNING,
+        "threshold set to %.4f on %d calibration records: sparsity %.4f (target %.4f)",
+        *(threshold, len(rows), reached, target),
+    )
+    return control.replace(threshold=jnp.asarray(threshold, jnp.float32))
 
 
 def _share() -> dict[str, int]:

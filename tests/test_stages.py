@@ -163,6 +163,34 @@ def test_padding_counts_in_no_loss_and_no_statistic():
         np.testing.assert_allclose(value, padded[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_distillation_acts_on_the_last_token_of_a_text():
+    """KL by hand over all real tokens, of which the task loss leaves each text's last out."""
+    model, params = tiny.model_and_params()
+    teacher = jax.tree.map(lambda p: p * 1.1, params)
+    batch = tiny.batch(2)
+    segments_BL = np.asarray(batch["segments"])
+    counts = {
+        "predicted": jnp.sum(losses.predicted(batch["segments"]).astype(jnp.float32)),
+        "real": jnp.sum((batch["segments"] > 0).astype(jnp.float32)),
+    }
+    assert float(counts["real"]) == float(counts["predicted"]) + 4  # two texts in each of two rows
+    stage = tiny.stage("router", task_weight=0.5, distill_weight=0.5)
+    parts = trainer.make_loss(model, stage)(params, teacher, batch, tiny.control(), counts)[1]
+    logp, teacher_logp = (
+        np.asarray(
+            jax.nn.log_softmax(
+                model.apply(
+                    {"params": p}, batch["tokens"], routing=r, mask=batch["segments"]
+                ).logits
+            ),
+            np.float64,
+        )
+        for p, r in ((params, stage.routing), (teacher, "dense"))
+    )
+    kl_BL = np.sum(np.exp(teacher_logp) * (teacher_logp - logp), axis=-1)
+    assert float(parts["distill"]) == pytest.approx(np.mean(kl_BL[segments_BL > 0]), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["router", "adapt"])
 def test_microbatches_add_up_to_the_whole_batch(name):
     model, params = tiny.model_and_params()
