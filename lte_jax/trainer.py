@@ -212,7 +212,7 @@ def fit(
       Interrupted: after a signal, once the state is saved.
     """
     folder, steps, keep = Path(folder), stage.config.steps, experiment.checkpoint
-    seed = experiment.seed + zlib.crc32(stage.name.encode())
+    seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
     batches = data.train_iterator(rows[0], experiment.data.batch_size, seed, **_share())
     with (
         jax.set_mesh(mesh),

@@ -70,6 +70,16 @@ def test_bad_input_sequence_longer_than_the_context(experiment, tmp_path):
     refused(change(experiment, data={"length": 64}), tmp_path / "run", "64", "32")
 
 
+def test_bad_input_no_training_text(experiment, tmp_path):
+    refused(change(experiment, data={"train": ""}), tmp_path / "run", "data.train is empty")
+
+
+def test_the_largest_seed_works(experiment, tmp_path):
+    """The stage's name is mixed in, and the data loader takes 32 bits."""
+    few = change(experiment, stages={"router": StageConfig(), "finetune": StageConfig(steps=1)})
+    lte_jax.train(dataclasses.replace(few, seed=2**31 - 1, report=False), tmp_path / "run")
+
+
 def test_bad_input_nothing_to_start_from(experiment, tmp_path):
     none = change(experiment, stages={"finetune": StageConfig()})
     refused(none, tmp_path / "run", "source.path", "finetune.steps")
@@ -148,8 +158,8 @@ def test_bad_input_weights_that_are_not_finite_stop_and_save_the_batch(experimen
         )  # fmt: skip
     message = str(caught.value)
     assert "'adapt' step 1" in message and "loss=nan" in message and "learning_rate" in message
-    saved = np.load(tmp_path / "ck" / "nonfinite-1.npz")
-    assert saved["tokens"].shape == (8, 16) and np.isnan(saved["metric_loss"])
+    with np.load(tmp_path / "ck" / "nonfinite-1.npz") as saved:
+        assert saved["tokens"].shape == (8, 16) and np.isnan(saved["metric_loss"])
     assert not list((tmp_path / "ck").glob("[0-9]*"))  # no checkpoint of a broken state
 
 

@@ -3,6 +3,9 @@
 Every mistake of a user is a row of a table: what is done, and what the line must name.
 """
 
+import dataclasses
+import functools
+import math
 import pathlib
 import subprocess
 import sys
@@ -113,12 +116,93 @@ BAD_OVERRIDES = {
     "optim.microbatches=0": "config.optim.microbatches=0: expected a positive integer",
     "checkpoint.keep_last=0": "config.checkpoint.keep_last=0: expected a positive integer",
     "log_every=0": "config.log_every=0: expected a positive integer",
+    "seed=-1": "config.seed=-1: expected zero or more",
+    "seed=9223372036854775807": "expected zero or more, and less than 2**31",
+    "lte.seed=-1": "config.lte.seed=-1: expected zero or more",
+    "lte.separability_weight=-1": "config.lte.separability_weight=-1.0: expected zero or more",
+    "lte.efficiency_weight=1e999": "weight=inf: expected a number, and finite in float32",
+    "lte.separability_eps=1e-60": "separability_eps=1e-60: expected a positive number",
+    "lte.routing=dense": "config.lte.routing='dense' runs all experts: expected 'hard'",
+    "optim.b2=0.99999999999": "expected in [0, 1)",
+    "optim.microbatches=3": "config.optim.microbatches=3 does not divide data.batch_size=16: set a "
+    "batch_size of 18",
+    "data.max_documents=-1": "config.data.max_documents=-1: expected a positive integer",
+    "sample_tokens=-1": "config.sample_tokens=-1: expected zero or more",
+    "sample_temperature=-1": "config.sample_temperature=-1.0: expected zero or more",
+    "mesh.data=0": "config.mesh.data=0: expected a positive integer, or -1",
+    "source.scratch.num_kv_heads=0": "config.source.scratch.num_kv_heads=0: expected a positive",
+    "source.scratch.num_heads=0": "config.source.scratch.num_heads=0: expected a positive",
+    "source.scratch.head_dim=0": "config.source.scratch.head_dim=0: expected a positive",
+    "source.scratch.vocab_size=-1": "config.source.scratch.vocab_size=-1: expected a positive",
+    "source.scratch.rope_theta=0": "rope_theta=0.0: expected a positive number",
+    "source.scratch.norm_eps=-1e-5": "norm_eps=-1e-05: expected a positive number",
+    "source.scratch.eos_ids=2,32000": "eos_ids=32000 is outside the vocabulary: expected an id "
+    "below vocab_size=32000",
+    "source.scratch.eos_ids=2,-1": "config.source.scratch.eos_ids[1]=-1: expected zero or more",
+    "source.scratch.pad_id=32000": "config.source.scratch.pad_id=32000 is outside the vocabulary",
+    "source.scratch.d_model=2147483647": "parameters: expected at most 1e+12",
+    "source.scratch.num_layers=1000000000": "expected a positive integer, at most 10000",
+    "seed=0x" + "f" * 5000: "config.seed=(thousands of digits): expected zero or more",
+    "seed=" + "9" * 5000: "config.seed='999",
+    "seed=" + "(" * 100_000: "config.seed='(((",
+    "seed={[]}": "config.seed='{[]}': expected int",
+    "source.scratch.rope_scaling={'kind': 'linear', 'factor': 0}": "rope_scaling.factor=0.0: "
+    "expected a positive number",
+    "source.scratch.rope_scaling={'kind': 'llama3', 'factor': 2, 'low_freq_factor': 4}": "rope_"
+    "scaling.low_freq_factor=4.0 is not below high_freq_factor=4.0",
 }
 
 
 @pytest.mark.parametrize("override", BAD_OVERRIDES)
 def test_bad_input_override(override):
     assert BAD_OVERRIDES[override] in _complaint(LLAMA, override)
+
+
+ODD = (math.nan, math.inf, -math.inf, -1, 0, 1, 2**31, 2**63 - 1, 10**400, 1e38, 1e300, -1e-300)
+
+
+def test_no_number_is_worse_than_refused():
+    """Every numeric key with every odd number: accepted and finite, or one line that names it."""
+    tried = refused = 0
+    for key, hint in config.loading._leaves(config.Experiment).items():
+        if not any(kind in config.fields.spell(hint) for kind in ("int", "float")):
+            continue
+        for value in ODD:
+            tried += 1
+            sections = key.split(".")
+            values = functools.reduce(lambda inner, name: {name: inner}, sections[::-1], value)
+            if "rope_scaling" in key:
+                scaling = values["source"]["scratch"]["rope_scaling"]
+                scaling |= {"kind": "linear"} | ({} if "factor" in scaling else {"factor": 2.0})
+            try:
+                held = config.from_mapping(config.Experiment, values)
+            except config.UserError as error:
+                refused += 1
+                assert f"config.{key}"[: len(f"config.{sections[0]}")] in str(error)
+                assert sections[-1] in str(error) and len(str(error)) <= 500
+                continue
+            for name in sections:
+                held = getattr(held, name)
+            assert math.isfinite(held) and held == type(held)(value)
+            assert isinstance(held, int) or held in (-1, 0, 1) or abs(held) < 3.5e38
+    assert tried > 600 and tried > refused > tried / 2
+
+
+def test_numbers_are_checked_wherever_a_dataclass_is_made():
+    for wrong in ({"threshold": 7.0}, {"threshold": math.nan}, {"seed": -1}, {"expert_size": 0}):
+        with pytest.raises(config.UserError, match=next(iter(wrong))):
+            config.LTEConfig(**wrong)
+        with pytest.raises(config.UserError, match=next(iter(wrong))):
+            dataclasses.replace(config.LTEConfig(), **wrong)
+
+
+def test_bad_input_section_that_a_file_made_a_number(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'lte': 3})"
+    )
+    assert "config.lte is 3 in the file: expected a section" in _complaint(str(file), "lte.seed=1")
+    assert "config.lte=3: expected LTEConfig" in _complaint(str(file))
 
 
 BAD_FILES = {

@@ -1,4 +1,6 @@
-"""What a model, its sparsity and an experiment are (schema.py), and how they are read (loading.py).
+"""What a model, its sparsity and an experiment are, and how they are read.
+
+schema.py has the keys, fields.py what each may hold, loading.py the way from files and flags.
 
 A file in configs/ starts from `to_config_dict(Experiment(...))` and changes what it wants changed:
 
@@ -10,6 +12,8 @@ A file in configs/ starts from `to_config_dict(Experiment(...))` and changes wha
         return c
 """
 
+from lte_jax.config.fields import from_mapping as from_mapping
+from lte_jax.config.fields import to_config_dict as to_config_dict
 from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
@@ -27,9 +31,7 @@ from lte_jax.config.schema import Routing as Routing
 from lte_jax.config.schema import SourceConfig as SourceConfig
 from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig
-from lte_jax.config.schema import from_mapping as from_mapping
 from lte_jax.config.schema import num_experts as num_experts
-from lte_jax.config.schema import to_config_dict as to_config_dict
 from lte_jax.config.schema import top_k as top_k
 from lte_jax.errors import UserError as UserError
 from lte_jax.errors import cli_errors as cli_errors

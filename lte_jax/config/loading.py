@@ -14,14 +14,14 @@ import pathlib
 import re
 import runpy
 import traceback
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from lte_jax.config.schema import Experiment, from_mapping, spell
+from lte_jax.config.fields import from_mapping, options, spell
+from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
 
 
@@ -114,6 +114,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         if values.get(section) is None:
             values[section] = {}
         values = values[section]
+        if not isinstance(values, dict):
+            raise UserError(f"config.{section} is {values!r} in the file: expected a section")
     values[name] = _parse(hints[key], text)
 
 
@@ -121,17 +123,12 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> type of every value in a dataclass of dataclasses."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        section = next(filter(dataclasses.is_dataclass, _options(hint)), None)
+        section = next(filter(dataclasses.is_dataclass, options(hint)), None)
         if section is not hint:
             found[prefix + name] = hint
         if section is not None:
             found |= _leaves(section, f"{prefix}{name}.")
     return found
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The types that `A | B` allows; those of A alone are A."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def _parse(hint: Any, text: str) -> Any:
@@ -140,9 +137,9 @@ def _parse(hint: Any, text: str) -> Any:
         return text
     try:
         value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError):
-        return text  # a word of a Literal, or wrong: _convert tells
-    is_tuple = any(typing.get_origin(option) is tuple for option in _options(hint))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all from its depths
+        return text  # a word of a Literal, or wrong: `convert` tells
+    is_tuple = any(typing.get_origin(option) is tuple for option in options(hint))
     return (value,) if is_tuple and isinstance(value, int | float) else value
 
 

@@ -234,6 +234,10 @@ def build(
 
 
 def _check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
+    if not data.train:
+        raise UserError(
+            "data.train is empty: expected a JSON-lines file, a hub dataset or 'python-stdlib'"
+        )
     if data.length > model_config.max_length:
         raise UserError(
             f"data.length={data.length} is longer than the {model_config.max_length} positions "

@@ -1,0 +1,169 @@
+"""What the keys of a config may hold: types with ranges, checked wherever a dataclass is made."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from ml_collections import ConfigDict
+
+from lte_jax.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a key may hold: Annotated[int, Range(...)].
+
+    Of integers only those of 32 bits, and of floats only finite ones; floats are tested as float32,
+    in which they are used.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str  # in the words of an error message
+
+    def expects(self, number: int | float) -> str:
+        """What it expects in place of `number`; "" where that will do."""
+        if isinstance(number, int):
+            fits, limit = abs(number) < 2**31, ", and less than 2**31"
+        else:
+            number = ctypes.c_float(number).value
+            fits, limit = math.isfinite(number), ", and finite in float32"
+        return "" if fits and self.holds(number) else self.expected + limit * (not fits)
+
+
+Count = Annotated[int, Range(lambda n: n >= 1, "a positive integer")]
+Whole = Annotated[int, Range(lambda n: n >= 0, "zero or more")]
+Length = Annotated[int, Range(lambda n: n >= 2, "2 or more: a token and its successor")]
+Layers = Annotated[int, Range(lambda n: 1 <= n <= 10_000, "a positive integer, at most 10000")]
+Axis = Annotated[int, Range(lambda n: n == -1 or n >= 1, "a positive integer, or -1: the rest")]
+Finite = Annotated[float, Range(lambda x: True, "a number")]
+Positive = Annotated[float, Range(lambda x: x > 0, "a positive number")]
+NotNegative = Annotated[float, Range(lambda x: x >= 0, "zero or more")]
+Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "within [0, 1]")]
+Decay = Annotated[float, Range(lambda x: 0 <= x < 1, "in [0, 1)")]
+Inside = Annotated[float, Range(lambda x: 0 < x < 1, "strictly between 0 and 1, such as 0.5")]
+Target = Annotated[
+    float,
+    Range(
+        lambda x: 0 < x < 1,
+        "strictly between 0 and 1, such as 0.5, or None for a fixed efficiency_weight",
+    ),
+]
+
+
+class Checked:
+    """Base of the dataclasses of schema.py: each value is held to its key's type and range."""
+
+    def __post_init__(self):
+        for key, hint in _hints(type(self)).items():
+            object.__setattr__(self, key, convert(hint, getattr(self, key), key))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises a UserError where values do not fit each other."""
+
+
+def to_config_dict(config: Any) -> ConfigDict:
+    """A locked, mutable ConfigDict with the fields of a dataclass: the start of a configs/ file."""
+    fields = dataclasses.asdict(config)
+    return ConfigDict(fields, convert_dict=True).lock()
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
+    """The dataclass `cls` with `values`; absent keys keep their defaults.
+
+    Raises:
+      UserError: on a key that `cls` does not have (naming the nearest that it has), a value of
+        the wrong type or outside its range, or a key without a default that is absent; with the
+        dotted path of the key.
+    """
+    hints = _hints(cls)
+    made = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"unknown key {where}.{key}: {nearest(str(key), hints)}")
+        section = next(filter(dataclasses.is_dataclass, options(hints[key])), None)
+        if section is not None and isinstance(value, Mapping | ConfigDict):
+            made[key] = from_mapping(section, value, f"{where}.{key}")
+        else:
+            made[key] = convert(hints[key], value, f"{where}.{key}")
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        if field.name not in made and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}.{field.name} is missing: expected {spell(hints[field.name])}")
+    try:
+        return cls(**made)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The types that `A | B` allows; those of A alone are A."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `hint`, or a UserError that names the key `where`.
+
+    Python's and numpy's numbers are one; a list becomes a tuple.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        number = convert(args[0], value, where)
+        wrong = args[1].expects(number)
+        _check(not wrong, where, number, wrong)
+        return number
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        known = any(type(value) is type(arg) and value == arg for arg in args)
+        _check(known, where, value, spell(hint))
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+    wrong_bool = isinstance(value, bool) and hint is not bool
+    right = isinstance(kind, type) and isinstance(value, kind) and not wrong_bool
+    _check(right, where, value, spell(hint))
+    try:
+        return hint(value) if hint in (int, float) else value
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
+def _check(ok: bool, where: str, value: Any, expected: str) -> None:
+    if ok:
+        return
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to write thousands of digits
+        shown = "(thousands of digits)"
+    raise UserError(f"{where}={shown}: expected {expected}")
+
+
+def spell(hint: Any) -> str:
+    """An annotated type in the words of an error message."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return spell(args[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is tuple:
+        return f"tuple[{spell(args[0])}, ...]"
+    return "None" if hint is type(None) else " | ".join(map(spell, args)) or hint.__name__
