@@ -8,7 +8,7 @@ Prints a table and a sample text; writes results.json, table.md and figures into
 import argparse
 
 import lte_jax
-from lte_jax import config, data, report
+from lte_jax import config, data, errors, files, report
 
 
 def main() -> None:
@@ -16,43 +16,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, flag = parser.add_argument, config.flag
     add("--model", required=True, help="HF or LTE folder, or hub id")
     add("--dense", help="the dense model to compare with, likewise")
     add("--data", required=True, help="JSON-lines file, hub dataset, or python-stdlib")
     add("--column", default="text", help="of the rows of --data")
     add("--newline", default="\n", help="what replaces newlines in the text")
-    add("--length", type=int, default=256, help="tokens a row; longer texts are cut")
-    add("--rows", type=int, default=64, help="texts, from the first one on")
-    add("--batch-size", type=int, default=8)
+    add(
+        "--length", type=flag(config.Length), default=256, help="tokens a row; longer texts are cut"
+    )
+    add("--rows", type=flag(config.Count), default=64, help="texts, from the first one on")
+    add("--batch-size", type=flag(config.Count), default=8)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
-    add("--threshold", type=float, help="default: the model's own")
+    add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    add("--prompt", default="Once upon a time", help="of the sample text")
+    add("--prompt", type=errors.argument, default="Once upon a time", help="of the sample text")
     add("--name", help="of the model in table and figures")
     add("--out", required=True, help="folder")
     add("--no-figures", action="store_true")
-    flags = parser.parse_args()
-    with config.cli_errors():
+    with errors.cli_errors():
+        flags = parser.parse_args()
+        out = files.expand(flags.out, "--out")
         model, params = lte_jax.load(flags.model, flags.dtype)
         baseline = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         tokenizer = lte_jax.load_tokenizer(flags.model)
         texts = data.read_texts(flags.data, flags.column, flags.newline, flags.rows, "validation")
+        settings = ("name", "routing", "threshold", "batch_size", "prompt")
         results = lte_jax.evaluate(
             model,
             params,
             data.pad_rows(data.tokenize(texts, tokenizer), flags.length),
             baseline=baseline,
             tokenizer=tokenizer,
-            name=flags.name,
-            routing=flags.routing,
-            threshold=flags.threshold,
-            batch_size=flags.batch_size,
-            prompt=flags.prompt,
+            **{name: getattr(flags, name) for name in settings},
         )
         results |= {"environment": report.environment(), "source": vars(flags)}
+        report.write([results], out, figures=not flags.no_figures)
         print(report.table([results]) + report.samples([results]))
-        report.write([results], flags.out, figures=not flags.no_figures)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def _build() -> pathlib.Path:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ("-O3", native, "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-w")
     version = _run([*compiler, "--version"])
-    parts = (_SOURCE.read_text(), *flags, version, jax.__version__, _cpu())
+    parts = (_SOURCE.read_text(encoding="utf-8"), *flags, version, jax.__version__, _cpu())
     name = f"cpu_ffn-{_digest(chr(0).join(parts).encode())}-"
 
     folder = _cache_folder()

@@ -4,30 +4,36 @@ import argparse
 import functools
 
 import lte_jax
-from lte_jax.errors import cli_errors
+from lte_jax import config
+from lte_jax.errors import argument, cli_errors
 
 
 def main() -> None:
     """Flags to `lte_jax.generate_text`."""
     parser = argparse.ArgumentParser(prog="python -m lte_jax", description=__doc__)
-    parser.add_argument("model", help="HF or LTE folder, or hub id")
-    parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--routing", choices=["dense", "soft", "hard"])
-    parser.add_argument("--implementation", default="auto", help="of the sparse FFN")
-    flags = vars(parser.parse_args())
-    path, prompt = flags.pop("model"), flags.pop("prompt")
+    add, flag = parser.add_argument, config.flag
+    add("model", help="HF or LTE folder, or hub id")
+    add("prompt", type=argument)
+    add("--max-new-tokens", type=flag(config.Count), default=100)
+    add("--temperature", type=flag(config.NotNegative), default=0.0, help="0: greedy")
+    add("--top-k", type=flag(config.Count))
+    add("--top-p", type=flag(config.TopShare))
+    add("--seed", type=flag(config.Whole), default=0)
+    add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
+    add("--threshold", type=flag(config.Inside), help="default: the model's own")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    add("--implementation", default="auto", help="of the sparse FFN")
     with cli_errors():
-        model, params = lte_jax.load(path)
+        flags = vars(parser.parse_args())
+        path, prompt, dtype = (flags.pop(name) for name in ("model", "prompt", "dtype"))
+        model, params = lte_jax.load(path, dtype)
         tokenizer = lte_jax.load_tokenizer(path)
-        print(prompt, end="", flush=True)
         write = functools.partial(print, end="", flush=True)
-        lte_jax.generate_text(model, params, tokenizer, prompt, write=write, **flags)
-        print()
+        try:
+            write(prompt)
+            lte_jax.generate_text(model, params, tokenizer, prompt, write=write, **flags)
+        finally:
+            print()  # an error, too, begins on a line of its own
 
 
 if __name__ == "__main__":

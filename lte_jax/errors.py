@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -47,9 +49,28 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def cli_errors() -> Iterator[None]:
-    """Ends the program on what the user can mend: one line `error: ...` on stderr, exit code 2."""
+    """Around the main function of each script: how a program ends.
+
+    What the user can mend is one line `error: ...` on stderr and exit code 2. Ctrl-C ends it with
+    code 130 and a reader that has gone (`| head`) with 141, as shells count them, without a word.
+    What the terminal's encoding lacks is printed as `?`.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # or Python complains as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {UserError(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def argument(text: str) -> str:
+    """An argument of the command line as text: bytes that are not UTF-8 become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

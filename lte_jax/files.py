@@ -25,6 +25,20 @@ MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 32 * 2**20  # the largest index of a model on the hub has some 10 MB
 
 
+def expand(path: str | os.PathLike, name: str = "a path") -> Path:
+    """A path as the shell would give it: `~` is the home folder, a slash at its end means nothing.
+
+    Raises:
+      UserError: where it is empty, or the home folder is not known.
+    """
+    if not os.fspath(path):
+        raise UserError(f"{name} is empty: expected a file or folder (. is the current folder)")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: the home folder of ~ is not known: write it out") from None
+
+
 class Damaged(Exception):
     """A folder is not as it was written; says which file and how."""
 

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from lte_jax import (
     data,
+    files,
     hf,
     interrupt,
     metrics,
@@ -63,7 +64,7 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any
       Interrupted: a SystemExit with code 143 after SIGTERM and 130 after Ctrl-C, once what is in
         hand is saved; call again to go on. Outside the main thread signals stay as they were.
     """
-    paths = Paths(Path(workdir).expanduser())
+    paths = Paths(files.expand(workdir, "workdir"))
     with _alone(paths):
         _on_first(functools.partial(work.check_same, paths, experiment))
         _on_first(functools.partial(work.put_right, paths))
@@ -79,7 +80,7 @@ def report_again(workdir: str | Path) -> tuple[Transformer, Any]:
 
     Returns and raises what `train` does; UserError also where the run has not come to its end.
     """
-    paths = Paths(Path(workdir).expanduser())
+    paths = Paths(files.expand(workdir, "workdir"))
     experiment = dataclasses.replace(work.read_experiment(paths), report=True)
     with _alone(paths):
         run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_jax.errors import UserError, cli_errors
-from lte_jax.files import atomic_write
+from lte_jax.files import atomic_write, expand
 
 Results = Mapping[str, Any]
 _PACKAGES = ("lte-jax", "jax", "jaxlib", "flax", "numpy")
@@ -73,7 +73,7 @@ def read(path: str | Path) -> dict[str, Any]:
       UserError: when the file is absent or something else.
     """
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = json.loads(expand(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: expected a results.json of evaluate.py") from None
     except (ValueError, OSError) as error:
@@ -100,7 +100,7 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
       UserError: when the folder cannot be written, or matplotlib is not there: the figures alone
         are then missing.
     """
-    out, problem = Path(out), None
+    out, problem = expand(out, "out"), None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -414,12 +414,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--out", required=True, help="folder for table.md and the figures")
     parser.add_argument("--no-figures", action="store_true")
-    flags = parser.parse_args(argv)
     with cli_errors():
+        flags = parser.parse_args(argv)
         results = [read(path) for path in flags.results]
-        print(table(results))
-        for path in write(results, flags.out, figures=not flags.no_figures):
-            print(path)
+        made = write(results, flags.out, figures=not flags.no_figures)
+        print(table(results), *made, sep="\n")
 
 
 if __name__ == "__main__":

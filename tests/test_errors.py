@@ -1,10 +1,26 @@
 """A message to the user is one line that a terminal can print, whatever it quotes."""
 
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
+import jax
 import pytest
+import tiny
 
-from lte_jax.errors import MAX_LENGTH, UserError
+import lte_jax
+from lte_jax import data
+from lte_jax.__main__ import main
+from lte_jax.errors import MAX_LENGTH, UserError, argument, cli_errors
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ENDINGS = """
+import signal, sys, time
+from lte_jax.errors import UserError, cli_errors
+with cli_errors():
+"""
 
 
 @pytest.mark.parametrize(
@@ -31,3 +47,128 @@ def test_long_messages_keep_culprit_and_mend():
     assert " ... " in line
     exact = "y" * MAX_LENGTH
     assert str(UserError(exact)) == exact
+
+
+def end(body, **settings):
+    """How a script with `body` inside cli_errors ends."""
+    return subprocess.run(
+        [sys.executable, "-c", ENDINGS + f"    {body}"],
+        cwd=ROOT, capture_output=True, encoding="utf-8", **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "err"),
+    [
+        ("raise UserError('a b: mend')", 2, "error: a b: mend\n"),
+        ("open('/no/\\x1b[31m')", 2, "No such file or directory: '/no/\\x1b[31m'\n"),
+        ("raise OSError('x' * 10_000)", 2, " ... "),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("signal.raise_signal(signal.SIGINT); time.sleep(9)", 130, ""),
+    ],
+)
+def test_how_a_program_ends(body, code, err):
+    done = end(body)
+    assert done.returncode == code and done.stdout == ""
+    assert err in done.stderr and done.stderr.count("\n") == (code == 2)
+    assert len(done.stderr) <= len("error: \n") + MAX_LENGTH
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDINGS + "    print('x' * 100_000)"],
+        cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_terminal_lacks_is_replaced(encoding):
+    done = end("print('a \\u65e5 b')", env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a ? b\n", "")
+
+
+def test_arguments_that_are_not_utf8():
+    assert argument(os.fsdecode("Grüße".encode())) == "Grüße"
+    assert argument("a\udcffb") == "a\ufffdb"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of bytes that can be run."""
+    made = tmp_path_factory.mktemp("model") / "lte"
+    config = tiny.dataclasses.replace(tiny.CONFIG, vocab_size=259)
+    lte_jax.save(made, *tiny.model_and_params(config=config))
+    data.byte_tokenizer().save_pretrained(made)
+    return made
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["lte_jax", *map(str, flags)])
+    main()
+
+
+def test_an_error_begins_on_a_line_of_its_own(folder, monkeypatch, capfd):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, folder, "abc", "--max-new-tokens=1000")
+    out, err = capfd.readouterr()
+    assert out == "abc\n" and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_continuation(folder, dtype, monkeypatch, capfd):
+    """From a folder named as people do, in a chosen type, of a prompt that is not UTF-8."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    given = []
+    load = lambda path, chosen: (given.append(chosen), load_(path, chosen))[1]  # noqa: E731
+    load_ = lte_jax.load
+    monkeypatch.setattr(lte_jax, "load", load)
+    flags = ("--max-new-tokens=3", f"--dtype={dtype}", "--threshold=0.4")
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention promotes bfloat16
+        run(monkeypatch, "~/lte/", "ab\udcff", *flags)
+    out = capfd.readouterr().out
+    assert out.startswith("ab\ufffd") and out.endswith("\n") and given == [dtype]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--max-new-tokens=0", "value=0: expected a positive integer"),
+        ("--temperature=-1", "value=-1.0: expected zero or more"),
+        ("--temperature=1e999", "finite"),
+        ("--top-p=2", "within (0, 1]"),
+        ("--top-k=0", "a positive integer"),
+        ("--seed=-1", "zero or more"),
+        ("--threshold=7", "strictly between 0 and 1"),
+        ("--dtype=float16", "invalid choice: 'float16'"),
+    ],
+)
+def test_bad_input_flags_are_found_before_a_model_is_loaded(flag, message, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "/no/such/folder", "abc", flag)
+    assert stopped.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--length=1", "2 or more"),
+        ("--rows=0", "a positive integer"),
+        ("--batch-size=-1", "a positive integer"),
+        ("--threshold=nan", "expected float"),
+        ("--out=", "--out is empty"),
+    ],
+)
+def test_bad_input_evaluate_flags_are_found_before_a_model_is_loaded(flag, message):
+    command = ["evaluate.py", "--model=/no/such/folder", "--data=x.jsonl", "--out=o", flag]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_cli_errors_hide_no_bug():
+    with pytest.raises(ValueError, match="bug"), cli_errors():
+        raise ValueError("bug")

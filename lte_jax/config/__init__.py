@@ -12,8 +12,15 @@ A file in configs/ starts from `to_config_dict(Experiment(...))` and changes wha
         return c
 """
 
+from lte_jax.config.fields import Count as Count
+from lte_jax.config.fields import Inside as Inside
+from lte_jax.config.fields import Length as Length
+from lte_jax.config.fields import NotNegative as NotNegative
+from lte_jax.config.fields import TopShare as TopShare
+from lte_jax.config.fields import Whole as Whole
 from lte_jax.config.fields import from_mapping as from_mapping
 from lte_jax.config.fields import to_config_dict as to_config_dict
+from lte_jax.config.loading import flag as flag
 from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants

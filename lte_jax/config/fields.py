@@ -48,6 +48,7 @@ Axis = Annotated[int, Range(lambda n: n == -1 or n >= 1, "a positive integer, or
 Finite = Annotated[float, Range(lambda x: True, "a number")]
 Positive = Annotated[float, Range(lambda x: x > 0, "a positive number")]
 NotNegative = Annotated[float, Range(lambda x: x >= 0, "zero or more")]
+TopShare = Annotated[float, Range(lambda x: 0 < x <= 1, "within (0, 1]")]
 Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "within [0, 1]")]
 Decay = Annotated[float, Range(lambda x: 0 <= x < 1, "in [0, 1)")]
 Inside = Annotated[float, Range(lambda x: 0 < x < 1, "strictly between 0 and 1, such as 0.5")]

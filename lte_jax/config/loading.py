@@ -10,19 +10,21 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import os
 import pathlib
 import re
 import runpy
 import traceback
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from lte_jax.config.fields import from_mapping, options, spell
+from lte_jax.config.fields import convert, from_mapping, options, spell
 from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
+from lte_jax.files import expand
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
@@ -62,8 +64,9 @@ def variants(arg: str, *valid: str) -> frozenset[str]:
 
 def _run_config(path: str, arg: str) -> dict[str, Any]:
     """What get_config(arg) of the file returns, as a plain nested dict."""
+    path = str(expand(path))
     file = pathlib.Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):
         others = [str(other) for other in file.parent.glob("*.py") if file.suffix == ".py"]
         hint = nearest(path, others) if others else "expected FILE.py or FILE.py:VARIANT"
         raise UserError(f"no config file {path!r}: {hint}")
@@ -141,6 +144,18 @@ def _parse(hint: Any, text: str) -> Any:
         return text  # a word of a Literal, or wrong: `convert` tells
     is_tuple = any(typing.get_origin(option) is tuple for option in options(hint))
     return (value,) if is_tuple and isinstance(value, int | float) else value
+
+
+def flag(hint: Any) -> Callable[[str], Any]:
+    """The `type=` of a flag whose value is held to a range of fields.py, before any work begins."""
+
+    def parse(text: str) -> Any:
+        try:
+            return convert(hint, _parse(hint, text), "value")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def parse_flags(

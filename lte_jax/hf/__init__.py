@@ -24,12 +24,11 @@ Dimension key: D model width  E experts  M neurons per expert  N layers
 from lte_jax.hf.config_json import read_config
 from lte_jax.hf.export import save
 from lte_jax.hf.folder import verify
-from lte_jax.hf.hub import expand, resolve
+from lte_jax.hf.hub import resolve
 from lte_jax.hf.tokenizer import load_tokenizer
 from lte_jax.hf.weights import load_expert_order, load_params
 
 __all__ = [
-    "expand",
     "load_expert_order",
     "load_params",
     "load_tokenizer",

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from lte_jax.errors import UserError, one_line
+from lte_jax.files import expand
 from lte_jax.hf.folder import COMPANIONS
 
 _NAME = r"\w[\w.-]*"
@@ -57,15 +58,3 @@ def resolve(path_or_hub_id: str | Path) -> Path:
             f"{spelled} is neither a local folder nor could it be had from the hub "
             f"({type(e).__name__}: {one_line(e)}): correct the path, go online, or log in"
         ) from None
-
-
-def expand(path: str | os.PathLike) -> Path:
-    """A path as the shell would give it: `~` is the home folder.
-
-    Raises:
-      UserError: where that is not known.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: the home folder of ~ is not known: write it out") from None
