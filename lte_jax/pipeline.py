@@ -155,7 +155,7 @@ class _Run:
     def parts(self) -> preflight.Parts:
         """Tokenizer, rows and the dense model's description; checked when first asked for."""
         done = self.paths.dense if self.paths.has(self.paths.dense) else None
-        return preflight.prepare(self.experiment, self.mesh, done)
+        return preflight.prepare(self.experiment, self.mesh, done, work.recorded(self.paths))
 
     @functools.cached_property
     def calibration(self) -> data.Rows:

@@ -7,6 +7,8 @@ hours after the pretraining. What was read on the way, the run goes on with.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,16 @@ class Parts:
     inputs: dict[str, Any]  # name -> [number, digest] of all that was read
 
 
-def prepare(experiment: Experiment, mesh: jax.sharding.Mesh, dense: Path | None) -> Parts:
+def prepare(
+    experiment: Experiment, mesh: jax.sharding.Mesh, dense: Path | None, known: Mapping[str, Any]
+) -> Parts:
     """Reads the model's description, the tokenizer and the texts, and checks all against all.
 
     Args:
       experiment: to be run.
       mesh: to run it on.
       dense: the finished dense model of this run; None: there is none yet.
+      known: the inputs it was begun with; what was measured for them is not measured again.
 
     Raises:
       UserError: on whatever would end the run later.
@@ -58,8 +63,13 @@ def prepare(experiment: Experiment, mesh: jax.sharding.Mesh, dense: Path | None)
     named = experiment.source.tokenizer or experiment.source.path
     tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
     _check_sample(experiment, config, tokenizer)
-    rows = data.build(experiment.data, tokenizer, config, experiment.seed)
-    inputs: dict[str, Any] = {
+    if "end_token" in known:
+        end = known["end_token"]
+    else:
+        load = functools.partial(_load, folder, experiment, config, mesh) if folder else None
+        end = data.end_token(experiment.data, tokenizer, config, load)
+    rows = data.build(experiment.data, tokenizer, config, experiment.seed, end)
+    inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), data.digest(part)]
         for name, part in zip(("train", "validation"), rows, strict=True)
     }
@@ -91,6 +101,15 @@ def _source(experiment: Experiment) -> Path | None:
             f"source.path={path!r} holds an LTE model: expected the dense model it was made from"
         )
     return folder
+
+
+def _load(
+    folder: Path, experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh
+) -> tuple[Transformer, Any]:
+    """The dense model, to be asked something."""
+    model = Transformer(config, dtype=experiment.source.compute_dtype)
+    shardings = sharding.param_shardings(abstract_params(model), mesh)
+    return model, hf.load_params(folder, config, None, model.dtype, shardings)
 
 
 def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:

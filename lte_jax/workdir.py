@@ -239,15 +239,26 @@ def read_experiment(paths: Paths) -> Experiment:
     return from_mapping(Experiment, files.read_json(paths.experiment, _DAMAGED))
 
 
+def recorded(paths: Paths) -> dict[str, Any]:
+    """The inputs that the run was begun with; {} where it is not begun, or nothing says so.
+
+    Raises:
+      UserError: where inputs.json is damaged.
+    """
+    if not (paths.begun() and paths.inputs.exists()):
+        return {}
+    return files.read_json(paths.inputs, _DAMAGED)
+
+
 def check_inputs(paths: Paths, inputs: Inputs) -> dict[str, Any]:
     """All inputs of the run: those it was begun with, checked against `inputs` and joined to them.
 
     Raises:
       UserError: where one is no longer what it was; names it, with number and digest.
     """
-    if not (paths.begun() and paths.inputs.exists()):
+    old = recorded(paths)
+    if not old:
         return dict(inputs)
-    old = files.read_json(paths.inputs, _DAMAGED)
     groups = {_group(name) for name in inputs}
     known = {name: value for name, value in old.items() if _group(name) in groups}
     changed = [

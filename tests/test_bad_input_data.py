@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import sys
 import types
 
 import pytest
+from tokenizers import processors
 
 from lte_jax import data
 from lte_jax.config import DataConfig, ModelConfig, UserError
@@ -22,7 +24,7 @@ FILES = {
         "a.jsonl",
         GOOD + b'{"text": "a',
         "text",
-        ["a.jsonl:2: not valid JSON", "mend"],
+        ["a.jsonl:2: cannot be read as JSON", "mend"],
     ),
     "not an object": ("a.jsonl", GOOD + b"[1]\n", "text", ["a.jsonl:2: a JSON list", "expected"]),
     "misspelt column": (
@@ -49,8 +51,23 @@ FILES = {
         ["a.jsonl.gz: cannot be read", "expected a readable file"],
     ),
     "no gz": ("a.jsonl.gz", GOOD, "text", ["a.jsonl.gz: cannot be read (Not a gzipped file"]),
-    "broken list": ("a.json", b'[{"text": "a"},', "text", ["a.json: not valid JSON"]),
+    "broken list": ("a.json", b'[{"text": "a"},', "text", ["a.json: cannot be read as JSON"]),
     "bad row of a list": ("a.json", b'[{"text": "a"}, 5]', "text", ["a.json: row 2: a JSON int"]),
+    "nested": (
+        "a.jsonl",
+        GOOD + b'{"text": "a", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+        "text",
+        ["a.jsonl:2: JSON nested too deeply", "mend"],
+    ),
+    "nested list": ("a.json", b"[" * 100_000 + b"]" * 100_000, "text", ["a.json: JSON nested"]),
+    "many digits": (
+        "a.jsonl",
+        GOOD * 2 + b'{"text": "a", "id": ' + b"9" * 5000 + b"}\n",
+        "text",
+        ["a.jsonl:3: cannot be read as JSON", "digits", "mend"],
+    ),
+    "only a byte order mark": ("a.txt", b"\xef\xbb\xbf", "text", ["a.txt: no rows with text"]),
+    "UTF-16": ("a.txt", "one".encode("utf-16"), "text", ["a.txt: not UTF-8", "convert"]),
     "unknown kind": ("a.parquet", b"PAR1", "text", ["a.parquet: unknown kind", ".jsonl"]),
 }
 
@@ -75,7 +92,28 @@ def test_file(tmp_path, case):
 def test_folder_instead_of_file(tmp_path):
     with pytest.raises(UserError) as error:
         data.read_texts(str(tmp_path))
-    told(error, str(tmp_path), "cannot be read (Is a directory)")
+    told(error, str(tmp_path), "is a folder: expected a file (.jsonl, .json, .txt)")
+
+
+def test_pipe_or_device_instead_of_file(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")  # to open it would wait for a writer
+    for path in str(tmp_path / "a.jsonl"), "/dev/null":
+        with pytest.raises(UserError) as error:
+            data.read_texts(path)
+        told(error, path, "is a pipe or device: expected a file")
+
+
+def test_paths_that_no_file_can_have():
+    for path in "/" + "x" * 5000, "~nobody-of-that-name/a.jsonl", "./" + "a/" * 3000 + "b.jsonl":
+        with pytest.raises(UserError) as error:
+            data.read_texts(path)
+        told(error, path.removeprefix("./")[:60])
+
+
+def test_limit():
+    with pytest.raises(UserError) as error:
+        data.read_texts("python-stdlib", limit=-1)
+    told(error, "limit=-1", "at least 1, or None")
 
 
 def test_source_unnamed():
@@ -107,6 +145,13 @@ def test_hub_dataset_absent(monkeypatch):
     told(error, "no/such: the hub dataset cannot be loaded", "doesn't exist")
 
 
+def test_hub_source_of_too_many_parts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())
+    with pytest.raises(UserError) as error:
+        data.read_texts("some/set:config:train:text")
+    told(error, "some/set:config:train:text", "expected name, name:config or name:config:split")
+
+
 def test_hub_dataset_without_the_column(monkeypatch):
     fake = types.SimpleNamespace(load_dataset=lambda *args, **kwargs: [{"story": "a"}])
     monkeypatch.setitem(sys.modules, "datasets", fake)
@@ -123,7 +168,10 @@ def test_hub_dataset_without_the_column(monkeypatch):
         ({"train": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
         ({"validation": "TRAIN"}, ["is the training text", "hold out"]),
-        ({"train": "ONE", "validation": ""}, ["one document", "name a validation source"]),
+        (
+            {"train": "ONE", "validation": ""},
+            ["one document of 15 tokens", "too short", "name a validation source"],
+        ),
     ],
     ids=str,
 )
@@ -142,10 +190,27 @@ def test_build(tmp_path, changes, parts):
 
 
 def test_build_with_a_tokenizer_of_another_model():
-    config = DataConfig(train="python-stdlib", length=32)
+    config = DataConfig(train="python-stdlib", length=32, max_documents=9)
     with pytest.raises(UserError) as error:
         data.build(config, data.byte_tokenizer(), ModelConfig(vocab_size=256), seed=0)
-    told(error, "tokenizer has 259 tokens", "vocabulary 256", "vocab_size")
+    told(error, "python-stdlib: text 1 has token id 256", "vocabulary of 256", "vocab_size")
+
+
+def test_one_text_of_many_with_a_token_outside_the_vocabulary(tmp_path):
+    texts = ["abc"] * 7 + ["é"] + ["é~"] * 5  # bytes 195 and 169
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenizer = data.byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    config = DataConfig(train=str(tmp_path / "a.jsonl"), length=4, batch_size=1)
+    with pytest.raises(UserError) as error:
+        data.build(config, tokenizer, ModelConfig(vocab_size=195), seed=0)
+    told(error, "a.jsonl: text 8 has token id 195", "vocabulary of 195", "259 tokens")
+
+
+def test_padding_would_keep_one_row_of_a_joined_text():
+    with pytest.raises(UserError) as error:
+        DataConfig(join="", pack=False)
+    told(error, "pack=False", "expected True", "join")
 
 
 def test_batch_that_processes_cannot_share():

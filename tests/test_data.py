@@ -1,8 +1,11 @@
 """Every token of every document once, every row once an epoch, and resumed as if never stopped."""
 
 import gzip
+import hashlib
 import itertools
 import json
+import logging
+import struct
 import sys
 import sysconfig
 import types
@@ -13,6 +16,7 @@ import pytest
 
 from lte_jax import data
 from lte_jax.config import DataConfig, ModelConfig
+from lte_jax.errors import UserError
 
 
 def write_rows(path: Path, rows) -> str:
@@ -46,6 +50,35 @@ def test_other_files(tmp_path):
     assert data.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo"]
 
 
+def test_text_files_as_editors_write_them(tmp_path):
+    """A mark of the byte order is no part of a text, and a line ends in one character."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one\r\ntwo\r\n")
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "one\\r\\ntwo"}\r\n{"text": "three"}\r\n')
+    (tmp_path / "a.json").write_bytes(mark + b'[{"text": "one"},\r\n {"text": "two"}]')
+    assert data.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo\n"]
+    assert data.read_texts(str(tmp_path / "a.jsonl")) == ["one\r\ntwo", "three"]
+    assert data.read_texts(str(tmp_path / "a.json")) == ["one", "two"]
+
+
+def test_paths_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "x" * 60}] * 20)
+    for spelt in "~/a.jsonl", path + "/", "~//a.jsonl":
+        assert data.read_texts(spelt) == ["x" * 60] * 20
+    config = DataConfig(train="~/a.jsonl", validation=path, length=32, batch_size=1)
+    with pytest.raises(UserError, match="is the training text"):
+        data.build(config, data.byte_tokenizer(), MODEL, seed=0)
+
+
+def test_records_joined_to_one_text(tmp_path):
+    lines = ["= A =\n", "", "one\ntwo\n", "three\n"]
+    path = write_rows(tmp_path / "a.jsonl", [{"text": line} for line in lines])
+    assert data.read_texts(path, join="") == ["= A =\none\ntwo\nthree\n"]
+    assert data.read_texts(path, join="\n", newline=" ") == ["= A = \n\none two \nthree "]
+    assert data.read_texts(path, join=" ", limit=2) == ["= A =\n "]
+
+
 def test_hub_datasets(monkeypatch):
     asked = []
 
@@ -77,37 +110,6 @@ def test_standard_library_is_deterministic_and_split():
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     assert everything[0] == (stdlib / "__future__.py").read_text(encoding="utf-8")
     assert len(everything) > 300 and not any("Copyright (c) pip" in text for text in everything)
-
-
-# ------------------------------------------------------------------------------------- tokenising
-
-
-def test_byte_tokenizer_is_lossless_and_survives_saving(tmp_path):
-    from transformers import AutoTokenizer
-
-    text = "déf <s>(x):\r\n\treturn  'a' , b .\x00\x7f 🙂</s>"
-    made = data.byte_tokenizer()
-    made.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.json").exists()
-    for tokenizer in made, AutoTokenizer.from_pretrained(tmp_path):
-        ids = tokenizer(text)["input_ids"]
-        assert bytes(ids) == text.encode()
-        assert tokenizer.decode(ids) == text
-        special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        assert special == (256, 257, 258) and len(tokenizer) == 259
-
-
-def test_tokenize_puts_bos_in_front_of_each_document(monkeypatch):
-    monkeypatch.setattr(data.rows, "TOKENIZER_BATCH", 2)
-    documents = data.tokenize(["ab", "c", "é"], data.byte_tokenizer())
-    assert [d.tolist() for d in documents] == [[256, 97, 98], [256, 99], [256, 195, 169]]
-    assert all(d.dtype == np.int32 for d in documents)
-
-
-def test_tokenize_without_bos():
-    tokenizer = data.byte_tokenizer()
-    tokenizer.bos_token = None
-    assert data.tokenize(["ab"], tokenizer)[0].tolist() == [97, 98]
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -150,6 +152,24 @@ def test_padding_lays_one_document_a_row():
     rows = data.pad_rows([np.array([5, 6], np.int32), np.array([7, 8, 9, 10], np.int32)], 3)
     assert rows.tokens_RL.tolist() == [[5, 6, 0], [7, 8, 9]]
     assert rows.segments_RL.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_digest_tells_rows_apart():
+    tokens_RL, segments_RL = np.arange(12, dtype=np.int32).reshape(3, 4), np.ones((3, 4), np.int32)
+    digest = data.digest(data.Rows(tokens_RL, segments_RL))
+    bytes_of = b"(3, 4)" + struct.pack("<24i", *range(12), *[1] * 12)
+    assert digest == hashlib.sha256(bytes_of).hexdigest()
+    other_RL = tokens_RL.copy()
+    other_RL[2, 3] += 1
+    others = [
+        data.Rows(other_RL, segments_RL),
+        data.Rows(tokens_RL, segments_RL * 2),
+        data.Rows(tokens_RL.reshape(4, 3), segments_RL.reshape(4, 3)),
+        data.Rows(tokens_RL[:2], segments_RL[:2]),
+    ]
+    assert len({digest, *map(data.digest, others)}) == 5
+    views = data.Rows(np.asfortranarray(tokens_RL), segments_RL[::-1][::-1])
+    assert data.digest(views) == digest
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -256,7 +276,7 @@ def test_build_holds_out_whole_documents_where_no_validation_is_named(tmp_path):
 
 def test_build_from_the_standard_library(monkeypatch):
     texts = {part: data.read_texts("python-stdlib", split=part)[:30] for part in data.texts.SPLITS}
-    monkeypatch.setattr(data.rows, "read_texts", lambda *args, split, **kwargs: texts[split])
+    monkeypatch.setattr(data.rows, "read_texts", lambda *args: texts[args[4]])
     config = DataConfig(train="python-stdlib", validation="python-stdlib", max_validation_rows=8)
     rows, kept = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
     assert len(rows) > 100 and len(kept) == 8
@@ -273,3 +293,106 @@ def test_build_from_real_stories(shared):
     text = tokenizer.decode(rows.tokens_RL[0][rows.segments_RL[0] == 1], skip_special_tokens=True)
     assert any(text.strip() in story for story in data.read_texts(source, newline=" "))
     assert len(kept) == 4
+
+
+# ------------------------------------------------------------------------------- the end of a text
+
+
+def segments_of(rows: data.Rows) -> list[list[int]]:
+    """The token ids of each segment of each row, in order."""
+    return [
+        tokens[segments == segment].tolist()
+        for tokens, segments in zip(rows.tokens_RL, rows.segments_RL, strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+
+
+def build_lines(tmp_path, texts, end, **config):
+    path = write_rows(tmp_path / "lines.jsonl", [{"text": text} for text in texts])
+    config = {"train": path, "length": 8, "batch_size": 1} | config
+    return data.build(DataConfig(**config), data.byte_tokenizer(), MODEL, 0, end)
+
+
+def test_the_end_stands_after_the_last_piece(tmp_path):
+    # With <s>: 4 tokens, 12 of which 8 fill a row, 8 that fill one, and 15: the end fills the last.
+    texts = ["abc", "d" * 11, "e" * 7, "f" * 14]
+    other = write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in texts])
+    rows, kept = build_lines(tmp_path, texts, 257, validation=other)
+    assert sorted(segments_of(rows)) == sorted(
+        [
+            [256, *b"abc", 257],
+            [256, *b"d" * 7],
+            [*b"d" * 4, 257],
+            [256, *b"e" * 7],
+            [256, *b"f" * 7],
+            [*b"f" * 7, 257],
+        ]
+    )
+    assert 257 not in kept.tokens_RL  # perplexity is that of the text
+    none, _ = build_lines(tmp_path, texts, None, validation=other)
+    assert 257 not in none.tokens_RL and (none.segments_RL > 0).sum() == 4 + 12 + 8 + 15
+
+
+def test_a_padded_row_that_cuts_its_document_has_no_end(tmp_path):
+    texts = ["abc", "d" * 11, "e" * 7, "f" * 6]
+    other = write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in texts])
+    rows, kept = build_lines(tmp_path, texts, 257, validation=other, pack=False)
+    assert segments_of(rows) == [
+        [256, *b"abc", 257],
+        [256, *b"d" * 7],
+        [256, *b"e" * 7],
+        [256, *b"f" * 6, 257],
+    ]
+    assert 257 not in kept.tokens_RL
+
+
+def test_documents_held_out_have_no_end(tmp_path):
+    texts = [f"{i:02d}" for i in range(30)]
+    rows, kept = build_lines(tmp_path, texts, 257, max_validation_rows=2, pack=False)
+    assert all(ids[-1] == 257 for ids in segments_of(rows))
+    assert 257 not in kept.tokens_RL
+    texts_of = [{bytes(ids[1:3]) for ids in segments_of(part)} for part in (rows, kept)]
+    assert len(texts_of[0]) == 27 and len(texts_of[1]) == 2 and not texts_of[0] & texts_of[1]
+
+
+# ------------------------------------------------------------------------------- one running text
+
+
+@pytest.mark.parametrize("kind", ["txt", "joined"])
+def test_one_text_is_held_out_by_blocks_of_a_row(tmp_path, kind):
+    text = "".join(f"{i:04d}" for i in range(210))  # with <s> 841 tokens: 105 rows and a token
+    if kind == "txt":
+        (tmp_path / "a.txt").write_text(text)
+        config = {"train": str(tmp_path / "a.txt")}
+    else:
+        config = {"join": ""}
+    lines = [text[i : i + 21] for i in range(0, len(text), 21)]
+    rows, kept = build_lines(tmp_path, lines, 257, **config)
+    blocks = [[256, *text.encode(), 257][i : i + 8] for i in range(0, 842, 8)]
+    assert len(kept) == 10 and (kept.segments_RL == 1).all()
+    held = kept.tokens_RL.tolist()
+    assert [block for block in blocks if block in held] == held  # in the text's order
+    assert rows.tokens_RL[:-1].tolist() == [block for block in blocks[:-1] if block not in held]
+    assert segments_of(rows)[-1] == blocks[-1] == [*b"9", 257]
+    assert build_lines(tmp_path, lines, 257, **config)[1].tokens_RL.tolist() == held
+
+
+def test_joined_validation_is_one_text_too(tmp_path):
+    other = write_rows(tmp_path / "validation.jsonl", [{"text": "ab\n"}, {"text": "cdefghijk\n"}])
+    rows, kept = build_lines(tmp_path, ["xyz\n", "uvw\n"], 257, validation=other, join="")
+    assert segments_of(kept) == [[256, *b"ab\ncdef"], [*b"ghijk\n"]]
+    assert segments_of(rows) == [[256, *b"xyz\nuvw"], [*b"\n", 257]]
+
+
+# ------------------------------------------------------------------------------------- vocabulary
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare(tmp_path, caplog):
+    """As Llama 2 had, whose tokenizers came with a <pad> that the model does not know."""
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "abc"}] * 20)
+    config = DataConfig(train=path, length=8, batch_size=1)
+    model = ModelConfig(vocab_size=258)
+    with caplog.at_level(logging.INFO):
+        rows, _ = data.build(config, data.byte_tokenizer(), model, 0, 257)
+    assert rows.tokens_RL.max() == 257
+    assert caplog.text.count("the tokenizer has 259 tokens, the model's vocabulary 258") == 1

@@ -136,7 +136,7 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 def _parse(hint: Any, text: str) -> Any:
     """The Python value that `text` on a command line means for a key of type `hint`."""
-    if hint is str:
+    if hint is str or text in typing.get_args(hint):  # "none" may be a word of a Literal
         return text
     try:
         value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)

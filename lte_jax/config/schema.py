@@ -207,14 +207,25 @@ class DataConfig(Checked):
     """Text in, batches of token ids out."""
 
     train: str = ""  # JSON-lines file, hub id ("name" or "name:config"), or "python-stdlib"
-    validation: str = ""
+    validation: str = ""  # likewise; "": a part of the training text is held out
     column: str = "text"
+    join: str | None = None  # None: a record is a document; "" or " " ...: records make one text
+    # Appended to each training document: what the pretrained model expects there of its tokenizer's
+    # eos and bos, measured ("auto"; from scratch: eos), one of them, or nothing.
+    end_token: Literal["auto", "eos", "bos", "none"] = "auto"
     length: Length = 256  # L
     batch_size: Count = 16  # sequences a step, over all hosts and microbatches
     pack: bool = True  # fill rows with several documents (attention stays within each), or pad
     newline: str = "\n"  # what replaces newlines: some character models never saw one
     max_documents: Count | None = None  # of each source; None: all of them
     max_validation_rows: Count = 64  # rows of `length`
+
+    def _check_together(self):
+        if self.join is not None and not self.pack:
+            raise UserError(
+                f"pack=False: expected True where join={self.join!r} makes one text of all "
+                "records, of which padding would keep one row"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,75 +8,20 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lte_jax import interrupt
 from lte_jax.config import DataConfig, ModelConfig
-from lte_jax.data.texts import STDLIB, read_texts
+from lte_jax.data.texts import STDLIB, local_path, read_texts
+from lte_jax.data.tokens import tokenize
 from lte_jax.errors import UserError
 
-TOKENIZER_BATCH = 256  # documents a call
-
-# ------------------------------------------------------------------------------------ tokenising
-
-
-def byte_tokenizer() -> Any:
-    """A Hugging Face fast tokenizer of 259 tokens: id = byte, then <s>, </s> and <pad>.
-
-    It needs no training and no download, survives `save_pretrained` and `AutoTokenizer`, and
-    decodes whatever it encoded. "<s>" within a text is three characters, never the token.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte: itself, or from U+0100 on where it has none."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
-
-
-def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Each text as an int32 array of token ids, the tokenizer's bos in front where it has one.
-
-    A progress bar appears on a terminal once it takes more than two seconds.
-    """
-    from tqdm import tqdm
-
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    documents = []
-    with tqdm(total=len(texts), desc="tokenising", unit=" texts", delay=2, disable=None) as bar:
-        for start in range(0, len(texts), TOKENIZER_BATCH):
-            interrupt.check("while tokenising")
-            batch = list(texts[start : start + TOKENIZER_BATCH])
-            # verbose=False: documents longer than the model's context are cut later.
-            encoded = tokenizer(
-                batch, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            documents += [np.array(bos + ids, np.int32) for ids in encoded["input_ids"]]
-            bar.update(len(batch))
-    return documents
-
-
-# ------------------------------------------------------------------------------------------ rows
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +36,6 @@ class Rows:
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
         return {"tokens": self.tokens_RL[index], "segments": self.segments_RL[index]}
-
-
-def digest(rows: Rows) -> str:
-    """SHA-256 of the rows, in hexadecimal: equal for equal tokens and segments alone."""
-    found = hashlib.sha256()
-    for x_RL in (rows.tokens_RL, rows.segments_RL):
-        found.update(np.ascontiguousarray(x_RL, "<i4").data)
-    return found.hexdigest()
 
 
 def pack_rows(documents: Iterable[np.ndarray], length: int) -> Rows:
@@ -140,6 +77,14 @@ def _fill_rows(pieces_by_row: Sequence[Sequence[np.ndarray]], length: int) -> Ro
             segments_RL[row, start:end] = segment
             start = end
     return Rows(tokens_RL, segments_RL)
+
+
+def digest(rows: Rows) -> str:
+    """SHA-256 over the rows' shape, tokens and segments: the same where training is the same."""
+    sha = hashlib.sha256(repr(rows.tokens_RL.shape).encode())
+    for array_RL in rows.tokens_RL, rows.segments_RL:
+        sha.update(np.ascontiguousarray(array_RL, "<i4"))
+    return sha.hexdigest()
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -198,29 +143,39 @@ def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
 
 
 def build(
-    data: DataConfig, tokenizer: Any, model_config: ModelConfig, seed: int
+    data: DataConfig,
+    tokenizer: Any,
+    model_config: ModelConfig,
+    seed: int,
+    end: int | None = None,
 ) -> tuple[Rows, Rows]:
     """Training and validation rows as `data` describes them.
 
-    A validation source of "" holds out a seeded choice of the training documents: enough for
-    `max_validation_rows`, at most a tenth. Of more validation rows than that, a seeded choice
-    is kept.
+    A validation source of "" holds out a seeded choice of the training documents, or of rows'
+    lengths of a single one: enough for `max_validation_rows`, at most a tenth. Of more validation
+    rows than that, a seeded choice is kept.
+
+    Args:
+      data: sources, and how they are laid into rows.
+      tokenizer: of the model.
+      model_config: of the model, for its vocabulary and length.
+      seed: of what is held out and kept.
+      end: the id to append to each training document, see `end_token`. Validation rows are the
+        text alone, so that their perplexity is the text's, comparable with others' figures.
 
     Raises:
       UserError: where data, tokenizer and model do not fit each other.
     """
     _check(data, tokenizer, model_config)
-
-    def documents(source: str, split: str) -> list[np.ndarray]:
-        texts = read_texts(source, data.column, data.newline, data.max_documents, split=split)
-        return tokenize(texts, tokenizer)
-
-    train = documents(data.train, "train")
+    documents = _documents(data, data.train, "train", tokenizer, model_config)
+    train = documents if end is None else [_with_end(d, end, data.length) for d in documents]
     rng = np.random.default_rng(seed)
     if data.validation:
-        validation = documents(data.validation, "validation")
+        validation = _documents(data, data.validation, "validation", tokenizer, model_config)
+    elif len(documents) > 1:
+        train, validation = _hold_out(documents, train, data, rng)
     else:
-        train, validation = _hold_out(train, data.max_validation_rows * data.length, rng)
+        train, validation = _hold_out_blocks(documents[0], train[0], data, rng)
     lay = pack_rows if data.pack else pad_rows
     train_rows, validation_rows = lay(train, data.length), lay(validation, data.length)
     if len(train_rows) < data.batch_size:
@@ -244,31 +199,72 @@ def _check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
             f"the model was trained for: set data.length to {model_config.max_length} or less"
         )
     if len(tokenizer) > model_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary "
-            f"{model_config.vocab_size}: use the tokenizer the model was trained with "
-            "(source.tokenizer), or widen source.scratch.vocab_size"
+        log.info(
+            "the tokenizer has %d tokens, the model's vocabulary %d: texts must not use the others",
+            len(tokenizer),
+            model_config.vocab_size,
         )
-    one_part = data.train.startswith(f"{STDLIB}:") or Path(data.train).exists()
-    if data.train == data.validation and one_part:
+    train, validation = map(local_path, (data.train, data.validation))
+    one_part = data.train.startswith(f"{STDLIB}:") or os.path.exists(train)
+    if one_part and (train == validation or _same_file(train, validation)):
         raise UserError(
             f"data.validation={data.validation!r} is the training text: name another, or '' to "
             "hold out a part of it"
         )
 
 
+def _same_file(one: Path, other: Path) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _documents(
+    data: DataConfig, source: str, split: str, tokenizer: Any, model_config: ModelConfig
+) -> list[np.ndarray]:
+    """The token ids of each document of a source, all within the model's vocabulary."""
+    texts = read_texts(source, data.column, data.newline, data.max_documents, split, data.join)
+    documents = tokenize(texts, tokenizer)
+    for number, ids in enumerate(documents, 1):
+        if ids.size and ids.max() >= model_config.vocab_size:
+            raise UserError(
+                f"{source}: text {number} has token id {ids.max()}, outside the model's vocabulary "
+                f"of {model_config.vocab_size} (the tokenizer has {len(tokenizer)} tokens): use "
+                "the tokenizer the model was trained with (source.tokenizer), or widen "
+                "source.scratch.vocab_size"
+            )
+    return documents
+
+
+def _with_end(ids: np.ndarray, end: int, length: int) -> np.ndarray:
+    """The document and its end, left out where it would begin a row: nothing predicts it there."""
+    return np.append(ids, np.int32(end)) if len(ids) % length else ids
+
+
 def _hold_out(
-    documents: list[np.ndarray], tokens: int, rng: np.random.Generator
+    documents: list[np.ndarray], train: list[np.ndarray], data: DataConfig, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits documents: (the rest in order, a random choice with about `tokens` tokens)."""
-    if len(documents) < 2:
-        raise UserError(
-            "data.validation is '' and data.train is one document, too few to hold any out: "
-            "name a validation source"
-        )
+    """Splits documents: (the rest of `train` in order, a random choice of `documents`)."""
     order = rng.permutation(len(documents))
     sizes = np.cumsum([len(documents[i]) for i in order])
-    count = max(1, min(int(np.searchsorted(sizes, tokens)) + 1, len(documents) // 10))
-    held = set(order[:count].tolist())
-    rest = [d for i, d in enumerate(documents) if i not in held]
+    enough = int(np.searchsorted(sizes, data.max_validation_rows * data.length)) + 1
+    held = set(order[: max(1, min(enough, len(documents) // 10))].tolist())
+    rest = [ids for i, ids in enumerate(train) if i not in held]
     return rest, [documents[i] for i in sorted(held)]
+
+
+def _hold_out_blocks(
+    document: np.ndarray, train: np.ndarray, data: DataConfig, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Splits one document: (what is left between, a random choice of blocks of a row's length).
+
+    The last block stays in training, with the end of the text.
+    """
+    length, count = data.length, (len(document) - 1) // data.length
+    if count < 2:
+        raise UserError(
+            f"data.validation is '' and {data.train} is one document of {len(document)} tokens, "
+            f"too short to hold any rows of {length} out: name a validation source"
+        )
+    chosen = np.sort(rng.permutation(count)[: max(1, min(data.max_validation_rows, count // 10))])
+    starts, ends = [0, *((chosen + 1) * length)], [*(chosen * length), len(train)]
+    rest = [train[a:b] for a, b in zip(starts, ends, strict=True) if a < b]
+    return rest, [document[a : a + length] for a in chosen * length]

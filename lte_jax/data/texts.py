@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,7 @@ def read_texts(
     newline: str = "\n",
     limit: int | None = None,
     split: str | None = None,
+    join: str | None = None,
 ) -> list[str]:
     r"""The documents of `source`, empty ones left out.
 
@@ -38,9 +41,11 @@ def read_texts(
         (":train" and ":validation" are its two parts, chosen by a hash of each file's name).
       column: the key of the text in each row.
       newline: what replaces every "\n".
-      limit: only the first so many documents.
+      limit: only the first so many records.
       split: the part to read where `source` has parts and names none. None: a hub dataset's
         "train", all of the standard library.
+      join: None: each record is a document. A text: all records, empty ones too, make one running
+        text with this between them, such as "" for sets of lines that carry their own newline.
 
     Raises:
       UserError: when there is nothing there, or a row is not as described; names file and line.
@@ -49,28 +54,38 @@ def read_texts(
         raise UserError(
             f"data source is '': expected a JSON-lines file, a hub dataset or {STDLIB!r}"
         )
+    if limit is not None and limit < 1:
+        raise UserError(
+            f"limit={limit} documents of {source}: expected at least 1, or None for all"
+        )
     texts = []
-    for text in _documents(source, column, split):
+    for text in _records(source, column, split):
         if len(texts) == limit:
             break
-        if text:
+        if text or join is not None:
             texts.append(text if newline == "\n" else text.replace("\n", newline))
-    if not texts:
+    if not any(texts):
         raise UserError(f"{source}: no rows with text in column {column!r}: expected at least one")
-    return texts
+    return texts if join is None else [join.join(texts)]
 
 
-def _documents(source: str, column: str, split: str | None) -> Iterator[str]:
+def local_path(source: str) -> Path:
+    """`source` as a path, `~` replaced by the home folder."""
+    return Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves an unknown ~user
+
+
+def _records(source: str, column: str, split: str | None) -> Iterator[str]:
     name, _, part = source.partition(":")
-    path = Path(source).expanduser()
+    path = local_path(source)
     if name == STDLIB:
-        return _stdlib_documents(part or split)
-    if path.exists() or source.startswith((".", "/", "~")) or path.suffix in (*FILE_KINDS, ".gz"):
-        return _file_documents(path, column)
-    return _hub_documents(source, column, split)
+        return _stdlib_records(part or split)
+    is_local = os.path.lexists(path) or source.startswith((".", "/", "~"))
+    if is_local or path.suffix in (*FILE_KINDS, ".gz"):
+        return _file_records(path, column)
+    return _hub_records(source, column, split)
 
 
-def _stdlib_documents(part: str | None) -> Iterator[str]:
+def _stdlib_records(part: str | None) -> Iterator[str]:
     if part not in (None, *SPLITS):
         raise UserError(f"{STDLIB}:{part}: {nearest(part, SPLITS)}")
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -87,15 +102,21 @@ def _stdlib_documents(part: str | None) -> Iterator[str]:
             yield (root / name).read_text(encoding="utf-8", errors="replace")
 
 
-def _file_documents(path: Path, column: str) -> Iterator[str]:
+def _file_records(path: Path, column: str) -> Iterator[str]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+            raise UserError(f"{path}: is {what}: expected a file ({', '.join(FILE_KINDS)})")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             if not file.read(1):
                 raise UserError(f"{path}: the file is empty: expected rows of text")
             file.seek(0)
+            if file.read(3) != codecs.BOM_UTF8:
+                file.seek(0)
             if kind == ".txt":
-                yield file.read().decode()
+                yield file.read().decode().replace("\r\n", "\n")
             elif kind in FILE_KINDS:
                 for where, row in _json_rows(path, kind, file):
                     yield _text_of(row, column, where)
@@ -112,12 +133,13 @@ def _file_documents(path: Path, column: str) -> Iterator[str]:
 
 def _json_rows(path: Path, kind: str, file: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with the place to name in an error."""
+    start = file.tell()
     if kind == ".json" and file.read(1) == b"[":
-        file.seek(0)
+        file.seek(start)
         rows = _parse(file.read(), str(path))
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
         return
-    file.seek(0)
+    file.seek(start)
     for number, line in enumerate(file, 1):
         if not line.isspace():
             yield f"{path}:{number}", _parse(line, f"{path}:{number}")
@@ -126,8 +148,10 @@ def _json_rows(path: Path, kind: str, file: io.BufferedIOBase) -> Iterator[tuple
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # of JSON and of UTF-8 alike
-        raise UserError(f"{where}: not valid JSON ({error}): mend or remove it") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply: mend or remove it") from None
+    except ValueError as error:  # of JSON, of UTF-8, and of numbers with thousands of digits
+        raise UserError(f"{where}: cannot be read as JSON ({error}): mend or remove it") from None
 
 
 def _text_of(row: Any, column: str, where: str) -> str:
@@ -135,9 +159,9 @@ def _text_of(row: Any, column: str, where: str) -> str:
         kind = type(row).__name__
         raise UserError(f'{where}: a JSON {kind}: expected an object such as {{"{column}": "..."}}')
     if column not in row:
-        columns = ", ".join(row) or "none"
         raise UserError(
-            f"{where}: no column {column!r} (columns: {columns}): {nearest(column, row)}"
+            f"{where}: no column {column!r} (columns: {', '.join(row) or 'none'}): "
+            f"{nearest(column, row)}"
         )
     if not isinstance(row[column], str):
         kind, textual = type(row[column]).__name__, [c for c in row if isinstance(row[c], str)]
@@ -148,7 +172,7 @@ def _text_of(row: Any, column: str, where: str) -> str:
     return row[column]
 
 
-def _hub_documents(source: str, column: str, split: str | None) -> Iterator[str]:
+def _hub_records(source: str, column: str, split: str | None) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
@@ -156,7 +180,9 @@ def _hub_documents(source: str, column: str, split: str | None) -> Iterator[str]
             f"{source}: no such file, and reading a hub dataset of that name needs the package "
             "datasets: pip install 'lte-jax[eval]'"
         ) from None
-    name, config, part = (source.split(":") + ["", ""])[:3]
+    name, config, part, *more = source.split(":") + ["", ""]
+    if any(more):
+        raise UserError(f"{source}: expected name, name:config or name:config:split")
     try:
         rows = datasets.load_dataset(name, config or None, split=part or split or "train")
     except (OSError, ValueError, RuntimeError) as error:  # absent, offline, no such split

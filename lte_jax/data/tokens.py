@@ -1,0 +1,228 @@
+"""Texts to token ids, as the tokenizer itself would have them, in bounded memory.
+
+A tokenizer holds some 180 bytes for each token at work. So short texts go to it in batches of
+bounded size, and a long one in windows that overlap; windows are joined where both have the same
+tokens, which makes the ids those of the whole text.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import logging
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lte_jax import interrupt
+
+BATCH_TEXTS = 256  # of a call to the tokenizer, at most
+BATCH_CHARACTERS = 2**17  # likewise; a longer text is tokenised in windows
+WINDOW = 2**14  # characters
+OVERLAP = 2**10  # characters that a window shares with the one before
+AGREE = 8  # tokens on each side of a place where windows are joined that both must have
+
+log = logging.getLogger(__name__)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def byte_tokenizer() -> Any:
+    """A Hugging Face fast tokenizer of 259 tokens: id = byte, then <s>, </s> and <pad>.
+
+    It needs no training and no download, survives `save_pretrained` and `AutoTokenizer`, puts <s>
+    in front, and decodes whatever it encoded. "<s>" within a text is three characters, never the
+    token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 256)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable character for each byte: itself, or from U+0100 on where it has none."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+    """Each text as an int32 array of token ids.
+
+    In front stands what the tokenizer itself puts there, such as <s>, unless the text begins with
+    it; nothing at the end. Lone surrogates, which are no characters, become U+FFFD and are counted
+    in one log line. A progress bar appears on a terminal once it takes more than two seconds.
+    """
+    from tqdm import tqdm
+
+    prefix = _prefix(tokenizer)
+    documents, replaced = [], 0
+    total = sum(map(len, texts))
+    with tqdm(
+        total=total, desc="tokenising", unit=" characters", unit_scale=True, delay=2, disable=None
+    ) as bar:
+
+        def progress(characters: int) -> None:
+            interrupt.check("while tokenising")
+            bar.update(characters)
+
+        for raw in _batches(texts):
+            batch = []
+            for text in raw:
+                text, count = (text, 0) if text.isascii() else _SURROGATE.subn("\ufffd", text)
+                batch.append(text)
+                replaced += count
+            encoded = _encode(batch, tokenizer, progress)
+            documents += [_with_prefix(ids, prefix) for ids in encoded]
+    if replaced:
+        log.warning("%d lone surrogates in the text were replaced by U+FFFD", replaced)
+    return documents
+
+
+def _prefix(tokenizer: Any) -> np.ndarray:
+    """The ids that the tokenizer puts in front of a text."""
+    text = string.ascii_letters + string.digits  # some of them are in every vocabulary
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+    return np.array(whole[:at], np.int32)
+
+
+def _with_prefix(ids: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+    return ids if np.array_equal(ids[: len(prefix)], prefix) else np.append(prefix, ids)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in order, together no more than the tokenizer should hold; a long one is alone."""
+    batch, size = [], 0
+    for text in texts:
+        if batch and (len(batch) == BATCH_TEXTS or size + len(text) > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[str], tokenizer: Any, progress: Callable[[int], Any]) -> list[np.ndarray]:
+    """The ids of each text; `progress` hears of characters that are done."""
+    if len(batch[0]) > BATCH_CHARACTERS:
+        if getattr(tokenizer, "is_fast", False):
+            return [_encode_long(batch[0], tokenizer, progress)]
+        log.warning(
+            "a text of %d characters is tokenised at once, in much memory: only fast tokenizers "
+            "(tokenizer.json) tell where their tokens stand",
+            len(batch[0]),
+        )
+    # verbose=False: documents longer than the model's context are cut later.
+    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    progress(sum(map(len, batch)))
+    return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+
+
+# ------------------------------------------------------------------------------------ long texts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Tokens of text[start:end]; columns of `tokens` [T, 3]: id, first character, character after.
+
+    Those before `first` belong to the window before.
+    """
+
+    start: int
+    end: int
+    tokens: np.ndarray
+    first: int = 0
+
+    def ids(self, end: int | None = None) -> bytes:
+        """Its own token ids before the `end`-th, as bytes."""
+        return self.tokens[self.first : end, 0].tobytes()
+
+
+def _encode_long(text: str, tokenizer: Any, progress: Callable[[int], Any]) -> np.ndarray:
+    """The ids of one text, window by window.
+
+    Where two windows share no tokens, as within a letter repeated for pages, the first is widened
+    until they do, or until it is the whole.
+    """
+    ids = array.array("i")  # grows in place
+    step, at_once = WINDOW - OVERLAP, BATCH_CHARACTERS // WINDOW
+    starts = range(0, len(text) - OVERLAP, step)
+    kept = None
+    for at in range(0, len(starts), at_once):
+        spans = [(start, start + WINDOW) for start in starts[at : at + at_once]]
+        for window in _windows(text, spans, tokenizer):
+            kept = kept or window
+            while kept.end < window.end:
+                if cut := _cut(kept, window):
+                    ids.frombytes(kept.ids(cut[0]))
+                    kept = dataclasses.replace(window, first=cut[1])
+                else:
+                    kept = _widened(kept, text, tokenizer)
+            progress(min(step, len(text) - window.start))
+    ids.frombytes(kept.ids())
+    return np.frombuffer(ids, np.int32)
+
+
+def _windows(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Iterator[_Window]:
+    encoded = tokenizer(
+        [text[start:end] for start, end in spans],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    for (start, end), ids, offsets in zip(
+        spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        tokens = np.empty((len(ids), 3), np.int32)
+        tokens[:, 0] = ids
+        tokens[:, 1:] = np.array(offsets, np.int32).reshape(-1, 2) + start
+        yield _Window(start, min(end, len(text)), tokens)
+
+
+def _widened(window: _Window, text: str, tokenizer: Any) -> _Window:
+    """The window with as much text again behind it."""
+    span = window.start, 2 * window.end - window.start
+    [wider] = _windows(text, [span], tokenizer)
+    return dataclasses.replace(wider, first=window.first)
+
+
+def _cut(left: _Window, right: _Window) -> tuple[int, int] | None:
+    """Where to go over from one window to the next: an index into the tokens of each.
+
+    It is the place nearest to the middle of their overlap where AGREE tokens on each side are the
+    same in both. Then every pair of neighbouring tokens is one that the tokenizer made itself.
+    """
+    around = np.arange(-AGREE, AGREE)
+    i = np.arange(left.first + AGREE, len(left.tokens) - AGREE + 1)
+    i = i[left.tokens[i - AGREE, 1] >= right.start]
+    # Several tokens may stand for one character: a text is cut between characters.
+    i = i[left.tokens[i - 1, 2] <= left.tokens[i, 1]]
+    j = np.searchsorted(right.tokens[:, 1], left.tokens[i, 1])
+    inside = (j >= AGREE) & (j <= len(right.tokens) - AGREE)
+    i, j = i[inside], j[inside]
+    same = left.tokens[i[:, None] + around] == right.tokens[j[:, None] + around]
+    i, j = i[same.all((1, 2))], j[same.all((1, 2))]
+    if not len(i):
+        return None
+    nearest = np.argmin(np.abs(2 * left.tokens[i, 1] - right.start - left.end))
+    return int(i[nearest]), int(j[nearest])
