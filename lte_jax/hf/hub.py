@@ -28,8 +28,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
       UserError: where it is neither a folder nor a hub model within reach.
     """
-    if not isinstance(path_or_hub_id, str | os.PathLike):
-        raise UserError(f"{path_or_hub_id!r} is no model: expected a folder or a hub id")
+    if not isinstance(path_or_hub_id, str | os.PathLike) or not str(path_or_hub_id):
+        raise UserError(f"{path_or_hub_id!r} names no model: expected a folder or a hub id")
     folder = expand(path_or_hub_id)
     if os.path.isdir(folder):
         return folder

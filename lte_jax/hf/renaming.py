@@ -48,7 +48,7 @@ def to_expected(stored: Collection[str], expected: Collection[str]) -> tuple[dic
                 names[old] = EMBEDDING
                 done.append(f"{old} is read as {EMBEDDING}, to which it is tied")
     unused = [old for old, name in names.items() if _UNUSED.search(name)]
-    if unused:
+    if unused and set(expected) == set(names.values()) - {names[old] for old in unused}:
         names = {old: name for old, name in names.items() if old not in unused}
         done.append(f"{', '.join(unused[:2])} is left out" + " and so on" * (len(unused) > 2))
     if len(set(names.values())) < len(names):
