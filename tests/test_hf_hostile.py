@@ -219,7 +219,7 @@ MEANINGFUL = {
     "rope_theta": {"rope_theta": 0},
     "rope_theta inf": {"rope_theta": float("inf")},
     "rope_scaling.factor": {"rope_scaling": {"type": "linear", "factor": -2.0}},
-    "rope_scaling.low_freq_factor": {
+    "low_freq_factor": {
         "rope_scaling": {
             "rope_type": "llama3",
             "factor": 8.0,

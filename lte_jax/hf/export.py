@@ -21,11 +21,11 @@ from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
-from lte_jax.files import read_json, replacing, write_manifest
+from lte_jax.files import expand, read_json, replacing, write_manifest
 from lte_jax.hf import names
 from lte_jax.hf.config_json import DTYPES, parse, read_config, write_config
 from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, INDEX, ONE_FILE, check_replaceable, companions
-from lte_jax.hf.hub import expand, resolve
+from lte_jax.hf.hub import resolve
 from lte_jax.hf.names import Row
 from lte_jax.hf.weights import STORED_DTYPES, check_expert_order, open_parameters
 

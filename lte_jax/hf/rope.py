@@ -37,11 +37,6 @@ def read(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
             high_freq_factor=rope.positive("high_freq_factor"),
             original_max_length=outer or inner or max_length,
         )
-        if scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise UserError(
-                f"{rope.section}low_freq_factor={scaling.low_freq_factor}: expected less than "
-                f"high_freq_factor={scaling.high_freq_factor}"
-            )
     unknown = {
         key: value
         for key, value in rope.raw.items()
