@@ -21,7 +21,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,8 +161,7 @@ class Checkpointer:
         try:
             finishing.result()
         except Exception:
-            with contextlib.suppress(Exception):  # Orbax raises it once more in each thread
-                self._manager.wait_until_finished()
+            _drained(self._manager.wait_until_finished)
             raise
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._manager.close()
+            _drained(self._manager.close)
 
     def __enter__(self) -> Checkpointer:
         """Returns itself."""
@@ -187,7 +187,8 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, cleanup_tmp_directories=False, lightweight_initialize=True
         )
-        logging.getLogger("absl").addFilter(_is_news)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
         return ocp.CheckpointManager(self.folder, options=options)
 
     def _prepare_folder(self) -> None:
@@ -325,6 +326,32 @@ def _disk_trouble(error: Exception) -> str | None:
     return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)
 
 
+def _drained(wait: Callable[[], None]) -> None:
+    """Waits for Orbax, which raises the trouble of one save once more for each of its threads."""
+    for _ in range(8):
+        try:
+            return wait()
+        except (OSError, ValueError) as error:
+            if _disk_trouble(error) is None:
+                raise
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for tracebacks that Orbax logs of errors which it raises as well."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """False for tracebacks of Orbax's errors, which it raises as well."""
+    return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Threads of libraries that die of a full disk print no traceback: the next write tells."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, Exception) and _disk_trouble(args.exc_value)):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -6,16 +6,20 @@ stage. The trainer knows one writer; `MultiWriter` makes several into one. Only 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lte_jax.errors import UserError
 from lte_jax.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 # Shown while training, in this order and under these names, where they are among the values.
 SHOWN = {
@@ -85,9 +89,10 @@ class MultiWriter:
             writer.write(stage, step, values)
 
     def close(self) -> None:
-        """See `Writer`."""
-        for writer in self._writers:
-            writer.close()
+        """See `Writer`; closes all, though one may fail."""
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
 
 
 class TerminalWriter:
@@ -171,6 +176,7 @@ class JsonlWriter:
 
     Appends to what is there. A stage that starts or resumes first drops the lines from after its
     step on, later stages with them, so that a run that was killed and resumed has each step once.
+    Lines that are no longer what was written are kept aside, in <name>.damaged.
 
     Raises:
       UserError: when the file cannot be written.
@@ -181,39 +187,57 @@ class JsonlWriter:
 
     def start(self, stage: str, step: int, steps: int) -> None:
         """See `Writer`."""
-        atomic_write(self._path, "".join(_lines_before(self._path, stage, step)))
+        kept, damaged = _lines_before(self._path, stage, step)
+        if damaged:
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            atomic_write(aside, self._path.read_bytes())
+            log.warning(
+                "%s: line %d is not as it was written: all is kept in %s, here what can be read",
+                *(self._path, damaged, aside),
+            )
+        atomic_write(self._path, "".join(kept))
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
         numbers = {name: float(value) for name, value in values.items()}
         finite = {k: value if math.isfinite(value) else None for k, value in numbers.items()}
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): free some space or name "
-                "another place"
-            ) from error
+        with _explained(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
 
     def close(self) -> None:
         """See `Writer`."""
 
 
-def _lines_before(path: Path, stage: str, step: int) -> list[str]:
-    """The lines written before any of `stage` after `step`; a line cut off by a kill ends them."""
+def _lines_before(path: Path, stage: str, step: int) -> tuple[list[str], int]:
+    """The lines written before any of `stage` after `step`, and the first damaged line, or 0.
+
+    A last line without an end was cut off by a kill, which is no damage.
+    """
     if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        return [], 0
+    kept, damaged = [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             if record["stage"] == stage and record["step"] > step:
                 break
-        except (ValueError, KeyError, TypeError):
-            break
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines) or line.endswith("\n"):
+                damaged = damaged or number
+            continue
         kept.append(line if line.endswith("\n") else f"{line}\n")
-    return kept
+    return kept, damaged
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space or name another place"
+        ) from error
 
 
 class TensorBoardWriter:
@@ -237,16 +261,19 @@ class TensorBoardWriter:
     def start(self, stage: str, step: int, steps: int) -> None:
         """See `Writer`."""
         self.close()
-        # TensorBoard hides what an earlier process wrote from the purge step on.
-        self._events = self._make(str(self._folder / stage), purge_step=step + 1)
+        with _explained(self._folder):
+            # TensorBoard hides what an earlier process wrote from the purge step on.
+            self._events = self._make(str(self._folder / stage), purge_step=step + 1)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
-        for name, value in values.items():
-            self._events.add_scalar(name, float(value), step)
+        with _explained(self._folder):
+            for name, value in values.items():
+                self._events.add_scalar(name, float(value), step)
 
     def close(self) -> None:
         """See `Writer`."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        events, self._events = self._events, None
+        if events is not None:
+            with _explained(self._folder):
+                events.close()

@@ -38,6 +38,7 @@ from lte_jax import (
     trainer,
 )
 from lte_jax import workdir as work
+from lte_jax.checkpoint import quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
@@ -148,8 +149,11 @@ class _Run:
             if preflight.is_sparse(self.experiment):
                 self.experts()
                 self.sparse()
-        finally:
-            self.writer.close()
+        except BaseException:
+            with contextlib.suppress(UserError):  # a full disk, say: the first error is the one
+                self.writer.close()
+            raise
+        self.writer.close()
 
     @functools.cached_property
     def parts(self) -> preflight.Parts:
@@ -317,6 +321,7 @@ def _alone(paths: Paths) -> Iterator[None]:
     one_process = jax.process_count() == 1  # of several, JAX hears the signals for all
     with contextlib.ExitStack() as stack:
         stack.enter_context(interrupt.handled(_GO_ON, install=one_process))
+        stack.enter_context(quiet_threads())
         _on_first(lambda: stack.enter_context(work.held(paths.root)))
         yield
 

@@ -143,7 +143,7 @@ def _lock(root: Path) -> int:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 log.warning(
-                    "%s: its file system has no locks (%s): make sure that no other run works there",
+                    "%s: its file system has no locks (%s): let no other run work there",
                     *(root, error.strerror),
                 )
                 return lock

@@ -2,13 +2,24 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import stages
-from lte_jax.config import LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
+from lte_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    Experiment,
+    LTEConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    StageConfig,
+    StagesConfig,
+)
 from lte_jax.model import Transformer
 from lte_jax.sparsity import Control
 
@@ -58,3 +69,25 @@ def control(lte=LTE):
 
 
 OPTIM = OptimConfig()
+
+
+def experiment(folder, **changes):
+    """A whole run of a few seconds, on a text that is written into `folder`; steps of two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{i} abcd " * 12}) + "\n" for i in range(64)))
+    two = StageConfig(steps=2, learning_rate=1e-3)
+    made = Experiment(
+        source=SourceConfig(scratch=dataclasses.replace(CONFIG, vocab_size=259)),
+        data=DataConfig(train=str(texts), length=16, batch_size=8, max_validation_rows=8),
+        lte=LTEConfig(expert_size=8),
+        stages=StagesConfig(two, two, two),
+        checkpoint=CheckpointConfig(every=1),
+        calibration_rows=4,
+        eval_every=2,
+        log_every=1,
+        report=False,
+        sample_tokens=4,
+        sample_prompt="1 a",
+    )
+    return dataclasses.replace(made, **changes)
