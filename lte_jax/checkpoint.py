@@ -16,10 +16,8 @@ training then continues from the step before it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -171,6 +169,9 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
             _drained(self._manager.close)
+            if self._primary:  # of a save that failed: its threads may have gone on a while
+                for half in half_done(self.folder):
+                    shutil.rmtree(half, ignore_errors=True)
 
     def __enter__(self) -> Checkpointer:
         """Returns itself."""
@@ -279,7 +280,7 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = _disk_trouble(error)
+            reason = files.disk_trouble(error)
             if reason is None:
                 raise
             self._saved.discard(step)
@@ -317,22 +318,13 @@ def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str
             )
 
 
-def _disk_trouble(error: Exception) -> str | None:
-    """The system's own words if the disk, and not a program, is at fault; else None."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # TensorStore raises ValueError with the words inside.
-    codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
-    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)
-
-
 def _drained(wait: Callable[[], None]) -> None:
     """Waits for Orbax, which raises the trouble of one save once more for each of its threads."""
     for _ in range(8):
         try:
             return wait()
         except (OSError, ValueError) as error:
-            if _disk_trouble(error) is None:
+            if files.disk_trouble(error) is None:
                 raise
 
 
@@ -347,7 +339,7 @@ def quiet_threads() -> Iterator[None]:
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, Exception) and _disk_trouble(args.exc_value)):
+        if not (isinstance(args.exc_value, Exception) and files.disk_trouble(args.exc_value)):
             before(args)
 
     threading.excepthook = hook

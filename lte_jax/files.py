@@ -8,6 +8,7 @@ the JSON that follows. It is written last, so a folder that has one was finished
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -78,6 +79,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def disk_trouble(error: BaseException) -> str | None:
+    """The system's own words if the disk, and not a program, is at fault; else None."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UserError):
+        return None
+    # TensorStore (ValueError) and tokenizers (Exception) raise them with the words inside.
+    codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
+    return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place at the end; on an error, nothing.
@@ -99,9 +111,11 @@ def replacing(folder: Path) -> Iterator[Path]:
             sync(file)
         _move(new, folder)
         sync(folder.parent)
-    except OSError as e:
+    except Exception as e:
+        if (reason := disk_trouble(e)) is None:
+            raise
         raise UserError(
-            f"cannot write {folder} ({e.strerror or e}): choose a writable folder on a disk with "
+            f"cannot write {folder} ({reason}): choose a writable folder on a disk with "
             "room; nothing was changed there"
         ) from None
     finally:
