@@ -1,6 +1,7 @@
 """Measures a model on a text: perplexity, sparsity, cost and speed, beside its dense model.
 
     python evaluate.py --model=runs/demo/lte --dense=runs/demo/dense --data=FILE --out=runs/eval
+    python evaluate.py --workdir=runs/demo    # the report of a finished train.py, anew
 
 Prints a table and a sample text; writes results.json, table.md and figures into --out.
 """
@@ -8,7 +9,7 @@ Prints a table and a sample text; writes results.json, table.md and figures into
 import argparse
 
 import lte_jax
-from lte_jax import config, data, errors, files, report
+from lte_jax import config, data, errors, files, interrupt, pipeline, report
 
 
 def main() -> None:
@@ -17,14 +18,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, flag = parser.add_argument, config.flag
-    add("--model", required=True, help="HF or LTE folder, or hub id")
+    add("--workdir", help="of a finished train.py: measures it as it was set up to be, alone")
+    add("--model", help="HF or LTE folder, or hub id")
     add("--dense", help="the dense model to compare with, likewise")
-    add("--data", required=True, help="JSON-lines file, hub dataset, or python-stdlib")
+    add("--data", help="JSON-lines file, hub dataset, or python-stdlib")
     add("--column", default="text", help="of the rows of --data")
     add("--newline", default="\n", help="what replaces newlines in the text")
-    add(
-        "--length", type=flag(config.Length), default=256, help="tokens a row; longer texts are cut"
-    )
+    add("--length", type=flag(config.Length), default=256, help="tokens a row; the rest is cut")
     add("--rows", type=flag(config.Count), default=64, help="texts, from the first one on")
     add("--batch-size", type=flag(config.Count), default=8)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
@@ -32,24 +32,24 @@ def main() -> None:
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     add("--prompt", type=errors.argument, default="Once upon a time", help="of the sample text")
     add("--name", help="of the model in table and figures")
-    add("--out", required=True, help="folder")
+    add("--out", help="folder")
     add("--no-figures", action="store_true")
-    with errors.cli_errors():
+    with errors.cli_errors(), interrupt.handled("what it had measured is lost, no more"):
         flags = parser.parse_args()
+        if flags.workdir:
+            return pipeline.report_again(flags.workdir)
+        if not (flags.model and flags.data and flags.out):
+            parser.error("give --model, --data and --out, or --workdir alone")
         out = files.expand(flags.out, "--out")
         model, params = lte_jax.load(flags.model, flags.dtype)
         baseline = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         tokenizer = lte_jax.load_tokenizer(flags.model)
         texts = data.read_texts(flags.data, flags.column, flags.newline, flags.rows, "validation")
+        rows = data.pad_rows(data.tokenize(texts, tokenizer), flags.length)
         settings = ("name", "routing", "threshold", "batch_size", "prompt")
-        results = lte_jax.evaluate(
-            model,
-            params,
-            data.pad_rows(data.tokenize(texts, tokenizer), flags.length),
-            baseline=baseline,
-            tokenizer=tokenizer,
-            **{name: getattr(flags, name) for name in settings},
-        )
+        chosen = {name: getattr(flags, name) for name in settings}
+        chosen |= {"baseline": baseline, "tokenizer": tokenizer}
+        results = lte_jax.evaluate(model, params, rows, **chosen)
         results |= {"environment": report.environment(), "source": vars(flags)}
         report.write([results], out, figures=not flags.no_figures)
         print(report.table([results]) + report.samples([results]))

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import math
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -335,15 +336,20 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def quiet_threads() -> Iterator[None]:
-    """Threads of libraries that die of a full disk print no traceback: the next write tells."""
-    before = threading.excepthook
+    """What libraries' threads die of on a full disk prints no traceback: the next write tells."""
+    before, unraisable = threading.excepthook, sys.unraisablehook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not (isinstance(args.exc_value, Exception) and files.disk_trouble(args.exc_value)):
             before(args)
 
-    threading.excepthook = hook
+    def unraisable_hook(args: sys.UnraisableHookArgs) -> None:
+        # TensorStore answers to a save that was given up, whose loop is gone.
+        if "Event loop is closed" not in str(args.exc_value):
+            unraisable(args)
+
+    threading.excepthook, sys.unraisablehook = hook, unraisable_hook
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook, sys.unraisablehook = before, unraisable

@@ -135,6 +135,9 @@ class _Run:
 
     def prepare(self) -> None:
         """Checks all that can be checked, then claims the work directory."""
+        for folder in self.paths.models:
+            if self.paths.has(folder):
+                _on_first(functools.partial(_verify, folder))
         parts = self.parts
         claim = lambda: work.claim(  # noqa: E731
             self.paths, self.experiment, work.check_inputs(self.paths, parts.inputs)
@@ -289,8 +292,6 @@ class _Run:
 
     def _load(self, folder: Path, model: Transformer) -> Any:
         """Float32 masters, straight onto the mesh."""
-        if folder != self.parts.source:
-            _verify(folder)
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
         return hf.load_params(folder, model.config, model.lte, "float32", shardings)
 
@@ -313,6 +314,7 @@ class _Run:
             )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {folder}")
+        interrupt.check(f"after {folder.name}/ was written")
 
 
 @contextlib.contextmanager

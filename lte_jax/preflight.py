@@ -59,6 +59,8 @@ def prepare(
     config = hf.read_config(folder)[0] if folder else experiment.source.scratch
     if folder is None:
         write_config(config, config.dtype)  # raises where the family cannot say what it is
+    else:
+        hf.check_params(folder, config)
     _check_sizes(experiment, config, mesh)
     named = experiment.source.tokenizer or experiment.source.path
     tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
@@ -113,6 +115,7 @@ def _load(
 
 
 def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    sharding.check_batch(experiment.data.batch_size, experiment.optim.microbatches, mesh)
     sparse = experiment.lte if is_sparse(experiment) else None
     num_experts(config, sparse)
     for lte in (None, sparse):
@@ -121,6 +124,11 @@ def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding
 
 def _check_sample(experiment: Experiment, config: ModelConfig, tokenizer: Any) -> None:
     """The text of the report: at least one token has to fit after its prompt."""
+    if experiment.sample_tokens < 0 or not experiment.sample_temperature >= 0:
+        raise UserError(
+            f"sample_tokens={experiment.sample_tokens}, sample_temperature="
+            f"{experiment.sample_temperature}: expected zero or more"
+        )
     if not (experiment.report and experiment.sample_tokens):
         return
     [prompt] = data.tokenize([experiment.sample_prompt], tokenizer)

@@ -26,9 +26,10 @@ from lte_jax.hf.export import save
 from lte_jax.hf.folder import verify
 from lte_jax.hf.hub import resolve
 from lte_jax.hf.tokenizer import load_tokenizer
-from lte_jax.hf.weights import load_expert_order, load_params
+from lte_jax.hf.weights import check_params, load_expert_order, load_params
 
 __all__ = [
+    "check_params",
     "load_expert_order",
     "load_params",
     "load_tokenizer",

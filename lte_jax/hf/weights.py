@@ -74,6 +74,19 @@ def load_params(
     return traverse_util.unflatten_dict(params, sep="/")
 
 
+def check_params(folder: Path, config: ModelConfig) -> None:
+    """That a folder holds the parameters of a dense model, from names and shapes alone.
+
+    Raises:
+      UserError: as `load_params` does.
+    """
+    rows, sizes = names.table(config, None), names.sizes(config, None)
+    with contextlib.ExitStack() as stack:
+        tensors = open_parameters(Path(folder), config, None, stack)
+        _drop_tied_head(tensors, config)
+        _check_names(Path(folder), tensors, rows, sizes, config)
+
+
 def load_expert_order(folder: Path) -> np.ndarray | None:
     """The neuron of the dense model in each slot of an LTE folder, int32 [N, E, M].
 

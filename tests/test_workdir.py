@@ -1,0 +1,326 @@
+"""The work directory: one holder, one configuration, the same inputs, no leftovers of kills."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+
+import lte_jax
+from lte_jax import checkpoint, hf, pipeline, preflight, report, tasks, workdir
+from lte_jax.config import UserError
+from lte_jax.workdir import Paths
+
+RESULT = ("lte/model.safetensors", "lte/config.json", "dense/model.safetensors", "metrics.jsonl")
+
+
+def results(root):
+    return {name: (root / name).read_bytes() for name in RESULT}
+
+
+def refused(experiment, root, *words):
+    with pytest.raises(UserError) as caught:
+        lte_jax.train(experiment, root)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    return tiny.experiment(tmp_path_factory.mktemp("data"), report=True)
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """A run to its end that nothing happened to; tests work on copies of it."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    lte_jax.train(experiment, root)
+    return root
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+# -------------------------------------------------------------------------------------------- lock
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path):
+    root = tmp_path / "run"
+    with workdir.held(root):
+        (root / "half").write_text("the first one's")
+        for other in (0, 1):  # the same thread and another one
+            said = []
+
+            def second(said=said):
+                try:
+                    with workdir.held(root):
+                        pass
+                except UserError as error:
+                    said.append(str(error))
+
+            if other:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+            else:
+                second()
+            assert (
+                len(said) == 1 and f"process {os.getpid()} on " in said[0] and " since " in said[0]
+            )
+        assert (root / "half").exists()
+    with workdir.held(root):
+        pass
+
+
+def test_a_run_leaves_no_lock_when_it_is_killed(tmp_path):
+    root = tmp_path / "run"
+    code = (
+        "import sys, time, pathlib\nfrom lte_jax import workdir\n"
+        "with workdir.held(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(root)], text=True, stdout=subprocess.PIPE
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    refused_by = pytest.raises(UserError, match=rf"in use by process {process.pid} on .*wait for")
+    with refused_by, workdir.held(root):
+        pass
+    process.kill()
+    process.communicate()
+    assert str(process.pid) in (root / ".lock").read_text()
+    with workdir.held(root):
+        pass
+
+
+def test_an_unused_directory_is_removed_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), workdir.held(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with workdir.held(tmp_path / "run"):
+        pass
+    assert "has no locks (Function not implemented)" in caplog.text
+
+
+# --------------------------------------------------------------------- checks before, claim after
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl"]),
+        ({"lte": {"expert_size": 24}}, ["24", "64"]),
+        ({"source": {"scratch": {"family": "lama"}}}, ["lama", "llama"]),
+        ({"sample_prompt": "x" * 40}, ["sample_prompt", "41 tokens", "32"]),
+        ({"optim": {"microbatches": 3}}, ["microbatches=3"]),
+        ({"source": {"path": "no/such-model"}}, ["no/such-model"]),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_claimed(experiment, tmp_path, changes, words):
+    def changed(part, values):
+        new = {
+            k: changed(getattr(part, k), v) if isinstance(v, dict) else v for k, v in values.items()
+        }
+        return dataclasses.replace(part, **new)
+
+    refused(changed(experiment, changes), tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_in_which_nothing_was_made_is_claimed_anew(experiment, tmp_path):
+    paths = Paths(tmp_path)
+    workdir.claim(paths, experiment, {})
+    other = dataclasses.replace(experiment, seed=1)
+    workdir.check_same(paths, other)
+    workdir.claim(paths, other, {})
+    assert json.loads(paths.experiment.read_text())["seed"] == 1
+    (paths.checkpoints("finetune") / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"differs in config\.seed"):
+        workdir.check_same(paths, experiment)
+
+
+def test_report_and_logging_may_change_on_the_way(experiment, tmp_path):
+    paths = Paths(tmp_path)
+    workdir.claim(paths, experiment, {})
+    paths.dense.mkdir()
+    free = dataclasses.replace(
+        experiment, name="x", report=False, sample_prompt="y", log_every=7, eval_every=9
+    )
+    free = dataclasses.replace(free, checkpoint=dataclasses.replace(free.checkpoint, every=3))
+    workdir.check_same(paths, free)
+    workdir.claim(paths, free, {})
+    assert workdir.read_experiment(paths) == free
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "inputs.json"])
+def test_bad_input_damaged_records_of_a_run(experiment, copy, name):
+    shutil.rmtree(copy / "lte")
+    (copy / name).write_text('{"half": ')
+    refused(experiment, copy, f"{name} cannot be read", "backup", "remove it")
+
+
+def test_bad_input_other_data_on_the_way(experiment, copy):
+    shutil.rmtree(copy / "lte")
+    texts = Path(experiment.data.train)
+    original = texts.read_text()
+    texts.write_text(original.replace("abcd", "abce", 40))
+    try:
+        refused(experiment, copy, "other data", "rows/train", "before", "now")
+    finally:
+        texts.write_text(original)
+
+
+def test_inputs_name_every_file_that_changed(tmp_path):
+    paths = Paths(tmp_path)
+    paths.dense.mkdir()
+    old = {"rows/train": [64, "ab" * 32], "source/model.safetensors": [10, "cd" * 32]}
+    paths.inputs.write_text(json.dumps(old))
+    assert (
+        workdir.check_inputs(paths, {"rows/train": [64, "ab" * 32]}) == old
+    )  # source is done with
+    with pytest.raises(UserError) as caught:
+        workdir.check_inputs(paths, old | {"source/model.safetensors": [10, "ef" * 32]})
+    assert "source/model.safetensors: 10 (cdcdcdcd) before, 10 (efefefef) now" in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["dense", "experts", "lte"])
+def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folder):
+    if folder != "lte":
+        shutil.rmtree(copy / "lte")
+    weights = copy / folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    refused(experiment, copy, str(copy / folder), "model.safetensors", "remove it")
+    shutil.rmtree(copy / folder)
+    lte_jax.train(experiment, copy)  # the mend it names
+    assert (copy / folder / "model.safetensors").read_bytes() != content
+
+
+# --------------------------------------------------------------------------------------- leftovers
+
+
+def test_what_a_killed_run_left_is_put_right_and_said_once(experiment, copy, finished, caplog):
+    (copy / ".lte.new-abc").mkdir()
+    (copy / ".lte.new-abc" / "model.safetensors").write_bytes(bytes(2_000_000))
+    (copy / "dense").rename(copy / ".dense.old-abc")  # killed between two renames
+    (copy / ".results.json.half-written").write_text("{")
+    stage = copy / "checkpoints" / "router"
+    for name in ("deleting-1", "7.orbax-checkpoint-tmp", checkpoint.DAMAGED):
+        (stage / name).mkdir()
+    lte_jax.train(experiment, copy)
+    assert results(copy) == results(finished)
+    assert not [p.name for p in copy.glob(".*") if p.name != ".lock"]
+    assert sorted(p.name for p in stage.iterdir()) == ["1", "2"]
+    [cleared] = [r.getMessage() for r in caplog.records if "cleared" in r.getMessage()]
+    assert ".lte.new-abc" in cleared and "2.0 MB" in cleared and "damaged" in cleared
+    assert [r for r in caplog.records if "put back" in r.getMessage()]
+    caplog.clear()
+    lte_jax.train(experiment, copy)
+    assert "cleared" not in caplog.text
+
+
+# ----------------------------------------------------------------------------------------- signals
+
+
+def before(patch, owner, name, skip=0):
+    """Sends SIGTERM on the way into a function, after so many calls of it."""
+    original, left = getattr(owner, name), [skip]
+
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == -1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+
+
+def test_sigterm_in_every_phase_ends_with_143_and_in_the_same_bits(
+    experiment, finished, tmp_path, monkeypatch, capsys
+):
+    root = tmp_path / "run"
+    phases = [
+        (preflight.data, "tokenize", 0, "while tokenising", "experiment.json"),
+        # The second save is that of the last step, after its validation.
+        (checkpoint.Checkpointer, "save", 1, "of stage 'finetune'", "dense"),
+        (hf, "save", 0, "after dense/", "experts"),
+        (pipeline, "to_experts", 0, "while grouping", "experts"),
+        (hf, "save", 0, "after experts/", "checkpoints/router"),
+        (pipeline.trainer, "_validate", 0, "after step 2 of stage 'router'", "lte"),
+        (hf, "save", 0, "after lte/", "results.json"),
+        (tasks, "perplexity", 1, "while measuring", "results.json"),
+        (report, "write", 0, "at its end", None),
+    ]
+    for owner, name, skip, where, absent in phases:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            before(patch, owner, name, skip)
+            lte_jax.train(experiment, root)
+        assert stopped.value.code == 143, where
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("stopped by SIGTERM ") and where in last, last
+        assert absent is None or not (root / absent).exists()
+    lte_jax.train(experiment, root)
+    assert results(root) == results(finished)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def test_a_finished_run_reads_no_text_and_makes_what_is_absent(
+    experiment, copy, finished, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight.data, "build", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(tasks, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+        (copy / "layers.png").unlink(missing_ok=True)
+        (copy / "table.md").unlink()
+        lte_jax.train(experiment, copy)
+    names = {path.name for path in finished.iterdir()}
+    assert {path.name for path in copy.iterdir()} == names
+    assert (copy / "table.md").read_bytes() == (finished / "table.md").read_bytes()
+
+
+def test_results_come_last(experiment, copy, monkeypatch):
+    (copy / "results.json").unlink()
+
+    def full(*_):
+        raise UserError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no room"):
+        patch.setattr(report, "draw", full)
+        lte_jax.train(experiment, copy)
+    assert not (copy / "results.json").exists()
+    lte_jax.train(experiment, copy)
+    assert json.loads((copy / "results.json").read_text())["models"]
+
+
+def test_the_report_alone(copy):
+    for name in ("results.json", "table.md"):
+        (copy / name).unlink()
+    pipeline.report_again(copy)
+    assert (copy / "results.json").exists() and (copy / "table.md").exists()
+    shutil.rmtree(copy / "lte")
+    with pytest.raises(UserError, match="has not come to its end"):
+        pipeline.report_again(copy)
+    with pytest.raises(UserError, match="no work directory"):
+        pipeline.report_again(copy / "nothing")
