@@ -244,6 +244,8 @@ def fit(
                 checkpointer.wait()
                 raise interrupt.Interrupted(f"after step {step} of stage {stage.name!r}")
             if step == steps:
+                checkpointer.wait()  # a signal may have come since
+                interrupt.check(f"after step {step} of stage {stage.name!r}")
                 return Trained(state.params, state.control, **validation)
             batch, validation = next(batches), {}
             state, metrics = loop.train_step(state, _to_mesh(batch, mesh), teacher)

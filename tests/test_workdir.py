@@ -131,7 +131,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
         ({"lte": {"expert_size": 24}}, ["24", "64"]),
         ({"source": {"scratch": {"family": "lama"}}}, ["lama", "llama"]),
         ({"sample_prompt": "x" * 40}, ["sample_prompt", "41 tokens", "32"]),
-        ({"optim": {"microbatches": 3}}, ["microbatches=3"]),
+        ({"data": {"batch_size": 12}}, ["batch_size=12", "8 devices"]),
         ({"source": {"path": "no/such-model"}}, ["no/such-model"]),
     ],
 )
