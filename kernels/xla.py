@@ -58,7 +58,16 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
     w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
     contracted = ((1,), (1 if transposed else 0,))
-    return jax.lax.dot_general(x_BK, w, (contracted, ((), ())), preferred_element_type=jnp.float32)
+    # Reading w takes the time: float32 need not be rounded first, as TPUs and GPUs would. Routers
+    # are float32, and would choose other experts than in training.
+    precision = jax.lax.Precision.HIGHEST if x_BK.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x_BK,
+        w,
+        (contracted, ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def attend(
@@ -72,7 +81,8 @@ def attend(
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`."""
-    here = (layer, 0, index, 0, 0)
+    zero = jnp.zeros((), jnp.int32)  # of the others' type: Python's own is int64 under 64-bit types
+    here = (layer, zero, index, zero, zero)
     k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_BKC[None, :, None], here)
     v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_BKC[None, :, None], here)
     k_BTKC, v_BTKC = (

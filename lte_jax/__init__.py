@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lte_jax import checks as _checks
 from lte_jax import hf as _hf
 from lte_jax import moefy as _moefy
 from lte_jax import pipeline as _pipeline
@@ -61,7 +62,9 @@ def load(
     Args:
       path_or_hub_id: an HF folder, an LTE folder, or a model of the hub: "owner/name",
         "owner/name@revision", or the address of its page.
-      dtype: to hold parameters and compute in; None: the one that is stored.
+      dtype: "float32" or "bfloat16", to hold parameters and compute in. None: parameters stay as
+        they are stored, and so does the computation, except that a model stored in float16
+        computes in float32 on a CPU and in bfloat16 on an accelerator.
       verify: compare the contents of every file with the folder's manifest, which reads all of
         them once more; without it their sizes are compared. Folders of others have none.
 
@@ -100,8 +103,8 @@ def save(
 def moefy(
     model: Transformer,
     params: Mapping[str, Any],
-    calibration: Int[np.ndarray, "R L"] | None = None,
-    mask: Bool[np.ndarray, "R L"] | Int[np.ndarray, "R L"] | None = None,
+    calibration: Int[np.ndarray, "R L"] | Any = None,
+    mask: Bool[np.ndarray, "R L"] | Int[np.ndarray, "R L"] | Any = None,
     **settings: Any,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Groups the neurons of each FFN into experts and gives each FFN a router.
@@ -116,13 +119,18 @@ def moefy(
       calibration: token ids of typical text, 32 tokens or more for each of the model's D + 1
         router inputs (a warning says where there are fewer); any number fits into memory. Needed
         for the default settings grouping="coactivation" and router_init="ridge".
-      mask: where `calibration` is not padding; None: nowhere.
+      mask: True (or > 0) where `calibration` is not padding; None: everywhere.
       settings: fields of `LTEConfig`.
 
     Raises:
-      UserError: on settings that do not exist or do not fit the model.
+      UserError: on settings that do not exist or do not fit the model, and on calibration data
+        that is none.
     """
     lte = from_mapping(LTEConfig, settings, "moefy")
+    if calibration is not None:
+        calibration = _checks.array(calibration, "calibration")
+        mask = None if mask is None else _checks.array(mask, "mask")
+        _checks.batch(model.config, calibration, mask, name="calibration")
     sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask)
     return sparse, _moefy.add_routers(sparse, params, calibration, mask)
 
@@ -130,11 +138,11 @@ def moefy(
 def apply(
     model: Transformer,
     params: Mapping[str, Any],
-    tokens: Int[Array | np.ndarray, "B L"],
+    tokens: Int[Array | np.ndarray, "B L"] | Any,
     *,
-    routing: Routing | None = None,
-    mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | None = None,
-    threshold: Float[Array, ""] | float | None = None,
+    routing: Routing | str | None = None,
+    mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
+    threshold: Float[Array, ""] | float | Any = None,
 ) -> Output:
     """The forward pass; can be jitted (model and routing static) and differentiated in `params`.
 
@@ -146,12 +154,19 @@ def apply(
     Args:
       model: dense or LTE.
       params: its parameters.
-      tokens: token ids.
-      routing: "dense", "soft", "hard" or "straight_through" (see lte_jax.moe). None: hard for an
-        LTE model, dense for a dense one.
+      tokens: token ids, an array or lists of one length.
+      routing: "dense", "soft", "hard", "straight_through" or "top_k" (see lte_jax.moe). None: hard
+        for an LTE model, dense for a dense one.
       mask: True at real tokens, or int segment ids (0 padding) of rows that hold several texts.
-      threshold: scores above it run; None: that of the model.
+        Padding may lie anywhere: a token's position is the number of real ones before it.
+      threshold: within [0, 1]; scores above it run. None: that of the model.
+
+    Raises:
+      UserError: on arguments that do not fit the model or each other; under `jax.jit` values are
+        not known, and only shapes and types are looked at.
     """
+    tokens = _checks.array(tokens, "tokens")
+    mask = None if mask is None else _checks.array(mask, "mask")
     return model.apply({"params": params}, tokens, routing=routing, mask=mask, threshold=threshold)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lte_jax import sharding
+from lte_jax import checks, sharding
 from lte_jax.config import LTEConfig, ModelConfig, RopeScaling, Routing
 from lte_jax.moe import ExpertFFN
 
@@ -42,17 +42,23 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     lte: LTEConfig | None = None
-    dtype: str = "float32"  # of the computation; router scores and logits are float32 always
+    # Of the computation, whatever the parameters are stored in: float32 or bfloat16. Router
+    # scores and logits are float32 always.
+    dtype: str = "float32"
     remat: bool = False
+
+    def __post_init__(self):
+        checks.compute_dtype(self.dtype)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array | np.ndarray, "B L"],
+        tokens: Int[Array | np.ndarray, "B L"] | Any,
         *,
-        routing: Routing | None = None,
-        mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | None = None,
-        threshold: Float[Array, ""] | float | None = None,
+        routing: Routing | str | None = None,
+        mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
+        threshold: Float[Array, ""] | float | Any = None,
         cache: Cache | None = None,
     ) -> Output:
         """Logits of the next token at each position.
@@ -61,11 +67,18 @@ class Transformer(nn.Module):
           tokens: token ids.
           routing: see moe.py; None takes `lte.routing` ("dense" where there are no experts).
           mask: True (or a segment id > 0) at real tokens; tokens see only their own segment, and
-            positions restart with each. None: all real, one segment a row.
+            each counts its positions for itself, padding left out wherever it lies. None: all
+            real, one segment a row.
           threshold: in place of `lte.threshold`.
           cache: keys and values so far (`init_cache`), to which these tokens are appended.
+
+        Raises:
+          UserError: on arguments that do not fit the model or each other.
         """
         config, lte = self.config, self.lte
+        checks.batch(config, tokens, mask, cache)
+        checks.routing(routing)
+        checks.threshold(threshold)
         dtype = jnp.dtype(self.dtype)
         if lte is None:
             routing, threshold = "dense", 0.5
@@ -105,6 +118,7 @@ class Transformer(nn.Module):
         if cache is not None and layer_cache is not None:
             cache = layer_cache | {
                 "segments": context["segments_BT"],
+                "positions": context["positions_BT"],
                 "index": cache["index"] + tokens.shape[1],
             }
         return Output(logits_BLV, scores_NBLE, active_NBLE, sparsity, cache)
@@ -143,7 +157,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Normalised and scaled `x`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return y.astype(self.dtype) * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -159,9 +173,9 @@ class Projection(nn.Module):
     def __call__(self, inputs: tuple[int, ...]) -> dict[str, Array]:
         """kernel [*inputs, *outputs] and, if there is one, bias [*outputs]."""
         init = nn.initializers.normal(float(np.prod(inputs)) ** -0.5)
-        made = {"kernel": self.param("kernel", init, (*inputs, *self.outputs))}
+        made = {"kernel": self.param("kernel", init, (*inputs, *self.outputs), jnp.float32)}
         if self.use_bias:
-            made["bias"] = self.param("bias", nn.initializers.zeros, self.outputs)
+            made["bias"] = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
         return made
 
 
@@ -184,10 +198,9 @@ class Attention(nn.Module):
         q_BLHC = rotate(q_BLHC, context["angles_BLC"])
         k_BLKC = rotate(k_BLKC, context["angles_BLC"])
         if cache is not None:
-            start = (0, context["index"], 0, 0)
             cache = {
-                "k": jax.lax.dynamic_update_slice(cache["k"], k_BLKC, start),
-                "v": jax.lax.dynamic_update_slice(cache["v"], v_BLKC, start),
+                "k": _put(cache["k"], k_BLKC, context["index"]),
+                "v": _put(cache["v"], v_BLKC, context["index"]),
             }
             k_BLKC, v_BLKC = cache["k"], cache["v"]
         visible_BLT = visible_keys(c, slides, context)
@@ -208,7 +221,8 @@ class Attention(nn.Module):
 def init_cache(model: Transformer, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` texts of up to `length` tokens.
 
-    k, v [N, B, T, K, C]; segments [B, T], > 0 where a real token lies; index: tokens so far.
+    k, v [N, B, T, K, C]; segments [B, T], > 0 where a real token lies; positions [B, T] of the
+    tokens in their segments; index: tokens so far.
     """
     c = model.config
     shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
@@ -216,6 +230,7 @@ def init_cache(model: Transformer, batch_size: int, length: int) -> Cache:
         "k": jnp.zeros(shape, model.dtype),
         "v": jnp.zeros(shape, model.dtype),
         "segments": jnp.zeros((batch_size, length), jnp.int32),
+        "positions": jnp.zeros((batch_size, length), jnp.int32),
         "index": jnp.zeros((), jnp.int32),
     }
 
@@ -310,26 +325,33 @@ def make_context(
     config: ModelConfig, segments_BL, threshold, cache: Cache | None
 ) -> dict[str, Array]:
     """What all layers share: who sees whom, rotary angles, the threshold, the cache index."""
-    length = segments_BL.shape[1]
     if cache is None:
         index, segments_BT = jnp.zeros((), jnp.int32), segments_BL
     else:
         index = cache["index"]
-        segments_BT = jax.lax.dynamic_update_slice(cache["segments"], segments_BL, (0, index))
-    slots_1T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
-    begins_BT = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
-    positions_BT = slots_1T - jax.lax.cummax(jnp.where(begins_BT, slots_1T, 0), axis=1)
-    positions_BL = jax.lax.dynamic_slice_in_dim(positions_BT, index, length, axis=1)
-    behind_1LT = (index + jnp.arange(length, dtype=jnp.int32))[None, :, None] - slots_1T[:, None]
-    same_BLT = segments_BL[:, :, None] == segments_BT[:, None]
+        segments_BT = _put(cache["segments"], segments_BL, index)
+    queries_L = index + jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    slots_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    visible_BLT = segments_BL[:, :, None] == segments_BT[:, None]
+    visible_BLT &= (queries_L[:, None] >= slots_T[None])[None]
+    # The number of earlier tokens of the same segment, wherever in the row and the cache they lie.
+    positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1
+    positions_BT = positions_BL if cache is None else _put(cache["positions"], positions_BL, index)
     context = {
-        "visible_BLT": same_BLT & (behind_1LT >= 0),
+        "visible_BLT": visible_BLT,
         "angles_BLC": positions_BL[..., None].astype(jnp.float32)
         * jnp.asarray(rope_frequencies(config))[None, None],
         "threshold": jnp.asarray(threshold, jnp.float32),
         "index": index,
         "segments_BT": segments_BT,
+        "positions_BT": positions_BT,
     }
     if config.sliding_window is not None:
-        context["near_BLT"] = behind_1LT < config.sliding_window
+        behind_BLT = positions_BL[:, :, None] - positions_BT[:, None]
+        context["near_BLT"] = behind_BLT < config.sliding_window
     return context
+
+
+def _put(cache_BT, new_BL, index):
+    """The cache with new tokens from place `index` on; further axes are taken along."""
+    return jax.lax.dynamic_update_slice_in_dim(cache_BT, new_BL, index, axis=1)

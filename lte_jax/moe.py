@@ -45,7 +45,10 @@ _ACTIVATIONS = {
 
 def router_logits(router: Mapping[str, Array], x_BLD: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
     """What the sigmoid of Eq. 1 is taken of, in float32 whatever the model computes in."""
-    logits = x_BLD.astype(jnp.float32) @ router["kernel"].astype(jnp.float32)
+    # Unless told otherwise, TPUs and GPUs round a float32 product's operands: other experts.
+    logits = jnp.matmul(
+        x_BLD.astype(jnp.float32), router["kernel"].astype(jnp.float32), precision=_HIGHEST
+    )
     if "bias" in router:
         bias = router["bias"].astype(jnp.float32)
         logits += bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
@@ -114,9 +117,10 @@ class Router(nn.Module):
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L E"]:
         """Scores in (0, 1), float32."""
         shape = (x_BLD.shape[-1], self.num_experts)
-        router = {"kernel": self.param("kernel", nn.initializers.lecun_normal(), shape)}
+        init = nn.initializers.lecun_normal()
+        router = {"kernel": self.param("kernel", init, shape, jnp.float32)}
         if self.use_bias:
-            router["bias"] = self.param("bias", nn.initializers.zeros, shape[1:])
+            router["bias"] = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
         return jax.nn.sigmoid(router_logits(router, x_BLD))
 
 
@@ -148,7 +152,7 @@ class ExpertFFN(nn.Module):
             h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
         y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, weights["down"])
         if config.mlp_bias:  # outside the routing: it belongs to no expert
-            bias_D = self.param("down_bias", nn.initializers.zeros, (config.d_model,))
+            bias_D = self.param("down_bias", nn.initializers.zeros, (config.d_model,), jnp.float32)
             y_BLD += bias_D.astype(self.dtype)[None, None]
         return y_BLD, scores_BLE, active_BLE
 
@@ -156,11 +160,11 @@ class ExpertFFN(nn.Module):
         shape = (experts, neurons, self.config.d_model)
         names = ("gate", "up", "down") if self.config.gated else ("up", "down")
         init = nn.initializers.normal(self.config.d_model**-0.5)
-        weights = {name: self.param(name, init, shape) for name in names}
+        weights = {name: self.param(name, init, shape, jnp.float32) for name in names}
         if self.config.mlp_bias:
             for name in names[:-1]:
                 bias = f"{name}_bias"
-                weights[bias] = self.param(bias, nn.initializers.zeros, shape[:2])
+                weights[bias] = self.param(bias, nn.initializers.zeros, shape[:2], jnp.float32)
         return {name: w.astype(self.dtype) for name, w in weights.items()}
 
 

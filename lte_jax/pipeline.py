@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lte_jax import (
+    checks,
     data,
     files,
     hf,
@@ -104,20 +105,32 @@ def load(
 
     Args:
       path_or_hub_id: an HF folder, an LTE folder, or a hub id.
-      dtype: to compute in; parameters are converted. None: what the folder stores.
+      dtype: to compute in; parameters are converted. None: they stay as they are stored, see
+        `compute_dtype`.
       verify: compare every file's contents, and not its size alone, with the folder's manifest.
       model_fields: further fields of the Transformer, such as remat=True.
     """
-    if dtype == "float16":
-        raise UserError(
-            "dtype='float16' is a type to store weights in, not to compute in: expected float32, "
-            "bfloat16, or None for what the folder and the device suggest"
-        )
+    if dtype is not None:
+        checks.compute_dtype(dtype)
     folder = hf.resolve(path_or_hub_id)
     hf.verify(folder, digests=verify)
     config, lte = hf.read_config(folder)
-    params = hf.load_params(folder, config, lte, dtype)
-    return Transformer(config, lte, dtype=dtype or config.dtype, **model_fields), params
+    model = Transformer(config, lte, dtype=dtype or compute_dtype(config.dtype), **model_fields)
+    return model, hf.load_params(folder, config, lte, dtype)
+
+
+@functools.cache  # what it decides is said once
+def compute_dtype(stored: str) -> str:
+    """What a model computes in whose weights are stored in a type: the same, where that can be.
+
+    float16 is a type for storing: it has too small a range, and XLA has no products of it on CPUs.
+    """
+    if stored in checks.COMPUTE_DTYPES:
+        return stored
+    backend = jax.default_backend()
+    chosen = "float32" if backend == "cpu" else "bfloat16"
+    log.warning("weights stored in %s: computing in %s, on a %s", stored, chosen, backend)
+    return chosen
 
 
 @dataclasses.dataclass

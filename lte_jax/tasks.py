@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax import interrupt
+from lte_jax import checks, interrupt
 from lte_jax.config import Routing
 from lte_jax.data import Rows, eval_batches, tokenize
 from lte_jax.errors import UserError
 from lte_jax.generate import decode, generate_text, plan_for
-from lte_jax.generate.decoding import extend, make_knobs, prefill
+from lte_jax.generate.decoding import computed, extend, make_knobs, prefill
 from lte_jax.losses import cross_entropy, predicted
 from lte_jax.model import Transformer
 from lte_jax.sparsity import bytes_per_token, flops_per_token, layer_sparsity, union_sparsity
@@ -39,16 +39,16 @@ _LATENCY_TOKENS = 32  # of the prompt, and of the text timed
 def evaluate(
     model: Transformer,
     params: Mapping[str, Any],
-    rows: Rows,
+    rows: Rows | Any,
     *,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
-    routing: Routing | None = None,
-    threshold: float | None = None,
+    routing: Routing | str | None = None,
+    threshold: float | Any = None,
     name: str | None = None,
-    batch_size: int = 8,
-    prompt: str = "Once upon a time",
-    sample_tokens: int = 100,
+    batch_size: int | Any = 8,
+    prompt: str | Any = "Once upon a time",
+    sample_tokens: int | Any = 100,
     sample_temperature: float = 0.0,
     latency_rounds: int = 9,
 ) -> dict[str, Any]:
@@ -78,11 +78,20 @@ def evaluate(
       "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and more. A latency is that of one
       decoded token of one text. An LTE model without a baseline is timed against itself with all
       experts on.
+
+    Raises:
+      UserError: on arguments that do not fit the models or each other, before anything is
+        measured, and as `perplexity`.
     """
     _check(model, baseline, batch_size, latency_rounds)
     entrants = [] if baseline is None else [("dense", *baseline, None, None)]
     name = name or ("dense" if model.lte is None else "LTE")
     entrants.append((name, model, params, routing, threshold))
+    checks.integer("sample_tokens", sample_tokens, 0)
+    for _, entrant, _, how, tau in entrants:
+        _check_rows(entrant, rows, how, tau)
+        if tokenizer is not None and sample_tokens:
+            _check_prompt(entrant, tokenizer, prompt)
     num_bytes = None if tokenizer is None else scored_bytes(rows, tokenizer)
     tokens = int(jnp.sum(predicted(jnp.asarray(rows.segments_RL))))
     entries = []
@@ -128,11 +137,11 @@ def evaluate(
 def perplexity(
     model: Transformer,
     params: Mapping[str, Any],
-    rows: Rows,
+    rows: Rows | Any,
     *,
-    routing: Routing | None = None,
-    threshold: float | None = None,
-    batch_size: int = 8,
+    routing: Routing | str | None = None,
+    threshold: float | Any = None,
+    batch_size: int | Any = 8,
     num_bytes: int | None = None,
     label: str = "evaluating",
 ) -> dict[str, Any]:
@@ -146,20 +155,22 @@ def perplexity(
       threshold: in place of `model.lte.threshold`.
       batch_size: rows at a time.
       num_bytes: of the predicted text in UTF-8, for the figures per byte.
-      label: of the progress bar, which shows on terminals.
+      label: of the progress bar, which shows on terminals; names the model in errors.
 
     Returns:
       loss (nats per token), token_ppl; with `num_bytes` also bits_per_byte and byte_ppl; sparsity
       and sparsity_per_layer (0 and None where all experts run); score_histogram, the number of
       router scores in each of 64 equal parts of [0, 1]; union_sparsity, the share of experts that
       none of so many rows needs, by number of rows.
+
+    Raises:
+      UserError: on rows, routing or threshold that do not fit the model, and where parameters or
+        the loss are not finite.
     """
     from tqdm import tqdm
 
-    if not jnp.any(predicted(jnp.asarray(rows.segments_RL))):
-        raise UserError(
-            "there is no token to predict: expected rows with texts of 2 tokens or more"
-        )
+    _check_rows(model, rows, routing, threshold)
+    checks.finite_params(params, label)
     routing = model.lte.routing if routing is None and model.lte is not None else routing
     batch_size = min(batch_size, len(rows))
     totals: Any = None
@@ -172,7 +183,13 @@ def perplexity(
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             bar.update(batch_size)
-    return _summary(totals, num_bytes)
+    loss = float(totals["nll"] / totals["predicted"])
+    if not math.isfinite(loss):
+        raise UserError(
+            f"model {label!r}: the loss over these rows is {loss}, though all its parameters are "
+            f"finite: logits overflow in {model.dtype}; is this the text and the type it is for?"
+        )
+    return _summary(totals, num_bytes, label)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "routing"))
@@ -209,12 +226,13 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     return sums
 
 
-def _summary(totals: dict[str, Any], num_bytes: int | None) -> dict[str, Any]:
+def _summary(totals: dict[str, Any], num_bytes: int | None, label: str) -> dict[str, Any]:
     loss = float(totals["nll"] / totals["predicted"])
-    summary: dict[str, Any] = {"loss": loss, "token_ppl": math.exp(loss)}
+    summary: dict[str, Any] = {"loss": loss, "token_ppl": _exp(loss, "token", label)}
     if num_bytes:
         per_byte = float(totals["nll"]) / num_bytes
-        summary |= {"bits_per_byte": per_byte / math.log(2), "byte_ppl": math.exp(per_byte)}
+        byte_ppl = _exp(per_byte, "byte", label)
+        summary |= {"bits_per_byte": per_byte / math.log(2), "byte_ppl": byte_ppl}
     summary |= {"sparsity": 0.0, "sparsity_per_layer": None, "score_histogram": None}
     if "histogram" in totals:
         summary["score_histogram"] = [int(count) for count in totals["histogram"]]
@@ -228,6 +246,17 @@ def _summary(totals: dict[str, Any], num_bytes: int | None) -> dict[str, Any]:
             if union["weight"] > 0
         }
     return summary
+
+
+def _exp(nats: float, unit: str, label: str) -> float:
+    """A perplexity."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        raise UserError(
+            f"model {label!r}: a loss of {nats:.6g} nats per {unit} is a perplexity too large for "
+            "a float: the model does not know this text; is the tokenizer its own?"
+        ) from None
 
 
 def describe(model: Transformer) -> dict[str, Any]:
@@ -277,7 +306,7 @@ def decode_latency(
 
     def ready(model, params, routing, threshold):
         plan = plan_for(model, routing, implementation, eos_ids=())
-        knobs = make_knobs(model, threshold)
+        knobs, params = make_knobs(model, threshold), computed(model, params)
         state = prefill(model, params, plan, knobs, [prompt], room=tokens)
         return lambda: extend(model, params, plan, knobs, state, jnp.int32(tokens), tokens)
 
@@ -293,11 +322,35 @@ def decode_latency(
     return [statistics.median(seconds) / tokens * 1e3 for seconds in times]
 
 
-def _check(model, baseline, batch_size: int, latency_rounds: int) -> None:
-    if batch_size < 1 or latency_rounds < 0:
+def _check_rows(model: Transformer, rows: Any, routing: Any, threshold: Any) -> None:
+    if not isinstance(rows, Rows):
         raise UserError(
-            f"batch_size={batch_size}, latency_rounds={latency_rounds}: expected at least 1 and 0"
+            f"rows is {type(rows).__name__}: expected data.Rows, as data.pad_rows makes them of "
+            "lists of token ids"
         )
+    checks.batch(model.config, rows.tokens_RL, rows.segments_RL, name="rows.tokens_RL")
+    checks.routing(routing)
+    checks.threshold(threshold)
+    if not jnp.any(predicted(jnp.asarray(rows.segments_RL))):
+        raise UserError(
+            "there is no token to predict: expected rows with texts of 2 tokens or more"
+        )
+
+
+def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt is {type(prompt).__name__}: expected a text")
+    length, most = len(tokenize([prompt], tokenizer)[0]), model.config.max_length
+    if not 0 < length < most:
+        raise UserError(
+            f"prompt {prompt[:50]!r} has {length} tokens: expected 1 to {most - 1}, as the model's "
+            f"max_length is {most}"
+        )
+
+
+def _check(model, baseline, batch_size, latency_rounds) -> None:
+    checks.integer("batch_size", batch_size, 1)
+    checks.integer("latency_rounds", latency_rounds, 0)
     if baseline is None:
         return
     if baseline[0].lte is not None:

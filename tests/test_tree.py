@@ -25,6 +25,7 @@ ORDER = {
     "lte_jax.files": 5.2,
     "lte_jax.interrupt": 5.3,
     "lte_jax.config": 6,
+    "lte_jax.checks": 6.5,
     "lte_jax.sharding": 7,
     "lte_jax.hf": 8,
     "lte_jax.checkpoint": 9,

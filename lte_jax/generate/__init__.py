@@ -10,36 +10,38 @@ Dimension key: B batch  L prompt length  V vocabulary  S new tokens
 
 from __future__ import annotations
 
-import typing
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lte_jax import checks
 from lte_jax.config import Routing
 from lte_jax.data import tokenize
-from lte_jax.errors import UserError, nearest
-from lte_jax.generate.decoding import Plan, extend, make_knobs, prefill, round_up
+from lte_jax.errors import UserError
+from lte_jax.generate.decoding import Plan, computed, extend, make_knobs, prefill, round_up
 from lte_jax.kernels import resolve
 from lte_jax.model import Transformer
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of byte fallback
 STREAM_CHUNK = 8  # tokens between two calls of a stream
 
 
 def generate(
     model: Transformer,
     params: Mapping[str, Any],
-    tokens: Iterable[Any],
+    tokens: Iterable[Any] | Any,
     *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    max_new_tokens: int | Any,
+    temperature: float | Any = 0.0,
+    top_k: int | Any = None,
+    top_p: float | Any = None,
+    seed: int | Any = 0,
     eos_ids: Iterable[int] | None = None,
-    routing: Routing | None = None,
-    threshold: float | None = None,
+    routing: Routing | str | None = None,
+    threshold: float | Any = None,
     implementation: str = "auto",
     mask: Any = None,
     stream: Callable[[list[list[int]]], None] | None = None,
@@ -55,15 +57,15 @@ def generate(
       tokens: a list of prompts, each a list of token ids, or an array [B, L].
       max_new_tokens: for each prompt; prompt and new tokens must fit in the model's max_length.
       temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
-      top_k: sample among the k likeliest tokens only.
+      top_k: sample among the k likeliest tokens only; of equally likely ones, those of lowest id.
       top_p: sample among the fewest likeliest tokens that have this probability together.
-      seed: of the sampling; the same seed gives the same text.
+      seed: of the sampling, 0 to 2^32 - 1; the same seed gives the same text.
       eos_ids: tokens that end a text. None: those of the model; (): none.
       routing: as in `lte_jax.apply`. "hard", "top_k" and "straight_through" (hard going forward)
         read active experts only.
       threshold: in place of `model.lte.threshold`.
       implementation: of the sparse FFN, see `lte_jax.kernels.sparse_ffn`.
-      mask: bool [B, L], the real tokens, where `tokens` is a padded array.
+      mask: True (or > 0) at real tokens [B, L], where `tokens` is a padded array.
       stream: called with each prompt's newest tokens as soon as there are some.
 
     Raises:
@@ -71,10 +73,13 @@ def generate(
     """
     prompts = _prompts(tokens, mask, model.config.vocab_size)
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    checks.seed(seed)
+    checks.threshold(threshold)
     plan = plan_for(
         model, routing, implementation, eos_ids, greedy=temperature == 0, top_k=top_k, top_p=top_p
     )
     knobs = make_knobs(model, threshold, temperature, top_p)
+    params = computed(model, params)
 
     state = prefill(model, params, plan, knobs, prompts, room=max_new_tokens, seed=seed)
     new: list[list[int]] = [[] for _ in prompts]
@@ -102,7 +107,7 @@ def generate_text(
     model: Transformer,
     params: Mapping[str, Any],
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Any,
     *,
     write: Callable[[str], Any] | None = None,
     **settings: Any,
@@ -112,26 +117,42 @@ def generate_text(
     `write` gets it piece by piece as it comes, never half a character; the pieces add up to the
     text returned.
     """
-    ids = tokenize([prompt], tokenizer)[0].tolist()
-    skip = len(decode(tokenizer, ids))
-    shown = 0
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt is {type(prompt).__name__}: expected a text (for ids: generate)")
+    given = tokenize([prompt], tokenizer)[0].tolist()
+    ids, skip, shown = list(given), len(decode(tokenizer, given)), 0
 
     def show(fresh: list[list[int]]) -> None:
         nonlocal shown
         ids.extend(fresh[0])
-        # A character cut in two decodes to replacement characters at the end: they wait.
-        text = decode(tokenizer, ids)[skip:].rstrip("\ufffd")
+        text = settled_text(tokenizer, ids)[skip:]
         if write is not None and len(text) > shown:
             write(text[shown:])
             shown = len(text)
 
     settings = {"stream": show} | settings if write is not None else settings
-    prompt_length = len(ids)
-    [new] = generate(model, params, [ids], **settings)
-    text = decode(tokenizer, ids[:prompt_length] + new)[skip:]
+    [new] = generate(model, params, [given], **settings)
+    text = decode(tokenizer, given + new)[skip:]
     if write is not None and len(text) > shown:
         write(text[shown:])
     return text
+
+
+def settled_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The beginning of the text of `ids` that no further token can change.
+
+    A character cut in two decodes to replacement characters at the end: they wait. Where bytes
+    that fit no other token are tokens "<0x41>" (byte fallback), a run of them is decoded as a
+    whole: one byte that fits no character turns all characters of the run into replacements. So a
+    run waits for its end, across special tokens, which decoding leaves out.
+    """
+    end, special = len(ids), set(tokenizer.all_special_ids)
+    while end and (
+        ids[end - 1] in special
+        or _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(ids[end - 1]) or "")
+    ):
+        end -= 1
+    return decode(tokenizer, ids[:end]).rstrip("\ufffd")
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -141,7 +162,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def plan_for(
     model: Transformer,
-    routing: Routing | None = None,
+    routing: Routing | str | None = None,
     implementation: str = "auto",
     eos_ids: Iterable[int] | None = None,
     greedy: bool = True,
@@ -149,9 +170,7 @@ def plan_for(
     top_p: float | None = None,
 ) -> Plan:
     """The plan of these settings of `generate`, for this model."""
-    valid = typing.get_args(Routing)
-    if routing not in (None, *valid):
-        raise UserError(f"routing={routing!r}: {nearest(str(routing), valid)}")
+    checks.routing(routing)
     resolve(implementation)  # refuses a name that is none
     routing = "dense" if model.lte is None else routing or model.lte.routing
     return Plan(
@@ -164,18 +183,21 @@ def plan_for(
     )
 
 
-def _prompts(tokens: Iterable[Any], mask: Any, vocab_size: int) -> list[np.ndarray]:
+def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
     """Each prompt as an array of token ids."""
-    if mask is not None:
-        tokens, mask = _array(tokens), _array(mask).astype(bool)
-        if tokens.ndim != 2 or mask.shape != tokens.shape:
-            raise UserError(
-                f"tokens {tokens.shape} and mask {mask.shape}: expected two arrays of one shape "
-                "[B, L]; lists of different length need no mask"
-            )
-        tokens = [row[real] for row, real in zip(tokens, mask, strict=True)]
     if isinstance(tokens, str):
         raise UserError("tokens is a text: expected a list of lists of token ids (generate_text?)")
+    if mask is not None:
+        tokens, mask = _array(tokens), checks.array(mask, "mask")
+        if tokens.ndim != 2:
+            raise UserError(
+                f"tokens has shape {list(tokens.shape)}: with a mask, expected an array [B, L]; "
+                "lists of different length need no mask"
+            )
+        checks.mask_of(tokens, mask)
+        tokens = [row[real] for row, real in zip(tokens, np.asarray(mask) > 0, strict=True)]
+    if not isinstance(tokens, Iterable):
+        raise UserError(f"tokens is {type(tokens).__name__}: expected a list of lists of token ids")
     prompts = [np.asarray(row) for row in tokens]
     if not prompts:
         raise UserError("no prompt: expected a list of at least one list of token ids")
@@ -187,12 +209,7 @@ def _prompts(tokens: Iterable[Any], mask: Any, vocab_size: int) -> list[np.ndarr
             )
         if not row.size:
             raise UserError(f"prompt {i} is empty: start it with the beginning-of-text token")
-        if row.min() < 0 or row.max() >= vocab_size:
-            wrong = int(row[(row < 0) | (row >= vocab_size)][0])
-            raise UserError(
-                f"prompt {i} has token id {wrong}, outside the vocabulary of {vocab_size}: use "
-                "the model's own tokenizer"
-            )
+        checks.token_ids(row, vocab_size, f"prompt {i}")
     return prompts
 
 
@@ -206,16 +223,15 @@ def _array(rows: Any) -> np.ndarray:
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
     longest, most = max(len(p) for p in prompts), model.config.max_length
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    checks.integer("max_new_tokens", max_new_tokens, 1)
     if longest + max_new_tokens > most:
         raise UserError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
             f"max_length={most}: at most {max(most - longest, 0)} new tokens fit"
         )
-    if not (np.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature={temperature}: expected 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}: expected at least 1, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: expected within (0, 1], or None for all tokens")
+    if not checks.is_number(temperature) or not 0 <= temperature < np.inf:
+        raise UserError(f"temperature={temperature!r}: expected 0 (greedy) or a positive number")
+    if top_k is not None:
+        checks.integer("top_k", top_k, 1, words=", or None for all tokens")
+    if top_p is not None and not (checks.is_number(top_p) and 0 < top_p <= 1):
+        raise UserError(f"top_p={top_p!r}: expected within (0, 1], or None for all tokens")

@@ -29,7 +29,7 @@ from lte_jax.model import (
     sliding_layers,
     visible_keys,
 )
-from lte_jax.moe import active_experts
+from lte_jax.moe import active_experts, first_largest, largest
 
 _BUCKET = 32  # prompts and new tokens are rounded up to multiples of this: fewer compiled programs
 _DENSE_ROWS = 32  # a dense FFN is read in blocks of at most so many neurons
@@ -74,6 +74,20 @@ def make_knobs(model, threshold=None, temperature=0.0, top_p=None) -> Knobs:
         threshold = 0.5 if model.lte is None else model.lte.threshold
     values = (threshold, temperature, 1.0 if top_p is None else top_p)
     return Knobs(*(jnp.asarray(value, jnp.float32) for value in values))
+
+
+def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters in the types they are used in: what every step would else convert anew.
+
+    Those that have their type already are not copied. Routers are float32, all else is the
+    model's.
+    """
+
+    def convert(path, leaf):
+        is_router = any(getattr(key, "key", None) == "router" for key in path)
+        return jnp.asarray(leaf, jnp.float32 if is_router else model.dtype)
+
+    return jax.tree.map_with_path(convert, params)
 
 
 def round_up(count: int) -> int:
@@ -231,8 +245,8 @@ def decode_step(
         transposed=config.tie_embeddings,
         implementation=plan.implementation,
     )
-    segments_BT, index = context["segments_BT"], state.cache["index"] + 1
-    cache = {"k": k, "v": v, "segments": segments_BT, "index": index}
+    cache = {"k": k, "v": v, "index": state.cache["index"] + 1}
+    cache |= {"segments": context["segments_BT"], "positions": context["positions_BT"]}
     return logits_BV, cache, jnp.mean(read_N)
 
 
@@ -352,17 +366,20 @@ def _choose(plan: Plan, knobs: Knobs, state: State, logits_BV: Array, cache: Cac
 
 
 def allowed_logits(plan: Plan, knobs: Knobs, logits_BV: Array) -> Array:
-    """Logits over temperature, -inf at tokens that top_k and then top_p exclude."""
+    """Logits over temperature, -inf at tokens that top_k and then top_p exclude.
+
+    Of equally likely tokens, those of lowest id stay.
+    """
     logits_BV = logits_BV / knobs.temperature
     if plan.top_k is not None and plan.top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, plan.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        logits_BV = jnp.where(largest(logits_BV, plan.top_k), logits_BV, -jnp.inf)
     if plan.nucleus:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # mass of all likelier tokens
-        least_B1 = jnp.min(
-            jnp.where(before_BV < knobs.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
-        )
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        count_B1 = jnp.sum(before_BV < knobs.top_p, axis=-1, keepdims=True, dtype=jnp.int32)
+        count_B1 = jnp.maximum(count_B1, 1)  # a tiny top_p is 0 in float32
+        least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
+        kept_BV = first_largest(logits_BV, least_B1, count_B1)
+        logits_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
     return logits_BV

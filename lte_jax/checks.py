@@ -1,0 +1,190 @@
+"""What the public functions are given, looked at before any work: each fault in one line.
+
+Shapes and types are checked always, values on concrete arrays only: what `jax.jit` traces has none.
+
+Dimension key: B batch  L length  T cache length  S cached tokens so far
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lte_jax.config import ModelConfig, Routing
+from lte_jax.errors import UserError, nearest
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+_SEEDS = 2**32  # the same with 64-bit types as without
+
+
+def token_ids(tokens: Any, vocab_size: int, name: str = "tokens") -> None:
+    """Refuses ids outside the vocabulary, which an embedding would take as others or as NaN.
+
+    Args:
+      tokens: integers of any shape.
+      vocab_size: V; ids are 0 to V - 1.
+      name: of the argument or text, for the message.
+    """
+    ids = concrete(tokens)
+    if ids is None or not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
+        return
+    wrong = int(ids[(ids < 0) | (ids >= vocab_size)].flat[0])
+    raise UserError(
+        f"{name} has token id {wrong}, outside the vocabulary of {vocab_size}: use the model's own "
+        "tokenizer"
+    )
+
+
+def batch(
+    config: ModelConfig, tokens: Any, mask: Any = None, cache: Any = None, name: str = "tokens"
+) -> None:
+    """Refuses what a forward pass cannot take as `tokens`, `mask` and `cache`."""
+    _expect_integers(tokens, name)
+    _expect_rows(tokens, name)
+    if mask is not None:
+        mask_of(tokens, mask, name)
+    token_ids(tokens, config.vocab_size, name)
+    _expect_room(config, tokens, mask, cache, name)
+
+
+def mask_of(tokens: Any, mask: Any, name: str = "tokens") -> None:
+    """Refuses what does not say of each of these tokens whether it is real."""
+    _expect_integers(mask, "mask", "True at real tokens, or segment ids", or_bool=True)
+    if mask.shape != tokens.shape:
+        raise UserError(
+            f"mask has shape {list(mask.shape)} and {name} {list(tokens.shape)}: expected one "
+            "entry for each token"
+        )
+    known = concrete(mask)
+    if known is not None and known.min(initial=0) < 0:
+        raise UserError(f"mask has the entry {known.min()}: expected 0 or larger")
+
+
+def _expect_room(config: ModelConfig, tokens, mask, cache, name: str) -> None:
+    """Refuses what does not fit into the cache, or has more positions than the model knows."""
+    rows, length = tokens.shape
+    segments_BL = np.ones((rows, length), np.int32) if mask is None else concrete(mask)
+    if cache is not None:
+        places = cache["segments"].shape
+        index, cached_BT = concrete(cache["index"]), concrete(cache["segments"])
+        used = 0 if index is None else int(index)
+        if rows != places[0] or used + length > places[1]:
+            raise UserError(
+                f"{name} has shape {[rows, length]}, and the cache has place for "
+                f"{places[1] - used} more tokens of {places[0]} texts: make a longer one, "
+                f"init_cache(model, {rows}, {used + length})"
+            )
+        if cached_BT is None or segments_BL is None:
+            return
+        segments_BL = np.concatenate([cached_BT[:, :used], segments_BL], axis=1)
+    if segments_BL is None or segments_BL.shape[1] <= config.max_length:
+        return
+    ids = np.unique(segments_BL[segments_BL > 0])
+    longest = max((int((segments_BL == i).sum(axis=1).max()) for i in ids), default=0)
+    if longest > config.max_length:
+        raise UserError(
+            f"{name} has a text of {longest} tokens, and the model's max_length is "
+            f"{config.max_length}: shorten it"
+        )
+
+
+def array(value: Any, name: str) -> Any:
+    """An array as it is, lists as one.
+
+    Raises:
+      UserError: where rows differ in length.
+    """
+    if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise UserError(
+            f"{name} has rows of different length: fill them up to one length and give a mask, "
+            "True at real tokens"
+        ) from None
+
+
+def routing(value: Any) -> None:
+    """Refuses a name that is no routing; None is the model's own."""
+    valid = typing.get_args(Routing)
+    if value is not None and not (isinstance(value, str) and value in valid):
+        raise UserError(f"routing={value!r}: {nearest(str(value), valid)}")
+
+
+def threshold(value: Any) -> None:
+    """Refuses what is no number within [0, 1]; None is the model's own, 0 runs all experts."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    wrong_type = isinstance(value, str | bool | np.bool_) or np.ndim(value)
+    if wrong_type or not 0 <= float(value) <= 1:
+        raise UserError(f"threshold={value!r}: expected one number within [0, 1]")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one number, a truth value not among them."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def compute_dtype(value: Any) -> None:
+    """Refuses what no model computes in."""
+    if not (isinstance(value, str) and value in COMPUTE_DTYPES):
+        raise UserError(
+            f"dtype={value!r}: a model computes in {' or '.join(COMPUTE_DTYPES)}; its parameters "
+            "may be stored in another type"
+        )
+
+
+def seed(value: Any) -> None:
+    """Refuses what is no seed."""
+    integer("seed", value, 0, _SEEDS - 1)
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None, words: str = "") -> None:
+    """Refuses what is no integer from `least` to `most`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name}={value!r}: expected an integer {bound}{words}")
+
+
+def finite_params(params: Mapping[str, Any], name: str) -> None:
+    """Refuses parameters that are not finite, naming the first of them and its model."""
+    finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(params)
+    for path, good in jax.tree_util.tree_leaves_with_path(finite):
+        if not good:
+            where = "/".join(str(getattr(key, "key", key)) for key in path)
+            raise UserError(
+                f"model {name!r}: parameter {where} has values that are not finite: take the "
+                "weights of a working model"
+            )
+
+
+def concrete(array: Any) -> np.ndarray | None:
+    """The values of an array; None under a trace, or where a part of them lies elsewhere."""
+    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    return np.asarray(array)
+
+
+def _expect_integers(value: Any, name: str, words: str = "token ids", or_bool=False) -> None:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape"):
+        raise UserError(f"{name} is {type(value).__name__}: expected an array [B, L] of {words}")
+    if not (jnp.issubdtype(dtype, jnp.integer) or or_bool and jnp.issubdtype(dtype, jnp.bool_)):
+        raise UserError(f"{name} is {dtype}{list(value.shape)}: expected integers [B, L], {words}")
+
+
+def _expect_rows(value: Any, name: str) -> None:
+    if len(value.shape) != 2:
+        mend = f" (one text alone is {name}[None])" if len(value.shape) == 1 else ""
+        raise UserError(f"{name} has shape {list(value.shape)}: expected [B, L]{mend}")
+    if 0 in value.shape:
+        raise UserError(f"{name} has shape {list(value.shape)}: expected at least one token")

@@ -1,0 +1,212 @@
+"""What the public functions refuse: one line, before any work, and nothing that is right."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import lte_jax
+from lte_jax import checks, data, tasks
+from lte_jax.config import UserError
+from lte_jax.model import Transformer, abstract_params, init_cache
+
+MODEL = Transformer(tiny.CONFIG, tiny.LTE)
+DENSE = Transformer(tiny.CONFIG)
+PARAMS = abstract_params(MODEL)  # no check may come so late that it needs numbers
+TOKENS = np.arange(12).reshape(2, 6)
+ROWS = data.pad_rows([np.arange(1, 20)], 16)
+APPLY = functools.partial(lte_jax.apply, MODEL, PARAMS)
+
+WRONG_TOKENS = [
+    (lambda t: np.where(t == 5, 64, t), "token id 64, outside the vocabulary of 64"),
+    (lambda t: t - 1, "token id -1, outside the vocabulary of 64"),
+    (lambda t: t[0], r"has shape \[6\]: expected \[B, L\] \(one text alone is .*\[None\]"),
+    (lambda t: t[None], r"has shape \[1, 2, 6\]: expected \[B, L\]"),
+    (lambda t: t[:, :0], "expected at least one token"),
+    (lambda t: t / 2, r"is float64\[2, 6\]: expected integers"),
+    (lambda t: t > 2, r"is bool\[2, 6\]: expected integers"),
+    (lambda t: [[1, 2], [3]], "rows of different length.*mask"),
+    (lambda t: "Once", "expected integers"),
+    (lambda t: np.zeros((1, 33), int), "a text of 33 tokens, and the model's max_length is 32"),
+]
+WRONG_MASKS = [
+    (np.ones((2, 5), bool), r"mask has shape \[2, 5\] and .* \[2, 6\]"),
+    (np.ones(6, bool), r"mask has shape \[6\]"),
+    (np.ones((2, 6)), r"mask is float64\[2, 6\]: expected integers"),
+    (-np.ones((2, 6), int), "mask has the entry -1"),
+    ([[True], [True, False]], "mask has rows of different length"),
+]
+WRONG_ROUTINGS = ["hrad", "Hard", ""]
+WRONG_THRESHOLDS = [7, -0.1, math.nan, math.inf, "0.5", [0.5], True]
+
+
+def refused(message, call, *args, **kwargs):
+    with pytest.raises(UserError, match=message) as raised:
+        call(*args, **kwargs)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) <= 500
+
+
+@pytest.fixture(params=["checked", "unchecked"], autouse=True)
+def annotations(request, monkeypatch):
+    """Whether annotations are executed, as in tests, or not, as outside of them."""
+    if request.param == "unchecked":
+        monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_TOKENS)
+def test_tokens(change, message):
+    wrong = change(TOKENS)
+    refused(f"tokens .*{message}", APPLY, wrong)
+    refused(f"calibration .*{message}", lte_jax.moefy, DENSE, PARAMS, wrong)
+    if not isinstance(wrong, list | str):
+        rows = data.Rows(wrong, np.ones(wrong.shape, int))
+        refused(f"rows.tokens_RL .*{message}", tasks.perplexity, MODEL, PARAMS, rows)
+
+
+def test_tokens_of_other_kinds():
+    refused(
+        r"tokens is uint32.* id 4294967295|token id 4294967295", APPLY, TOKENS.astype("uint32") - 1
+    )
+    refused("token id 1099511627776", APPLY, TOKENS + 2**40)
+    refused("tokens has token id 64", MODEL.apply, {"params": PARAMS}, jnp.full((1, 2), 64))
+
+
+@pytest.mark.parametrize(("mask", "message"), WRONG_MASKS)
+def test_masks(mask, message):
+    refused(message, APPLY, TOKENS, mask=mask)
+    refused(message, lte_jax.moefy, DENSE, PARAMS, TOKENS, mask)
+    refused(message, lte_jax.generate, MODEL, PARAMS, TOKENS, mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("routing", WRONG_ROUTINGS)
+@pytest.mark.parametrize("model", [MODEL, DENSE], ids=["lte", "dense"])
+def test_routings(model, routing):
+    for call in (
+        functools.partial(lte_jax.apply, model, PARAMS, TOKENS),
+        functools.partial(lte_jax.generate, model, PARAMS, [[1]], max_new_tokens=2),
+        functools.partial(lte_jax.evaluate, model, PARAMS, ROWS),
+    ):
+        refused(f"routing={routing!r}", call, routing=routing)
+
+
+@pytest.mark.parametrize("threshold", WRONG_THRESHOLDS)
+def test_thresholds(threshold):
+    for call in (
+        functools.partial(APPLY, TOKENS),
+        functools.partial(lte_jax.generate, MODEL, PARAMS, [[1]], max_new_tokens=2),
+        functools.partial(lte_jax.evaluate, MODEL, PARAMS, ROWS),
+    ):
+        refused("threshold=", call, threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": None}, "seed=None: expected an integer from 0 to"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": 1.0}, "seed=1.0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": None}, "max_new_tokens=None"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": None}, "temperature=None"),
+        ({"top_k": 2.0}, "top_k=2.0"),
+        ({"top_p": "all"}, "top_p='all'"),
+        ({"tokens": 5}, "tokens is int"),
+        ({"tokens": [[1] * 33]}, "a prompt of 33 tokens.*max_length=32"),
+        ({"tokens": [["a"]]}, "prompt 0 is"),
+    ],
+)
+def test_settings_of_generate(wrong, message):
+    refused(
+        message, lte_jax.generate, MODEL, PARAMS, **({"tokens": [[1]], "max_new_tokens": 2} | wrong)
+    )
+
+
+def test_prompts_of_texts():
+    tokenizer = data.byte_tokenizer()
+    model = Transformer(tiny.CONFIG.__class__(vocab_size=259, max_length=32))
+    text = functools.partial(lte_jax.generate_text, model, PARAMS, tokenizer, max_new_tokens=2)
+    refused("prompt is list: expected a text", text, ["Once"])
+    refused("a prompt of 41 tokens.*max_length=32", text, "o" * 40)
+    refused("seed=None", text, "Once", seed=None)
+    evaluate = functools.partial(lte_jax.evaluate, model, PARAMS, ROWS, tokenizer=tokenizer)
+    refused("prompt 'o+' has 41 tokens: expected 1 to 31", evaluate, prompt="o" * 40)
+    refused("prompt is NoneType", evaluate, prompt=None)
+    refused("sample_tokens=-1", evaluate, sample_tokens=-1)
+    refused("rows is list: expected data.Rows", lte_jax.evaluate, model, PARAMS, [[1, 2]])
+    refused("batch_size=2.0", evaluate, batch_size=2.0)
+
+
+def test_a_cache_with_no_room():
+    step = functools.partial(MODEL.apply, {"params": PARAMS}, TOKENS)
+    refused("place for 5 more tokens of 2 texts.*init_cache", step, cache=init_cache(MODEL, 2, 5))
+    refused("place for 9 more tokens of 3 texts", step, cache=init_cache(MODEL, 3, 9))
+    used = init_cache(MODEL, 2, 9) | {"index": jnp.int32(4)}
+    refused("place for 5 more tokens.*init_cache.model, 2, 10", step, cache=used)
+    full = init_cache(MODEL, 2, 40)
+    full |= {"segments": full["segments"].at[:, :30].set(1), "index": jnp.int32(30)}
+    refused("a text of 36 tokens, and the model's max_length is 32", step, cache=full)
+
+
+def test_what_is_right_passes():
+    model, params = tiny.model_and_params()
+    apply = functools.partial(lte_jax.apply, model, params)
+    expected = apply(TOKENS).logits
+    for tokens in (TOKENS.tolist(), TOKENS.astype("uint8"), jnp.asarray(TOKENS), TOKENS.tolist()):
+        np.testing.assert_array_equal(apply(tokens).logits, expected)
+    np.testing.assert_array_equal(
+        apply(TOKENS, mask=np.ones((2, 6), bool).tolist()).logits, expected
+    )
+    for threshold in (0, 1, np.float32(0.5), jnp.float32(0.5)):
+        apply(TOKENS, threshold=threshold)
+    # A row may be longer than a text may be.
+    long = np.ones((1, 40), int)
+    apply(long, mask=np.repeat([[1, 2]], 20, axis=1))
+    assert lte_jax.generate(model, params, [[1]], max_new_tokens=1, seed=2**32 - 1)
+    # Under a trace values are not known, and shapes still are.
+    jitted = jax.jit(
+        lambda tokens, mask=None, threshold=0.5: (
+            apply(tokens, mask=mask, threshold=threshold).logits
+        )
+    )
+    np.testing.assert_allclose(jitted(TOKENS), expected, atol=1e-5)
+    jitted(TOKENS, TOKENS > 3, 0.7)
+    refused("mask has shape", jitted, TOKENS, np.ones((2, 5), bool))
+    refused("max_length is 32", jitted, np.ones((1, 33), int))
+
+
+def test_parameters_that_are_not_finite():
+    model, params = tiny.model_and_params()
+    params["layers"]["ffn"]["router"]["kernel"] = jnp.full_like(
+        params["layers"]["ffn"]["router"]["kernel"], jnp.nan
+    )
+    message = "model 'LTE': parameter layers/ffn/router/kernel has values that are not finite"
+    refused(message, lte_jax.evaluate, model, params, ROWS)
+
+
+def test_logits_that_are_not_finite():
+    model, params = tiny.model_and_params(lte=None)
+    params["lm_head"] = {"kernel": jnp.full_like(params["lm_head"]["kernel"], 3e38)}
+    refused(
+        "model 'dense': the loss over these rows is (nan|inf)",
+        lte_jax.evaluate,
+        model,
+        params,
+        ROWS,
+    )
+
+
+def test_a_perplexity_that_overflows():
+    model, params = tiny.model_and_params(lte=None)
+    params["lm_head"] = {"kernel": params["lm_head"]["kernel"] * 1e5}
+    refused("model 'dense': a loss of .* nats per token", lte_jax.evaluate, model, params, ROWS)
+
+
+def test_one_check_of_ids_for_texts():
+    refused("document 3 has token id 9", checks.token_ids, [1, 9], 9, "document 3")
+    checks.token_ids(np.zeros(0, int), 9)
