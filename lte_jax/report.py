@@ -13,11 +13,12 @@ import importlib.metadata
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
             made += draw(results, out)
     if len(results) == 1:
         made.append(out / "results.json")
-        atomic_write(made[-1], json.dumps(results[0], indent=1) + "\n")
+        atomic_write(made[-1], as_json(results[0]))
     if problem:
         raise UserError(problem)
     return made
@@ -132,6 +133,30 @@ def absent(results: Sequence[Results], out: Path, figures: bool = True) -> list[
 
 
 # ---------------------------------------------------------------------------------------- tables
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """The text of results.json.
+
+    Raises:
+      UserError: on NaN and infinities, which JSON has no word for; names the entry.
+    """
+    try:
+        return json.dumps(results, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        [where, value] = next(_not_finite(results, "results"))
+        raise UserError(
+            f"{where}={value}: expected a finite number, as JSON has no other"
+        ) from None
+
+
+def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    if isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, part in items:
+            yield from _not_finite(part, f"{where}.{key}")
 
 
 def table(results: Sequence[Results]) -> str:

@@ -200,6 +200,13 @@ def test_report_of_several_results(tmp_path, capsys):
         assert made[name].read_bytes().startswith(b"\x89PNG") and made[name].stat().st_size > 10_000
 
 
+def test_results_are_json_or_say_where_not():
+    results = {"models": [{"name": "a", "token_ppl": 2.0, "sparsity": [0.0, float("nan")]}]}
+    with pytest.raises(UserError, match=r"results.models.0.sparsity.1=nan: expected a finite"):
+        report.as_json(results)
+    assert json.loads(report.as_json({"a": [1.5, None]})) == {"a": [1.5, None]}
+
+
 def test_quality_figure_shows_every_point():
     matplotlib = pytest.importorskip("matplotlib")
     assert matplotlib

@@ -306,6 +306,37 @@ def test_no_half_character_is_streamed(monkeypatch):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("vocabulary", ["bytes", "stories260k"])
+def test_pieces_of_any_tokens_add_up(vocabulary, monkeypatch, request):
+    """Byte fallback too, where one wrong byte turns the characters before it into replacements."""
+    tokenizer, rng = byte_tokenizer(), np.random.default_rng(0)
+    encoded = list("né日🎈".encode())
+    if vocabulary != "bytes":
+        shared = request.getfixturevalue("shared")
+        tokenizer = hf.load_tokenizer(shared / "models" / vocabulary)
+        encoded = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in encoded]
+    prompt = tokenize(["Zoë "], tokenizer)[0].tolist()
+    ends = 0
+    for seed in range(200):
+        ids = rng.integers(0, 259, rng.integers(1, 12)).tolist()
+        for _ in range(rng.integers(0, 3)):  # whole characters, and some cut in two
+            ids += encoded[: rng.integers(1, len(encoded) + 1)]
+        ids += rng.integers(0, 259, rng.integers(0, 3)).tolist()
+
+        def by_chunks(model, params, prompts, *, stream, ids=ids, size=1 + seed % 3):
+            for start in range(0, len(ids), size):
+                stream([ids[start : start + size]])
+            return [ids]
+
+        monkeypatch.setattr(sys.modules[generate.__module__], "generate", by_chunks)
+        pieces = []
+        text = generate_text(*make(), tokenizer, "Zoë ", write=pieces.append)
+        assert "".join(pieces) == text
+        assert decode(tokenizer, prompt) + text == decode(tokenizer, prompt + ids)
+        ends += text.endswith("\ufffd")
+    assert 10 < ends < 190
+
+
 def test_repeated_calls_compile_nothing():
     model, params = make()
     run = functools.partial(generate, model, params)

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 import lte_jax
@@ -77,6 +78,28 @@ def _python(code, tmp_path):
     done = subprocess.run(run, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return np.load(tmp_path / "found.npz")
+
+
+# Of the suite: a few seconds each, and between them all that this kind breaks, which is where a
+# program mixes index types (caches, kernels, sampling) or draws what it does not give a type.
+SUBSET = {
+    "test_generate.py": "decode_step or ragged or seed_and_place",
+    "test_kernels.py": "linear or attend or embed",
+    "test_moefy.py": "random or same_output",
+    "test_checkpoint.py": "round_trip",
+}
+
+
+@pytest.mark.slow
+def test_a_part_of_the_suite():
+    files = [str(HERE / name) for name in SUBSET]
+    chosen = " or ".join(SUBSET.values())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    env = os.environ | {"JAX_ENABLE_X64": "1"}
+    done = subprocess.run(
+        [*command, "-k", chosen, *files], env=env, capture_output=True, text=True, cwd=HERE.parent
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_the_same_numbers(tmp_path):

@@ -1,0 +1,193 @@
+"""The forward pass: positions, stored types, what routers are computed in, exactly k experts."""
+
+import dataclasses
+import functools
+import re
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import lte_jax
+from lte_jax import data, kernels, moe, pipeline
+from lte_jax.config import UserError
+from lte_jax.generate import decoding as d
+from lte_jax.model import Transformer, init_cache
+
+SLIDING = {"sliding_window": 4, "sliding_layers": (True, False)}
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+def lay(text, slots, length):
+    """A row with the text in the given slots, and its mask."""
+    tokens, mask = np.full((1, length), 63), np.zeros((1, length), bool)
+    tokens[0, slots], mask[0, slots] = text, True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("changes", [{}, SLIDING], ids=["full", "sliding"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [*range(6), *range(8, 14)],
+        [*range(12)],
+        [*range(4, 16)],
+        [0, 1, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15],
+    ],
+    ids=["hole", "right", "left", "holes"],
+)
+def test_a_text_is_the_same_wherever_its_padding_lies(slots, changes):
+    config = dataclasses.replace(tiny.CONFIG, **changes)
+    model, params = tiny.model_and_params(config=config)
+    text = np.random.default_rng(0).integers(0, 64, 12)
+    expected = lte_jax.apply(model, params, text[None]).logits[0]
+    assert np.abs(expected).max() > 0.5
+    tokens, mask = lay(text, slots, 16)
+    out = lte_jax.apply(model, params, tokens, mask=mask)
+    np.testing.assert_allclose(out.logits[0, slots], expected, atol=1e-4)
+    # In pieces, through the cache.
+    cache, logits = init_cache(model, 1, 16), []
+    for start in range(0, 16, 4):
+        part = slice(start, start + 4)
+        out = model.apply({"params": params}, tokens[:, part], mask=mask[:, part], cache=cache)
+        cache, logits = out.cache, [*logits, out.logits[0]]
+    np.testing.assert_allclose(np.concatenate(logits)[slots], expected, atol=1e-4)
+    # And one by one as `generate` does, after a prefill of the padded prompt.
+    size = int(mask[0, :8].sum())
+    out = model.apply(
+        {"params": params}, tokens[:, :8], mask=mask[:, :8], cache=init_cache(model, 1, 24)
+    )
+    plan, knobs = d.Plan("hard"), d.make_knobs(model)
+    zeros = jnp.zeros(1, jnp.int32)
+    state = d.State(zeros, zeros > 0, jnp.int32(0), jax.random.key(0), jnp.float32(0), out.cache)
+    stacked = d.large_params(model, params, "hard")
+    step = jax.jit(d.decode_step, static_argnums=(0, 3))
+    for i in range(size, 12):
+        state = state.replace(tokens_B=jnp.asarray(text[i : i + 1], jnp.int32))
+        logits_BV, cache, _ = step(model, params, stacked, plan, knobs, state)
+        state = state.replace(cache=cache)
+        np.testing.assert_allclose(logits_BV[0], expected[i], atol=1e-4)
+
+
+def test_segments_count_for_themselves():
+    model, params = tiny.model_and_params()
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 10))
+    mask = np.array([[1, 2, 1, 0, 2, 2, 1, 0, 1, 2]])  # two texts, one in the other
+    out = lte_jax.apply(model, params, tokens, mask=mask)
+    for segment in (1, 2):
+        [at] = np.nonzero(mask[0] == segment)
+        alone = lte_jax.apply(model, params, tokens[:, at])
+        np.testing.assert_allclose(out.logits[0, at], alone.logits[0], atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------- stored types
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
+def test_every_stored_type_runs_as_it_loads(stored, tmp_path):
+    raw = hf_models.config_json("llama", torch_dtype=stored, num_hidden_layers=2)
+    folder = hf_models.write_folder(tmp_path / "dense", raw, dtype=stored)
+    dense, params = lte_jax.load(folder)
+    assert dense.dtype == ("float32" if stored == "float16" else stored)  # on a CPU
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {stored}
+    tokens = np.random.default_rng(0).integers(0, 97, (4, 24))
+    exact, masters = lte_jax.load(folder, "float32")
+    expected = lte_jax.apply(exact, masters, tokens).logits
+    for apply in (lte_jax.apply, jax.jit(lte_jax.apply, static_argnums=0)):
+        atol = 0.15 if stored == "bfloat16" else 1e-5
+        np.testing.assert_allclose(apply(dense, params, tokens).logits, expected, atol=atol)
+    for grouping in ("coactivation", "kmeans"):
+        model, sparse = lte_jax.moefy(dense, params, tokens, expert_size=8, grouping=grouping)
+    lte_jax.save(tmp_path / "lte", model, sparse, source=folder)
+    model, sparse = lte_jax.load(tmp_path / "lte")
+    assert sparse["layers"]["ffn"]["down"].dtype == stored
+    texts = [
+        lte_jax.generate(model, sparse, tokens[:2], max_new_tokens=3, implementation=name)
+        for name in ("xla", "cpu", "reference")
+        if not kernels.unavailable(name)
+    ]
+    assert all(text == texts[0] for text in texts)
+    rows = data.pad_rows(list(tokens), 24)
+    assert lte_jax.evaluate(model, sparse, rows, baseline=(dense, params), latency_rounds=1)
+
+
+def test_float16_is_said_once_and_no_type_to_compute_in(caplog):
+    pipeline.compute_dtype.cache_clear()
+    assert [pipeline.compute_dtype("float16") for _ in range(2)] == ["float32"] * 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "weights stored in float16: computing in float32, on a cpu"
+    ]
+    for make in (
+        functools.partial(Transformer, tiny.CONFIG),
+        functools.partial(lte_jax.load, "no"),
+    ):
+        with pytest.raises(UserError, match="computes in float32 or bfloat16"):
+            make(dtype="float16")
+
+
+def test_weights_are_converted_once():
+    model, params = tiny.model_and_params(dtype="bfloat16")
+    used = d.computed(model, params)
+    assert used["layers"]["ffn"]["up"].dtype == "bfloat16"
+    assert used["layers"]["ffn"]["router"]["kernel"].dtype == "float32"
+    assert d.computed(model, used)["layers"]["ffn"]["up"] is used["layers"]["ffn"]["up"]
+
+
+# --------------------------------------------------------------------------------------- routers
+
+
+def products(text, experts):
+    """The products whose result ends in so many experts, as they are lowered."""
+    found = re.findall(r"stablehlo\.dot_general .*", text)
+    return [line for line in found if re.search(rf"-> tensor<[0-9x]*x{experts}xf32>", line)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@jax.numpy_dtype_promotion("standard")
+def test_routers_are_float32_products(dtype):
+    """Everywhere: other rounding chooses other experts. 8 experts; no other width is 8 or 5."""
+    config = dataclasses.replace(tiny.CONFIG, head_dim=16, num_heads=2, d_ff=40)
+    model, params = tiny.model_and_params(config=config, dtype=dtype)
+    params = d.computed(model, params)
+    tokens = np.ones((3, 7), np.int32)
+    apply = jax.jit(lambda p, t: model.apply({"params": p}, t).logits)
+    lowered = [apply.lower(params, tokens).as_text()]
+    stacked = d.large_params(model, params, "hard")
+    knobs = d.make_knobs(model)
+    state = d.prefill(model, params, d.Plan("hard"), knobs, [np.ones(3, int)] * 3, room=8)
+    step = jax.jit(d.decode_step, static_argnums=(0, 3))
+    for name in ("xla", "reference"):
+        plan = d.Plan("hard", name)
+        lowered.append(step.lower(model, params, stacked, plan, knobs, state).as_text())
+    for text in lowered:
+        lines = products(text, 5)
+        assert lines
+        for line in lines:
+            assert "precision = [HIGHEST, HIGHEST]" in line, line
+            assert re.search(r"\(tensor<[0-9x]*xf32>, tensor<[0-9x]*xf32>\)", line), line
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_exactly_k_experts(k):
+    rng = np.random.default_rng(0)
+    scores = np.stack([np.full(8, 0.5), np.ones(8), np.zeros(8), rng.random(8).round(1)])
+    scores = scores.astype(np.float32)
+    active = np.asarray(moe.active_experts(scores, 0.5, k))
+    expected = np.zeros_like(active)
+    for row, values in enumerate(scores):
+        expected[row, sorted(range(8), key=lambda i: (-values[i], i))[:k]] = True
+    np.testing.assert_array_equal(active, expected)
+
+
+def test_exactly_k_tokens():
+    logits = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    knobs = d.Knobs(*map(jnp.float32, (0.5, 1.0, 0.5)))
+    kept = lambda **plan: np.isfinite(d.allowed_logits(d.Plan(greedy=False, **plan), knobs, logits))  # noqa: E731
+    assert kept(top_k=2).tolist() == [[False, True, True, False, False]]
+    assert kept(nucleus=True).tolist() == [[False, True, True, False, False]]  # 0.29 each
