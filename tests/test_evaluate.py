@@ -16,6 +16,7 @@ import tiny
 
 from lte_jax import hf, report, tasks
 from lte_jax.data import Rows, byte_tokenizer, pack_rows, pad_rows, read_texts, tokenize
+from lte_jax.errors import UserError
 from lte_jax.model import Transformer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
