@@ -55,8 +55,8 @@ tinystories: $(READY)  ## LTE against its controls on real models and text: half
 thousand: $(READY)  ## a thousand steps of each config at both presets stay finite: a quarter of an hour
 	$(BIN)/python benchmarks/thousand.py --out=runs/thousand
 
-resume: $(READY)  ## twenty runs killed at random moments end in the same bits: ten minutes
-	LTE_JAX_KILLS=20 $(BIN)/pytest tests/test_resume.py
+resume: $(READY)  ## runs killed 60 times, stopped, out of disk end in the same bits: half an hour
+	LTE_JAX_KILLS=60 LTE_JAX_STOPS=12 LTE_JAX_DISKS=10 $(BIN)/pytest tests/test_resume.py
 
 fuzz: $(READY)  ## hostile files, flags and arguments for ten minutes: success or one line, each
 	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10

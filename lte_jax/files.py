@@ -177,10 +177,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       Damaged: where it is absent or not as it was written.
     """
+    path = folder / MANIFEST
     try:
-        digest, _, text = (folder / MANIFEST).read_bytes().partition(b"\n")
+        check_regular(path)
+        digest, _, text = path.read_bytes().partition(b"\n")
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except UserError:
+        raise Damaged(f"{MANIFEST} is no regular file") from None
     if hashlib.sha256(text).hexdigest().encode() != digest:
         raise Damaged(f"{MANIFEST} is not as it was written")
     return json.loads(text)

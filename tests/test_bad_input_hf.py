@@ -424,3 +424,16 @@ def test_bad_input_export_lte_size(model, tmp_path):
     config, _, params, folder = model
     broken_lte = (config, LTEConfig(expert_size=7), params, folder)
     assert_save_complains(broken_lte, tmp_path / "out", "expert_size=7", "96")
+
+
+@pytest.mark.parametrize(
+    "bits", [0x7F800080, 0x7FC00000]
+)  # NaN that signals, and one that is quiet
+def test_bad_input_nan_is_converted_without_a_warning(bits, tmp_path):
+    tensors = random_tensors(config_json("llama"))
+    tensors[UP].view(np.uint32)[3, 4] = bits
+    folder = write_folder(tmp_path, config_json("llama"), tensors)
+    config, lte = hf.read_config(folder)
+    params = hf.load_params(folder, config, lte, "bfloat16")
+    [place] = np.argwhere(np.isnan(np.asarray(params["layers"]["ffn"]["up"], np.float32)))
+    assert place.tolist() == [0, 0, 3, 4]

@@ -88,3 +88,9 @@ def test_bad_input_pipes_are_refused_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match="pipe, socket or device"):
         files.read_json(tmp_path / "config.json")
+
+
+def test_bad_input_a_manifest_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / files.MANIFEST)
+    with pytest.raises(Damaged, match="manifest.json is no regular file"):
+        files.verify(tmp_path)

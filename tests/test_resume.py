@@ -1,23 +1,39 @@
-"""A run that is killed, stopped or finds its newest checkpoint damaged ends as if nothing happened.
+"""A run that is killed, stopped, out of disk or robbed of a checkpoint ends as if nothing happened.
 
-LTE_JAX_KILLS sets how many runs are killed at random moments (default 3; `make resume` does 20).
+LTE_JAX_KILLS sets how many runs are killed (default 2), LTE_JAX_STOPS how many are stopped by a
+signal (2), LTE_JAX_DISKS how many meet a full disk (2); `make resume` does 60, 12 and 10. What a
+run is at is told from outside, by what lies in its work directory.
 """
 
+import collections
+import concurrent.futures
+import dataclasses
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(os.environ.get("LTE_JAX_KILLS", "3"))
+KILLS = int(os.environ.get("LTE_JAX_KILLS", "2"))
+STOPS = int(os.environ.get("LTE_JAX_STOPS", "2"))
+DISKS = int(os.environ.get("LTE_JAX_DISKS", "2"))
+STAGES = ("finetune", "router", "adapt")
 STEPS = 6  # a stage
+# Dealt out in this order; grouping holds the routers' start, `last` the final threshold.
+PHASES = (
+    *("exporting", "figures", "grouping", "saving", "last", "adapt", "results", "tokenising"),
+    *("router", "finetune", "start"),
+)
 CONFIG = f"""
 import runpy
 
@@ -27,9 +43,68 @@ def get_config(arg=""):
         stage.steps = {STEPS}
     c.log_every = c.checkpoint.every = 1
     c.eval_every = 3
-    c.report = False
     return c
 """
+
+
+def phase(workdir: Path) -> str:
+    """What the run that writes a work directory is at."""
+    names = set(os.listdir(workdir)) if workdir.is_dir() else set()
+    if any(name.startswith((".dense.", ".experts.", ".lte.")) for name in names):
+        return "exporting"
+    steps = [step for stage in STAGES for step in (workdir / "checkpoints" / stage).glob("[0-9]*")]
+    if "lte" not in names and any(not (step / "manifest.json").exists() for step in steps):
+        return "saving"
+    if "lte" in names:
+        drawn = any(name.endswith((".png", ".md")) for name in names)
+        return "end" if "results.json" in names else "figures" if drawn else "results"
+    if "experts" in names:
+        if (workdir / "checkpoints" / "adapt" / str(STEPS) / "manifest.json").exists():
+            return "last"
+        return "adapt" if (workdir / "checkpoints" / "adapt").exists() else "router"
+    if "dense" in names:
+        return "grouping"
+    return "finetune" if "experiment.json" in names else "tokenising" if names else "start"
+
+
+@dataclasses.dataclass
+class Visit:
+    """A phase that a run was seen in, in seconds of its clock."""
+
+    phase: str
+    begin: float
+    end: float
+
+
+@dataclasses.dataclass
+class Process:
+    """train.py at work."""
+
+    popen: subprocess.Popen
+    workdir: Path
+    stderr: Path
+
+    def follow(self, stop: Callable[[list[Visit]], bool] = lambda visits: False) -> list[Visit]:
+        """Watches it until it ends or `stop` says so; what was seen."""
+        start = time.monotonic()
+        visits = [Visit("start", 0.0, 0.0)]
+        while self.popen.poll() is None and not stop(visits):
+            now, at = time.monotonic() - start, phase(self.workdir)
+            visits[-1].end = now
+            if at != visits[-1].phase:
+                visits.append(Visit(at, now, now))
+            time.sleep(0.005)
+        return visits
+
+    def end(self, seconds: float = 120) -> str:
+        """Waits for its end; what it said on stderr."""
+        try:
+            self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            raise AssertionError(f"it did not end:\n{self.stderr.read_text()[-2000:]}") from None
+        return self.stderr.read_text()
 
 
 class Runs:
@@ -44,78 +119,250 @@ class Runs:
             "JAX_PLATFORMS": "cpu",
         }
         self.env.pop("XLA_FLAGS", None)
+        self.folder = folder
+        self.started: list[subprocess.Popen] = []
 
-    def start(self, workdir: Path) -> subprocess.Popen:
+    def start(self, workdir: Path) -> Process:
         command = [sys.executable, "train.py", f"--config={self.config}", f"--workdir={workdir}"]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=self.env, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        stderr = self.folder / f"{'-'.join(workdir.parts[-3:])}-{time.monotonic_ns()}.err"
+        with stderr.open("w") as file:
+            popen = subprocess.Popen(
+                command, cwd=ROOT, env=self.env, stdout=subprocess.DEVNULL, stderr=file
+            )
+        self.started.append(popen)
+        return Process(popen, workdir, stderr)
 
     def finish(self, workdir: Path) -> str:
         """Runs to the end; what it said on stderr."""
         process = self.start(workdir)
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+        err = process.end(600)
+        assert process.popen.returncode == 0, err
         return err
 
 
-def result(workdir: Path) -> bytes:
-    """Every bit of the parameters, and the threshold, which is in the configuration."""
-    lte = workdir / "lte"
-    return (lte / "model.safetensors").read_bytes() + (lte / "config.json").read_bytes()
+def remains(workdir: Path) -> dict:
+    """All that a run must end in, whatever happened on the way."""
+    found: dict = {
+        str(file.relative_to(workdir)): file.read_bytes()
+        for folder in ("dense", "experts", "lte")
+        for file in sorted((workdir / folder).iterdir())
+    }
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    found["metrics"] = [json.loads(line) for line in lines]
+    found["results"] = json.loads((workdir / "results.json").read_text())
+    del found["results"]["environment"]
+    for model in found["results"]["models"]:
+        del model["latency_ms"], model["latency_ratio"]
+    found["report"] = sorted(p.name for p in workdir.glob("*") if p.suffix in (".md", ".png"))
+    everything = [path.name for path in workdir.rglob("*") if path.name != ".lock"]
+    found["left over"] = sorted(n for n in everything if n[0] == "." or "checkpoint-tmp" in n)
+    return found
+
+
+def assert_same(workdir: Path, expected: dict) -> None:
+    """Bit for bit; names what differs."""
+    found = remains(workdir)
+    different = [k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)]
+    assert not different, {k: str(found.get(k))[:300] for k in different}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("resume"))
+    made = Runs(tmp_path_factory.mktemp("resume"))
+    yield made
+    for popen in made.started:
+        popen.kill()
+        popen.wait()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(runs, tmp_path_factory):
-    """(result, seconds) of a run that nothing happens to, once everything is compiled."""
+    """(what remains, visits, lines of stderr) of an undisturbed run, once all is compiled."""
     runs.finish(tmp_path_factory.mktemp("warm") / "run")
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    start = time.monotonic()
-    runs.finish(workdir)
-    return result(workdir), time.monotonic() - start
+    process = runs.start(workdir)
+    visits = process.follow()
+    err = process.end()
+    assert process.popen.returncode == 0, err
+    expected = remains(workdir)
+    steps = [(x["stage"], x["step"]) for x in expected["metrics"] if "loss" in x]
+    assert steps == [(stage, i + 1) for stage in STAGES for i in range(STEPS)]
+    assert not expected["left over"] and len(expected["report"]) == 4
+    return expected, visits, set(err.splitlines())
+
+
+def until(process: Process, target: str, usual: list[Visit], dice: random.Random) -> str:
+    """Waits for a random moment of a phase (one of its visits, if it has many); where that fell."""
+    lengths = [visit.end - visit.begin for visit in usual if visit.phase == target] or [0.0]
+    turn = dice.randrange(len(lengths))
+    delay = dice.random() * lengths[turn]
+
+    def due(visits: list[Visit]) -> bool:
+        seen = [visit for visit in visits if visit.phase == target][turn:]
+        return bool(seen) and (seen[0].end - seen[0].begin >= delay or visits[-1] is not seen[0])
+
+    return process.follow(due)[-1].phase
+
+
+def disturb(runs, workdir, target: str, usual: list[Visit], dice: random.Random, signals) -> str:
+    """Starts a run and sends `signals` at a random moment of a phase; where they met it.
+
+    "over" where the run came to its end before.
+    """
+    process = runs.start(workdir)
+    at = until(process, target, usual, dice)
+    over = process.popen.poll() is not None
+    for i, number in enumerate(signals):
+        time.sleep(0.5 * (i > 0))
+        process.popen.send_signal(number)
+    err, code = process.end(), process.popen.returncode
+    if over:
+        assert code == 0, err
+        return "over"
+    if signals[0] == signal.SIGKILL:
+        assert code in (-signal.SIGKILL, 0), err
+        return phase(workdir)
+    assert code in (128 + signals[0], 0), (code, err)
+    assert "Traceback" not in err, err
+    assert code == 0 or len([line for line in err.splitlines() if "stopped" in line]) == 1, err
+    return at
+
+
+def in_parallel(count: int, work: Callable[[int], str]) -> list[concurrent.futures.Future]:
+    """Futures of work(0), work(1), ..., as many at a time as there are cores for us; all done."""
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return [pool.submit(work, i) for i in range(count)]
+
+
+def told(title: str, futures, capsys) -> collections.Counter:
+    """How many of what `futures` met was met in which phase, printed."""
+    met = collections.Counter()
+    for future in futures:
+        met.update(future.result() if future.exception() is None else ["failed"])
+    with capsys.disabled():
+        print(f"\n{title}: " + ", ".join(f"{name} {n}" for name, n in met.most_common()))
+    return met
+
+
+@pytest.fixture(scope="module")
+def killed(runs, uninterrupted, tmp_path_factory):
+    """Each run killed in a phase of its own, every third twice; then brought to its end."""
+    expected, usual, _ = uninterrupted
+
+    def work(i: int) -> list[str]:
+        dice, workdir = random.Random(i), tmp_path_factory.mktemp("killed") / "run"
+        first = PHASES[i % len(PHASES)]
+        targets = [first, dice.choice(PHASES)] if i % 3 == 2 else [first]
+        kill = [signal.SIGKILL]
+        met = [disturb(runs, workdir, target, usual, dice, kill) for target in targets]
+        runs.finish(workdir)
+        assert_same(workdir, expected)
+        shutil.rmtree(workdir)
+        return met
+
+    return in_parallel(KILLS, work)
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_resume_after_sigkill_gives_the_same_bits(runs, uninterrupted, tmp_path, kill):
-    expected, seconds = uninterrupted
-    moment = random.Random(kill).uniform(0.3, 1.0) * seconds  # imports take the first part
-    process = runs.start(tmp_path / "run")
-    try:
-        process.communicate(timeout=moment)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    runs.finish(tmp_path / "run")
-    assert result(tmp_path / "run") == expected
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [(x["stage"], x["step"]) for x in lines if "loss" in x]
-    stages = ("finetune", "router", "adapt")
-    assert steps == [(stage, i + 1) for stage in stages for i in range(STEPS)]
+def test_resume_after_sigkill_gives_the_same_bits(killed, kill):
+    killed[kill].result()
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
+def test_resume_kills_met_every_phase(killed, capsys):
+    met = told(f"{KILLS} runs killed", killed, capsys)
+    missed = set(PHASES) - met.keys()
+    assert KILLS < 3 * len(PHASES) or not missed, missed
 
 
-def test_resume_after_sigterm_gives_the_same_bits(runs, uninterrupted, tmp_path):
-    process = runs.start(tmp_path / "run")
-    wait_for(tmp_path / "run" / "checkpoints" / "router" / "1" / "manifest.json", process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    if "stopped by SIGTERM" not in err:
-        pytest.skip("the run was over before the signal came")
-    assert not (tmp_path / "run" / "results.json").exists()
-    runs.finish(tmp_path / "run")
-    assert result(tmp_path / "run") == uninterrupted[0]
+@pytest.fixture(scope="module")
+def stopped(runs, uninterrupted, tmp_path_factory):
+    """Runs stopped by SIGTERM, by Ctrl-C, or by Ctrl-C twice, in a phase each."""
+    expected, usual, _ = uninterrupted
+    ways = ([signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT])
+    phases = ("last", "saving", *(p for p in PHASES if p not in ("last", "saving", "start")))
+
+    def work(i: int) -> list[str]:
+        dice, workdir = random.Random(i), tmp_path_factory.mktemp("stopped") / "run"
+        at = phases[i % len(phases)]
+        met = disturb(runs, workdir, at, usual, dice, ways[i % len(ways)])
+        runs.finish(workdir)
+        assert_same(workdir, expected)
+        return [met]
+
+    return in_parallel(STOPS, work)
+
+
+@pytest.mark.parametrize("stop", range(STOPS))
+def test_resume_after_sigterm_or_ctrl_c_gives_the_same_bits(stopped, stop):
+    stopped[stop].result()
+
+
+def test_resume_stops_are_told(stopped, capsys):
+    told(f"{STOPS} runs stopped", stopped, capsys)
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory):
+    """Small file systems, each empty."""
+    places = [tmp_path_factory.mktemp("disk") for _ in range(DISKS)]
+    mounted = []
+    for place in places:
+        command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        mounted.append(place)
+    yield places
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_resume_after_a_full_disk_gives_the_same_bits(runs, uninterrupted, disks, capsys):
+    """Somebody else's file takes all that is free, at a random moment of each phase."""
+    expected, usual, said_usually = uninterrupted
+    phases = (
+        "saving",
+        "figures",
+        "exporting",
+        "results",
+        "finetune",
+        "router",
+        "adapt",
+        "grouping",
+    )
+
+    def work(i: int) -> list[str]:
+        dice, workdir, filler = random.Random(i), disks[i] / "run", disks[i] / "filler"
+        process = runs.start(workdir)
+        at = until(process, phases[i % len(phases)], usual, dice)
+        with filler.open("wb") as file:
+            free = os.statvfs(filler)
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+        err = process.end()
+        metrics = workdir / "metrics.jsonl"
+        before = metrics.read_text().splitlines() if metrics.exists() else []
+        filler.unlink()
+        if process.popen.returncode:  # else there was nothing left to write
+            steps = rf"({'|'.join(STAGES)}) \d+/{STEPS} "
+            said = [line for line in err.splitlines() if not re.match(steps, line)]
+            said = [line for line in said if line not in said_usually]
+            assert process.popen.returncode == 2, (at, err)
+            assert len(said) == 1 and said[0].startswith("error: "), (at, said)
+            assert "No space left" in said[0] and len(said[0]) < 520, said[0]
+            runs.finish(workdir)
+        assert_same(workdir, expected)
+        whole = [line for line in before if line.endswith("}")]
+        assert metrics.read_text().splitlines()[: len(whole)] == whole
+        return [at]
+
+    futures = in_parallel(DISKS, work)
+    told(f"{DISKS} full disks", futures, capsys)
+    for future in futures:
+        future.result()
+
+
+def wait_for(path: Path, process: Process) -> None:
+    process.follow(lambda visits: path.exists())
+    assert path.exists(), process.stderr.read_text()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -125,8 +372,8 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(
     process = runs.start(tmp_path / "run")
     stage = tmp_path / "run" / "checkpoints" / "router"
     wait_for(stage / "3" / "manifest.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.popen.kill()
+    process.end()
     newest = max(int(p.parent.name) for p in stage.glob("[0-9]*/manifest.json"))
     victim = max(
         (stage / str(newest) / "state").rglob("*"),
@@ -139,4 +386,4 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(
     err = runs.finish(tmp_path / "run")
     if not finished and not (tmp_path / "run" / "checkpoints" / "adapt").exists():
         assert str(stage / str(newest)) in err and victim.name in err
-    assert result(tmp_path / "run") == uninterrupted[0]
+    assert_same(tmp_path / "run", uninterrupted[0])

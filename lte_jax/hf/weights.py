@@ -273,7 +273,8 @@ def _fill_slot(
     for start in range(first, stop, step):
         end = min(start + step, stop)
         where = (slice(None),) * axis + (slice(start - first, end - first),)
-        slot[where] = row.read(tensor, sizes, {**cut, lead: Span(start, end)})
+        with np.errstate(invalid="ignore"):  # NaN is kept: what runs the model names it
+            slot[where] = row.read(tensor, sizes, {**cut, lead: Span(start, end)})
 
 
 def _aligned_zeros(shape: list[int], dtype: np.dtype, alignment: int = 64) -> np.ndarray:

@@ -6,7 +6,10 @@ import os
 import pathlib
 import random
 import runpy
+import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -127,7 +130,8 @@ def flags(rng: random.Random, box: pathlib.Path) -> Case:
         keep, main = {"--model", "--data", "--out", "--length"}, script(which)
     else:
         given = {"--config": str(ROOT / "configs/demo.py:smoke"), "--workdir": "out",
-                 "--config.data.train": "absent.jsonl"}  # fmt: skip
+                 "--config.data.train": "absent.jsonl",
+                 "--config.stages.finetune.steps": "0"}  # fmt: skip
         keep, main = set(given), script(which)
     given = {key: word for key, word in given.items() if key in keep or rng.random() < 0.3}
     for _ in range(rng.choice((1, 1, 2))):
@@ -291,4 +295,27 @@ def brief(value: Any) -> str:
     return repr(value)[:60]
 
 
-KINDS = (settings, flags, run, api)
+def canary(rng: random.Random, box: pathlib.Path) -> Case:
+    """What must be seen as a failure: tests/test_fuzz.py asks for each of these once."""
+
+    def say(message: str):
+        raise lte_jax.UserError(message)
+
+    deeds = {
+        "exception": lambda: int("x"),
+        "exit": lambda: sys.exit(2),
+        "recursion": lambda: json.loads("[" * 100_000),
+        "warning": lambda: warnings.warn("careful", stacklevel=1),
+        "empty": lambda: say(""),
+        "in the box": lambda: pathlib.Path("new").write_text("x"),
+        "outside": lambda: (box.parent / "new").mkdir(),
+        "program": lambda: subprocess.run(["true"]),
+        "memory": lambda: np.ones((3 << 30) // 8).sum(),
+        "crash": lambda: os.abort(),
+        "hang": lambda: time.sleep(60),
+    }
+    what = rng.choice(list(deeds))
+    return Case(what, deeds[what])
+
+
+KINDS = (settings, flags, run, api, canary)

@@ -160,6 +160,9 @@ def lte(rng: random.Random, box: pathlib.Path) -> Case:
     elif file.suffix == ".safetensors":
         content, told = mutate.safetensors(rng, file.read_bytes())
         file.write_bytes(content)
+    elif file.name == "manifest.json":  # a digest, then JSON
+        content, told = mutate.blob(rng, file.read_bytes())
+        file.write_bytes(content)
     else:
         raw = json.loads(file.read_text())
         if "lte" in raw and rng.random() < 0.7:
@@ -242,7 +245,7 @@ def texts(rng: random.Random, box: pathlib.Path) -> Case:
     if rng.random() < 0.04:
         told.append(misplaced(rng, file))
     column = rng.choice(("text",) * 8 + ("texts", "", "story\n"))
-    newline = rng.choice(("\n", "\n", " ", "", "\ud800"))
+    newline = rng.choice(("\n", "\n", " ", "", "\r\n"))
     limit, length = rng.choice((None, None, 2, 0, -1)), rng.choice((2, 16, 64))
 
     def run():

@@ -172,7 +172,8 @@ def run(case, box: pathlib.Path, guard: Guard, user_error: type) -> dict:
         ("ignored exception", ", ".join(unraisable)),
     ):
         if detail and outcome[0] != "failed":
-            outcome = "failed", wrong, f"{wrong}: {detail[:300]}", outcome[3]
+            signature = f"{wrong}: {detail[:40]}"
+            outcome = "failed", signature, f"{wrong}: {detail[:300]}", outcome[3]
     return dict(zip(("outcome", "signature", "detail", "traceback"), outcome, strict=True))
 
 
