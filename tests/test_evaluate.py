@@ -208,7 +208,7 @@ def test_results_are_json_or_say_where_not():
     assert json.loads(report.as_json({"a": [1.5, None]})) == {"a": [1.5, None]}
 
 
-def test_quality_figure_shows_every_point():
+def test_quality_figure_shows_every_point(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     assert matplotlib
     results = [{"models": [DENSE, sparse(0.5, 4.4), sparse(0.75, 5.0)]}]
@@ -216,8 +216,8 @@ def test_quality_figure_shows_every_point():
     [line, *_] = axes.lines
     np.testing.assert_allclose(line.get_xdata(), [50, 75])
     np.testing.assert_allclose(line.get_ydata(), [10, 25])
-    assert report._quality([{"models": [DENSE]}]) is None
-    assert report._layers([{"models": [DENSE]}]) is report._scores([{"models": [DENSE]}]) is None
+    assert report.draw([{"models": [DENSE]}], tmp_path) == []  # nothing is sparse: no figure
+    assert report.absent([{"models": [DENSE]}], tmp_path) == ["table.md", "results.json"]
 
 
 def test_environment_names_versions_and_commit():
