@@ -154,8 +154,10 @@ def remains(workdir: Path) -> dict:
     for model in found["results"]["models"]:
         del model["latency_ms"], model["latency_ratio"]
     found["report"] = sorted(p.name for p in workdir.glob("*") if p.suffix in (".md", ".png"))
-    everything = [path.name for path in workdir.rglob("*") if path.name != ".lock"]
-    found["left over"] = sorted(n for n in everything if n[0] == "." or "checkpoint-tmp" in n)
+    hidden = [path for path in workdir.rglob("*") if path.name[0] == "." and path.name != ".lock"]
+    hidden += workdir.rglob("*checkpoint-tmp*")
+    hidden = [path for path in hidden if "damaged" not in path.parts]  # kept for one more start
+    found["left over"] = sorted(str(path.relative_to(workdir)) for path in hidden)
     return found
 
 
