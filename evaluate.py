@@ -36,9 +36,9 @@ def main() -> None:
     add("--no-figures", action="store_true")
     with errors.cli_errors(), interrupt.handled("what it had measured is lost, no more"):
         flags = parser.parse_args()
-        if flags.workdir:
+        if flags.workdir is not None:
             return pipeline.report_again(flags.workdir)
-        if not (flags.model and flags.data and flags.out):
+        if None in (flags.model, flags.data, flags.out):
             parser.error("give --model, --data and --out, or --workdir alone")
         out = files.expand(flags.out, "--out")
         model, params = lte_jax.load(flags.model, flags.dtype)

@@ -7,6 +7,7 @@ accelerator. Those for one are asked for by name: JAX_PLATFORMS=cuda,cpu .venv/b
 import functools
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,5 +79,7 @@ def _keep_to_one_core():
             os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: so are children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _let_optax_promote()
 _keep_to_one_core()  # before jax counts the cores, which it does when it is first used

@@ -74,6 +74,7 @@ def test_bad_input_no_training_text(experiment, tmp_path):
     refused(change(experiment, data={"train": ""}), tmp_path / "run", "data.train is empty")
 
 
+@pytest.mark.slow
 def test_the_largest_seed_works(experiment, tmp_path):
     """The stage's name is mixed in, and the data loader takes 32 bits."""
     few = change(experiment, stages={"router": StageConfig(), "finetune": StageConfig(steps=1)})

@@ -31,6 +31,7 @@ def texts(tmp_path):
     return DataConfig(train=str(path), length=32, batch_size=8)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_after_the_last_token():
     model, params = tiny.model_and_params(None)
     rng = np.random.default_rng(0)
@@ -49,6 +50,7 @@ def jax_softmax(logits):
     return powers / powers.sum()
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_is_asked_which_token_it_expects(texts):
     model, params = tiny.model_and_params(None, CONFIG)
     tokenizer = data.byte_tokenizer()

@@ -45,6 +45,7 @@ def before(monkeypatch, owner, name, action, times=1):
     monkeypatch.setattr(owner, name, call)
 
 
+@pytest.mark.slow
 def test_bad_input_disk_full_in_each_phase(small_disk, tmp_path, monkeypatch, capfd):
     experiment = tiny.experiment(tmp_path / "data", report=True)
     lte_jax.train(experiment, tmp_path / "undisturbed")

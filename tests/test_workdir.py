@@ -255,6 +255,7 @@ def before(patch, owner, name, skip=0):
     patch.setattr(owner, name, call)
 
 
+@pytest.mark.slow
 def test_sigterm_in_every_phase_ends_with_143_and_in_the_same_bits(
     experiment, finished, tmp_path, monkeypatch, capsys
 ):

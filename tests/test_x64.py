@@ -102,6 +102,7 @@ def test_a_part_of_the_suite():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
+@pytest.mark.slow
 def test_the_same_numbers(tmp_path):
     code = "import sys, numpy, conftest, test_x64\nnumpy.savez(sys.argv[1], **test_x64.numbers())\n"
     theirs, mine = _python(code, tmp_path), numbers()
