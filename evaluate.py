@@ -45,7 +45,8 @@ def main() -> None:
         baseline = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         tokenizer = lte_jax.load_tokenizer(flags.model)
         texts = data.read_texts(flags.data, flags.column, flags.newline, flags.rows, "validation")
-        rows = data.pad_rows(data.tokenize(texts, tokenizer), flags.length)
+        documents = data.tokenize(texts, tokenizer)
+        rows = data.pad_rows(documents, min(flags.length, max(map(len, documents))))
         settings = ("name", "routing", "threshold", "batch_size", "prompt")
         chosen = {name: getattr(flags, name) for name in settings}
         chosen |= {"baseline": baseline, "tokenizer": tokenizer}

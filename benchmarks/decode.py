@@ -71,7 +71,9 @@ def started(model: Transformer, batch: int, prompt: int, room: int) -> State:
     cache["index"] = jnp.int32(prompt)
     zero = jnp.zeros((), jnp.float32)
     tokens_B = jnp.ones(batch, jnp.int32)
-    return State(tokens_B, tokens_B < 0, jnp.int32(0), jax.random.key(0), zero, cache)
+    return State(
+        tokens_B, tokens_B < 0, jnp.int32(0), jax.random.key(0), zero, cache, jnp.ones((), bool)
+    )
 
 
 def measure(model, params, flags, batch: int, prompt: int, bytes_per_s: float) -> list[dict]:

@@ -97,6 +97,7 @@ def save(
     Raises:
       UserError: where it cannot be written, or holds something that is not a model.
     """
+    _checks.model(model, params)
     _hf.save(path, model.config, model.lte, params, source, dtype=dtype)
 
 
@@ -126,6 +127,7 @@ def moefy(
       UserError: on settings that do not exist or do not fit the model, and on calibration data
         that is none.
     """
+    _checks.model(model, params)
     lte = from_mapping(LTEConfig, settings, "moefy")
     if calibration is not None:
         calibration = _checks.array(calibration, "calibration")
@@ -165,6 +167,7 @@ def apply(
       UserError: on arguments that do not fit the model or each other; under `jax.jit` values are
         not known, and only shapes and types are looked at.
     """
+    _checks.model(model, params)
     tokens = _checks.array(tokens, "tokens")
     mask = None if mask is None else _checks.array(mask, "mask")
     return model.apply({"params": params}, tokens, routing=routing, mask=mask, threshold=threshold)

@@ -17,27 +17,71 @@ import numpy as np
 
 from lte_jax.config import ModelConfig, Routing
 from lte_jax.errors import UserError, nearest
+from lte_jax.hf import names
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 _SEEDS = 2**32  # the same with 64-bit types as without
 
 
-def token_ids(tokens: Any, vocab_size: int, name: str = "tokens") -> None:
+def model(value: Any, params: Any, name: str = "model") -> None:
+    """Refuses what is no model, and what are not its parameters: by names, shapes and kind alone.
+
+    Args:
+      value: a `Transformer`, or anything.
+      params: of it, or anything.
+      name: of the argument that holds the model, for the message.
+    """
+    config, lte = getattr(value, "config", None), getattr(value, "lte", None)
+    if not (isinstance(config, ModelConfig) and callable(getattr(value, "apply", None))):
+        raise UserError(f"{name} is {type(value).__name__}: expected a model, as load makes it")
+    if not isinstance(params, Mapping):
+        raise UserError(
+            f"params is {type(params).__name__}: expected the dict of parameters that load returns "
+            "beside the model"
+        )
+    sizes = names.sizes(config, lte)
+    for row in names.table(config, lte):
+        leaf, expected = params, list(row.shape(sizes))
+        for key in row.path.split("/"):
+            leaf = leaf[key] if isinstance(leaf, Mapping) and key in leaf else None
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not hasattr(leaf, "shape"):
+            found = "is missing" if leaf is None else f"is {type(leaf).__name__}"
+        elif list(leaf.shape) != expected or not jnp.issubdtype(dtype, jnp.floating):
+            found = f"is {dtype}{list(leaf.shape)}"
+        else:
+            continue
+        raise UserError(
+            f"params: {row.path} {found}, expected floats {expected}: give the parameters of this "
+            f"{name}"
+        )
+
+
+def function(name: str, value: Any) -> None:
+    """Refuses what cannot be called; None is no function, which is fine."""
+    if value is not None and not callable(value):
+        raise UserError(f"{name}={value!r}: expected a function, or None")
+
+
+def token_ids(
+    tokens: Any,
+    vocab_size: int,
+    name: str = "tokens",
+    mend: str = "use the model's own tokenizer",
+) -> None:
     """Refuses ids outside the vocabulary, which an embedding would take as others or as NaN.
 
     Args:
       tokens: integers of any shape.
       vocab_size: V; ids are 0 to V - 1.
       name: of the argument or text, for the message.
+      mend: for the message.
     """
     ids = concrete(tokens)
     if ids is None or not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
         return
     wrong = int(ids[(ids < 0) | (ids >= vocab_size)].flat[0])
-    raise UserError(
-        f"{name} has token id {wrong}, outside the vocabulary of {vocab_size}: use the model's own "
-        "tokenizer"
-    )
+    raise UserError(f"{name} has token id {wrong}, outside the vocabulary of {vocab_size}: {mend}")
 
 
 def batch(
@@ -121,8 +165,9 @@ def threshold(value: Any) -> None:
     """Refuses what is no number within [0, 1]; None is the model's own, 0 runs all experts."""
     if value is None or isinstance(value, jax.core.Tracer):
         return
-    wrong_type = isinstance(value, str | bool | np.bool_) or np.ndim(value)
-    if wrong_type or not 0 <= float(value) <= 1:
+    dtype = getattr(value, "dtype", None)
+    numeric = dtype is not None and not np.ndim(value) and jnp.issubdtype(dtype, jnp.number)
+    if not (numeric or is_number(value)) or not 0 <= float(value) <= 1:
         raise UserError(f"threshold={value!r}: expected one number within [0, 1]")
 
 

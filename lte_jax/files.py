@@ -23,6 +23,7 @@ from typing import Any
 from lte_jax.errors import UserError
 
 MANIFEST = "manifest.json"
+_NAME_BYTES = 255  # of one part of a path, on all file systems in use
 MAX_JSON_BYTES = 32 * 2**20  # the largest index of a model on the hub has some 10 MB
 
 
@@ -30,14 +31,28 @@ def expand(path: str | os.PathLike, name: str = "a path") -> Path:
     """A path as the shell would give it: `~` is the home folder, a slash at its end means nothing.
 
     Raises:
-      UserError: where it is empty, or the home folder is not known.
+      UserError: where it is no path, is empty, has characters that no file system takes, or the
+        home folder is not known.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{name} is {type(path).__name__}: expected the path of a file or folder")
     if not os.fspath(path):
         raise UserError(f"{name} is empty: expected a file or folder (. is the current folder)")
+    if not _can_be_a_name(path):
+        raise UserError(f"{name} {path}: no file can have this name: correct the path")
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: the home folder of ~ is not known: write it out") from None
+
+
+def _can_be_a_name(path: str | os.PathLike) -> bool:
+    """Whether a file can have this name: no null, nothing that cannot be encoded, not too long."""
+    try:
+        name = os.fsencode(path)
+        return b"\0" not in name and max(map(len, name.split(b"/"))) <= _NAME_BYTES
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 class Damaged(Exception):

@@ -66,6 +66,9 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any
       Interrupted: a SystemExit with code 143 after SIGTERM and 130 after Ctrl-C, once what is in
         hand is saved; call again to go on. Outside the main thread signals stay as they were.
     """
+    if not isinstance(experiment, Experiment):
+        kind = type(experiment).__name__
+        raise UserError(f"experiment is {kind}: expected an Experiment, as load_config makes it")
     paths = Paths(files.expand(workdir, "workdir"))
     with _alone(paths):
         _on_first(functools.partial(work.check_same, paths, experiment))

@@ -83,7 +83,9 @@ def evaluate(
       UserError: on arguments that do not fit the models or each other, before anything is
         measured, and as `perplexity`.
     """
-    _check(model, baseline, batch_size, latency_rounds)
+    if not isinstance(name, str | None):
+        raise UserError(f"name={name!r}: expected a text, or None")
+    _check(model, params, baseline, batch_size, latency_rounds)
     entrants = [] if baseline is None else [("dense", *baseline, None, None)]
     name = name or ("dense" if model.lte is None else "LTE")
     entrants.append((name, model, params, routing, threshold))
@@ -348,11 +350,18 @@ def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:
         )
 
 
-def _check(model, baseline, batch_size, latency_rounds) -> None:
+def _check(model, params, baseline, batch_size, latency_rounds) -> None:
+    checks.model(model, params)
     checks.integer("batch_size", batch_size, 1)
     checks.integer("latency_rounds", latency_rounds, 0)
     if baseline is None:
         return
+    if not isinstance(baseline, tuple | list) or len(baseline) != 2:
+        raise UserError(
+            f"baseline is {type(baseline).__name__}: expected a dense model and its parameters, "
+            "(model, params)"
+        )
+    checks.model(baseline[0], baseline[1], "baseline")
     if baseline[0].lte is not None:
         raise UserError("baseline is an LTE model: expected the dense model to compare with")
     mine, theirs = model.config.vocab_size, baseline[0].config.vocab_size

@@ -218,3 +218,9 @@ def test_batch_that_processes_cannot_share():
     with pytest.raises(UserError) as error:
         data.train_iterator(rows, batch_size=6, seed=0, shard_index=0, shard_count=4)
     told(error, "data.batch_size=6", "4 processes")
+
+
+@pytest.mark.parametrize("key", ["newline", "join"])
+def test_what_stands_between_texts_is_text(key):
+    with pytest.raises(UserError, match=f"{key}=.*ud800.*: expected characters"):
+        data.read_texts("python-stdlib", limit=1, **{key: "\ud800"})

@@ -1,5 +1,6 @@
 """What a user can get wrong with generation, evaluation and reports ends in one clear line."""
 
+import dataclasses
 import json
 import sys
 
@@ -16,6 +17,7 @@ from lte_jax.model import Transformer, abstract_params
 
 MODEL = Transformer(tiny.CONFIG, tiny.LTE)
 PARAMS = abstract_params(MODEL)  # no check may come so late that it needs numbers
+LARGE = Transformer(dataclasses.replace(tiny.CONFIG, vocab_size=65))
 GOOD = {"tokens": [[1, 2, 3]], "max_new_tokens": 4}
 
 
@@ -43,6 +45,8 @@ GOOD = {"tokens": [[1, 2, 3]], "max_new_tokens": 4}
         ({"top_p": 0.0}, r"top_p=0.0: expected within \(0, 1\]"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"routing": "sparse"}, "routing='sparse'"),
+        ({"eos_ids": (1, 64)}, "eos_ids: token=64: expected an integer from 0 to 63, the vocab"),
+        ({"tokens": np.array(3)}, "tokens is ndarray: expected a list"),
         ({"implementation": "cuda"}, "implementation='cuda'.*auto, reference, xla"),
     ],
 )
@@ -55,6 +59,19 @@ def test_bad_input_of_generate(wrong, message, checked, monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eos_ids": 3}, "eos_ids=3: expected a list of token ids"),
+        ({"eos_ids": ["x"]}, "eos_ids: token='x'"),
+        ({"stream": 3}, "stream=3: expected a function"),
+        ({"implementation": np.zeros((0, 4), int)}, "implementation="),
+    ],
+)
+def test_bad_input_of_other_types(wrong, message, monkeypatch):
+    test_bad_input_of_generate(wrong, message, False, monkeypatch)
+
+
 ROWS = pad_rows([np.arange(1, 20)], 16)
 
 
@@ -65,10 +82,8 @@ ROWS = pad_rows([np.arange(1, 20)], 16)
         (lambda: tasks.evaluate(MODEL, PARAMS, ROWS, batch_size=0), "batch_size=0"),
         (lambda: tasks.evaluate(MODEL, PARAMS, ROWS, baseline=(MODEL, PARAMS)), "is an LTE model"),
         (
-            lambda: tasks.evaluate(
-                MODEL, PARAMS, ROWS, baseline=(Transformer(tiny.CONFIG.__class__()), PARAMS)
-            ),
-            "vocabulary has 64 tokens, the baseline's",
+            lambda: tasks.evaluate(MODEL, PARAMS, ROWS, baseline=(LARGE, abstract_params(LARGE))),
+            "vocabulary has 64 tokens, the baseline's 65",
         ),
     ],
 )

@@ -166,6 +166,14 @@ def test_resume_saves_a_damaged_step_again(tmp_path):
     assert_is(restored(tmp_path), 2)
 
 
+def test_a_step_under_another_name_is_not_taken(tmp_path, caplog):
+    save_steps(tmp_path, [3, 4])
+    (tmp_path / "4").rename(tmp_path / "40")
+    assert_is(restored(tmp_path), 3)
+    assert kept(tmp_path) == [3]
+    assert "it is step 4 under another name" in caplog.text
+
+
 def test_bad_input_every_checkpoint_damaged(tmp_path):
     save_steps(tmp_path, [1, 2])
     for step in "1", "2":

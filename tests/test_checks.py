@@ -16,7 +16,10 @@ from lte_jax.model import Transformer, abstract_params, init_cache
 
 MODEL = Transformer(tiny.CONFIG, tiny.LTE)
 DENSE = Transformer(tiny.CONFIG)
-PARAMS = abstract_params(MODEL)  # no check may come so late that it needs numbers
+PARAMS, DENSE_PARAMS = (
+    abstract_params(MODEL),
+    abstract_params(DENSE),
+)  # no check may come so late that it needs numbers
 TOKENS = np.arange(12).reshape(2, 6)
 ROWS = data.pad_rows([np.arange(1, 20)], 16)
 APPLY = functools.partial(lte_jax.apply, MODEL, PARAMS)
@@ -41,7 +44,7 @@ WRONG_MASKS = [
     ([[True], [True, False]], "mask has rows of different length"),
 ]
 WRONG_ROUTINGS = ["hrad", "Hard", ""]
-WRONG_THRESHOLDS = [7, -0.1, math.nan, math.inf, "0.5", [0.5], True]
+WRONG_THRESHOLDS = [7, len, np.array("a"), -0.1, math.nan, math.inf, "0.5", [0.5], True]
 
 
 def refused(message, call, *args, **kwargs):
@@ -61,7 +64,7 @@ def annotations(request, monkeypatch):
 def test_tokens(change, message):
     wrong = change(TOKENS)
     refused(f"tokens .*{message}", APPLY, wrong)
-    refused(f"calibration .*{message}", lte_jax.moefy, DENSE, PARAMS, wrong)
+    refused(f"calibration .*{message}", lte_jax.moefy, DENSE, DENSE_PARAMS, wrong)
     if not isinstance(wrong, list | str):
         rows = data.Rows(wrong, np.ones(wrong.shape, int))
         refused(f"rows.tokens_RL .*{message}", tasks.perplexity, MODEL, PARAMS, rows)
@@ -78,17 +81,18 @@ def test_tokens_of_other_kinds():
 @pytest.mark.parametrize(("mask", "message"), WRONG_MASKS)
 def test_masks(mask, message):
     refused(message, APPLY, TOKENS, mask=mask)
-    refused(message, lte_jax.moefy, DENSE, PARAMS, TOKENS, mask)
+    refused(message, lte_jax.moefy, DENSE, DENSE_PARAMS, TOKENS, mask)
     refused(message, lte_jax.generate, MODEL, PARAMS, TOKENS, mask=mask, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("routing", WRONG_ROUTINGS)
 @pytest.mark.parametrize("model", [MODEL, DENSE], ids=["lte", "dense"])
 def test_routings(model, routing):
+    params = abstract_params(model)
     for call in (
-        functools.partial(lte_jax.apply, model, PARAMS, TOKENS),
-        functools.partial(lte_jax.generate, model, PARAMS, [[1]], max_new_tokens=2),
-        functools.partial(lte_jax.evaluate, model, PARAMS, ROWS),
+        functools.partial(lte_jax.apply, model, params, TOKENS),
+        functools.partial(lte_jax.generate, model, params, [[1]], max_new_tokens=2),
+        functools.partial(lte_jax.evaluate, model, params, ROWS),
     ):
         refused(f"routing={routing!r}", call, routing=routing)
 
@@ -130,15 +134,16 @@ def test_settings_of_generate(wrong, message):
 def test_prompts_of_texts():
     tokenizer = data.byte_tokenizer()
     model = Transformer(tiny.CONFIG.__class__(vocab_size=259, max_length=32))
-    text = functools.partial(lte_jax.generate_text, model, PARAMS, tokenizer, max_new_tokens=2)
+    params = abstract_params(model)
+    text = functools.partial(lte_jax.generate_text, model, params, tokenizer, max_new_tokens=2)
     refused("prompt is list: expected a text", text, ["Once"])
     refused("a prompt of 41 tokens.*max_length=32", text, "o" * 40)
     refused("seed=None", text, "Once", seed=None)
-    evaluate = functools.partial(lte_jax.evaluate, model, PARAMS, ROWS, tokenizer=tokenizer)
+    evaluate = functools.partial(lte_jax.evaluate, model, params, ROWS, tokenizer=tokenizer)
     refused("prompt 'o+' has 41 tokens: expected 1 to 31", evaluate, prompt="o" * 40)
     refused("prompt is NoneType", evaluate, prompt=None)
     refused("sample_tokens=-1", evaluate, sample_tokens=-1)
-    refused("rows is list: expected data.Rows", lte_jax.evaluate, model, PARAMS, [[1, 2]])
+    refused("rows is list: expected data.Rows", lte_jax.evaluate, model, params, [[1, 2]])
     refused("batch_size=2.0", evaluate, batch_size=2.0)
 
 
@@ -210,3 +215,64 @@ def test_a_perplexity_that_overflows():
 def test_one_check_of_ids_for_texts():
     refused("document 3 has token id 9", checks.token_ids, [1, 9], 9, "document 3")
     checks.token_ids(np.zeros(0, int), 9)
+
+
+# ------------------------------------------------------------------- no model, no parameters of it
+
+
+UNCHECKED = "jaxtyping.config.jaxtyping_disable"  # outside tests annotations are not executed
+
+
+def entries(model, params, tmp_path):
+    """Every public function that takes a model."""
+    return (
+        lambda: lte_jax.apply(model, params, TOKENS),
+        lambda: lte_jax.generate(model, params, [[1]], max_new_tokens=2),
+        lambda: lte_jax.generate_text(model, params, data.byte_tokenizer(), "a", max_new_tokens=2),
+        lambda: lte_jax.evaluate(model, params, ROWS),
+        lambda: lte_jax.moefy(model, params, expert_size=8),
+        lambda: lte_jax.save(tmp_path / "saved", model, params),
+    )
+
+
+@pytest.mark.parametrize("value", [[], None, 3, "x", tiny.CONFIG, Transformer], ids=str)
+def test_what_is_no_model(value, tmp_path, monkeypatch):
+    monkeypatch.setattr(UNCHECKED, True)
+    for call in entries(value, PARAMS, tmp_path):
+        refused("^model is .*: expected a model", call)
+    for baseline in (value, (value, PARAMS)) if value is not None else ((value, PARAMS),):
+        call = functools.partial(lte_jax.evaluate, MODEL, PARAMS, ROWS, baseline=baseline)
+        refused("^baseline is ", call)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([PARAMS], "params is list"),
+        (None, "params is NoneType"),
+        ("\0", "params is str"),
+        ({}, "embed/embedding is missing, expected floats .64, 32."),
+        (PARAMS | {"embed": 3}, "embed/embedding is missing"),
+        (PARAMS | {"embed": {"embedding": [[1.0]]}}, "embed/embedding is list"),
+        (
+            PARAMS | {"final_norm": {"scale": np.ones(16, np.float32)}},
+            r"final_norm/scale is float32\[16\], expected floats \[32\]",
+        ),
+        (PARAMS | {"final_norm": {"scale": np.ones(32, int)}}, r"final_norm/scale is int64\[32\]"),
+        (DENSE_PARAMS, "layers/ffn/"),
+    ],
+)
+def test_what_are_no_parameters_of_the_model(params, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(UNCHECKED, True)
+    for call in entries(MODEL, params, tmp_path):
+        refused(message, call)
+
+
+def test_what_is_no_experiment_no_tokenizer_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(UNCHECKED, True)
+    refused("experiment is list", lte_jax.train, [], tmp_path / "run")
+    text = functools.partial(lte_jax.generate_text, MODEL, PARAMS, max_new_tokens=2)
+    refused("tokenizer is list", text, [], "a")
+    refused("write=3: expected a function", text, data.byte_tokenizer(), "a", write=3)
+    for name in (b"a", math.inf):
+        refused("name=.*expected a text", lte_jax.evaluate, MODEL, PARAMS, ROWS, name=name)

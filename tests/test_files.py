@@ -94,3 +94,27 @@ def test_bad_input_a_manifest_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / files.MANIFEST)
     with pytest.raises(Damaged, match="manifest.json is no regular file"):
         files.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ([], "workdir is list: expected the path"),
+        (None, "workdir is NoneType"),
+        ("", "workdir is empty"),
+        ("\ud800", r"workdir \ud800: no file can have this name"),
+        ("a/\0", "no file can have this name"),
+        ("a/" + "x" * 256, "no file can have this name"),
+    ],
+)
+def test_bad_input_paths(path, words, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(UserError) as caught:
+        files.expand(path, "workdir")
+    assert words in str(caught.value)
+
+
+def test_paths_of_bytes_that_are_not_utf8_are_paths(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).touch()
+    assert files.expand(tmp_path / name).exists()

@@ -14,6 +14,7 @@ from lte_jax import hf
 from lte_jax.__main__ import main
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.data import byte_tokenizer, tokenize
+from lte_jax.errors import UserError
 from lte_jax.generate import decode, generate, generate_text, plan_for
 from lte_jax.generate import decoding as d
 from lte_jax.kernels import unavailable
@@ -359,3 +360,21 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     settings = {"write": lambda text: None, "max_new_tokens": 30}
     text = generate_text(model, params, byte_tokenizer(), "Hello", **settings)
     assert capsys.readouterr().out == f"Hello{text}\n"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("token", [PROMPTS[0][0], None])
+def test_logits_that_are_not_finite_are_named_and_not_chosen_from(temperature, token):
+    """From the first token on, or once the model has written the token whose embedding is NaN."""
+    model, params = make()
+    settings = {"max_new_tokens": 20, "temperature": temperature, "eos_ids": ()}
+    if token is None:
+        token = generate(model, params, PROMPTS[:1], **settings)[0][12]
+    table = params["embed"]["embedding"]
+    broken = params | {"embed": {"embedding": table.at[token].set(jnp.nan)}}
+    streamed = []
+    with pytest.raises(UserError, match=r"logits are not finite after \d+ new tokens"):
+        generate(model, broken, PROMPTS[:1], stream=streamed.append, **settings)
+    whole = generate(model, params, PROMPTS[:1], **settings)[0]
+    shown = [t for chunk in streamed for t in chunk[0]]
+    assert shown == whole[: len(shown)] and (len(shown) == 0) == (token == PROMPTS[0][0])

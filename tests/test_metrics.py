@@ -136,3 +136,16 @@ def test_bad_input_metrics_in_no_folder(tmp_path):
         writer.start("router", 0, 10)
     with pytest.raises(UserError, match="metrics.jsonl cannot be written"):
         writer.write("router", 1, {"loss": 2.5})
+
+
+def test_a_history_damaged_in_the_middle_is_kept_aside_and_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    run(path, "router", 0, 4)
+    good = path.read_text().splitlines(keepends=True)
+    damaged = good[0] + good[1][:9] + "\n" + good[2].replace('"stage"', '"sta') + good[3]
+    path.write_text(damaged)
+    run(path, "router", 4, 5)
+    assert lines(path) == [("router", s) for s in (1, 4, 5)]
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == damaged
+    [said] = [r.getMessage() for r in caplog.records]
+    assert "line 2 is not as it was written" in said and "metrics.jsonl.damaged" in said

@@ -64,7 +64,15 @@ def test_a_text_is_the_same_wherever_its_padding_lies(slots, changes):
     )
     plan, knobs = d.Plan("hard"), d.make_knobs(model)
     zeros = jnp.zeros(1, jnp.int32)
-    state = d.State(zeros, zeros > 0, jnp.int32(0), jax.random.key(0), jnp.float32(0), out.cache)
+    state = d.State(
+        zeros,
+        zeros > 0,
+        jnp.int32(0),
+        jax.random.key(0),
+        jnp.float32(0),
+        out.cache,
+        jnp.bool_(True),
+    )
     stacked = d.large_params(model, params, "hard")
     step = jax.jit(d.decode_step, static_argnums=(0, 3))
     for i in range(size, 12):

@@ -389,3 +389,21 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(
     if not finished and not (tmp_path / "run" / "checkpoints" / "adapt").exists():
         assert str(stage / str(newest)) in err and victim.name in err
     assert_same(tmp_path / "run", uninterrupted[0])
+
+
+def test_resume_a_second_run_is_refused_and_ctrl_c_in_a_save_ends_the_first(runs, tmp_path):
+    first = runs.start(tmp_path / "run")
+    wait_for(tmp_path / "run" / "experiment.json", first)
+    second = runs.start(tmp_path / "run")
+    *_, said = second.end().splitlines()
+    assert second.popen.returncode == 2
+    assert said.startswith("error: workdir ") and f"in use by process {first.popen.pid} " in said
+    assert first.popen.poll() is None, first.stderr.read_text()
+    while not list((tmp_path / "run").glob("checkpoints/*/*.orbax-checkpoint-tmp*")):
+        assert first.popen.poll() is None, first.stderr.read_text()
+        time.sleep(0.001)
+    first.popen.send_signal(signal.SIGINT)
+    said = first.end(60)
+    assert first.popen.returncode == 130 and "stopped by SIGINT" in said, said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "run").glob("checkpoints/*/*.orbax-checkpoint-tmp*"))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data.texts import STDLIB, local_path, read_texts
 from lte_jax.data.tokens import tokenize
@@ -224,13 +225,13 @@ def _documents(
     texts = read_texts(source, data.column, data.newline, data.max_documents, split, data.join)
     documents = tokenize(texts, tokenizer)
     for number, ids in enumerate(documents, 1):
-        if ids.size and ids.max() >= model_config.vocab_size:
-            raise UserError(
-                f"{source}: text {number} has token id {ids.max()}, outside the model's vocabulary "
-                f"of {model_config.vocab_size} (the tokenizer has {len(tokenizer)} tokens): use "
-                "the tokenizer the model was trained with (source.tokenizer), or widen "
-                "source.scratch.vocab_size"
-            )
+        checks.token_ids(
+            ids,
+            model_config.vocab_size,
+            f"{source}: text {number}",
+            f"the tokenizer has {len(tokenizer)} tokens: use the one the model was trained with "
+            "(source.tokenizer), or widen source.scratch.vocab_size",
+        )
     return documents
 
 

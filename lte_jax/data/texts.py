@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import sysconfig
 import zlib
@@ -22,6 +23,7 @@ STDLIB = "python-stdlib"
 NOT_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 FILE_KINDS = (".jsonl", ".json", ".txt")  # each may be followed by .gz
 SPLITS = ("train", "validation")
+SURROGATE = re.compile("[\ud800-\udfff]")  # alone, which is no character
 
 
 def read_texts(
@@ -58,6 +60,9 @@ def read_texts(
         raise UserError(
             f"limit={limit} documents of {source}: expected at least 1, or None for all"
         )
+    for name, between in ("newline", newline), ("join", join):
+        if not isinstance(between, str | None) or SURROGATE.search(between or ""):
+            raise UserError(f"{name}={between!r}: expected characters that a text can hold")
     texts = []
     for text in _records(source, column, split):
         if len(texts) == limit:

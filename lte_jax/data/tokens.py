@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import logging
-import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from lte_jax import interrupt
+from lte_jax.data.texts import SURROGATE
+from lte_jax.errors import UserError
 
 BATCH_TEXTS = 256  # of a call to the tokenizer, at most
 BATCH_CHARACTERS = 2**17  # likewise; a longer text is tokenised in windows
@@ -26,7 +27,6 @@ OVERLAP = 2**10  # characters that a window shares with the one before
 AGREE = 8  # tokens on each side of a place where windows are joined that both must have
 
 log = logging.getLogger(__name__)
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def byte_tokenizer() -> Any:
@@ -71,6 +71,9 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     """
     from tqdm import tqdm
 
+    if not callable(tokenizer):
+        kind = type(tokenizer).__name__
+        raise UserError(f"tokenizer is {kind}: expected one as load_tokenizer makes it")
     prefix = _prefix(tokenizer)
     documents, replaced = [], 0
     total = sum(map(len, texts))
@@ -85,7 +88,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         for raw in _batches(texts):
             batch = []
             for text in raw:
-                text, count = (text, 0) if text.isascii() else _SURROGATE.subn("\ufffd", text)
+                text, count = (text, 0) if text.isascii() else SURROGATE.subn("\ufffd", text)
                 batch.append(text)
                 replaced += count
             encoded = _encode(batch, tokenizer, progress)

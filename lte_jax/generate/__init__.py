@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks
-from lte_jax.config import Routing
+from lte_jax.config import ModelConfig, Routing
 from lte_jax.data import tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate.decoding import Plan, computed, extend, make_knobs, prefill, round_up
+from lte_jax.generate.decoding import Plan, State, computed, extend, make_knobs, prefill, round_up
 from lte_jax.kernels import resolve
 from lte_jax.model import Transformer
 
@@ -69,8 +69,11 @@ def generate(
       stream: called with each prompt's newest tokens as soon as there are some.
 
     Raises:
-      UserError: on prompts or settings that make no sense, naming which.
+      UserError: on prompts or settings that make no sense, naming which; and where the model's
+        logits are not finite, from which no token can be chosen.
     """
+    checks.model(model, params)
+    checks.function("stream", stream)
     prompts = _prompts(tokens, mask, model.config.vocab_size)
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     checks.seed(seed)
@@ -84,21 +87,26 @@ def generate(
     state = prefill(model, params, plan, knobs, prompts, room=max_new_tokens, seed=seed)
     new: list[list[int]] = [[] for _ in prompts]
 
-    def add(tokens_BS: np.ndarray) -> None:
+    def add(tokens_BS: np.ndarray, state: State) -> None:
+        if not state.finite:
+            raise UserError(
+                f"the model's logits are not finite after {len(new[0])} new tokens or more: its "
+                f"weights are not those of a working model, or overflow in {model.dtype}"
+            )
         fresh = [[int(t) for t in row if t >= 0] for row in tokens_BS]
         for row, more in zip(new, fresh, strict=True):
             row += more
         if stream is not None:
             stream(fresh)
 
-    add(np.asarray(state.tokens_B)[:, None])
+    add(np.asarray(state.tokens_B)[:, None], state)
     left = max_new_tokens - 1
     size = STREAM_CHUNK if stream else round_up(left)
     while left > 0 and not np.all(state.done_B):
         tokens_BS, state = extend(
             model, params, plan, knobs, state, jnp.int32(min(left, size)), size
         )
-        add(np.asarray(tokens_BS))
+        add(np.asarray(tokens_BS), state)
         left -= size
     return new
 
@@ -117,6 +125,8 @@ def generate_text(
     `write` gets it piece by piece as it comes, never half a character; the pieces add up to the
     text returned.
     """
+    checks.model(model, params)
+    checks.function("write", write)
     if not isinstance(prompt, str):
         raise UserError(f"prompt is {type(prompt).__name__}: expected a text (for ids: generate)")
     given = tokenize([prompt], tokenizer)[0].tolist()
@@ -179,8 +189,17 @@ def plan_for(
         greedy=greedy,
         top_k=top_k,
         nucleus=top_p is not None and top_p < 1,
-        eos_ids=model.config.eos_ids if eos_ids is None else tuple(int(i) for i in eos_ids),
+        eos_ids=model.config.eos_ids if eos_ids is None else _eos_ids(model.config, eos_ids),
     )
+
+
+def _eos_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...]:
+    if not _is_list(eos_ids):
+        raise UserError(f"eos_ids={eos_ids!r}: expected a list of token ids, or None")
+    chosen = tuple(eos_ids)
+    for number in chosen:
+        checks.integer("eos_ids: token", number, 0, config.vocab_size - 1, ", the vocabulary")
+    return tuple(int(number) for number in chosen)
 
 
 def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
@@ -196,7 +215,7 @@ def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
             )
         checks.mask_of(tokens, mask)
         tokens = [row[real] for row, real in zip(tokens, np.asarray(mask) > 0, strict=True)]
-    if not isinstance(tokens, Iterable):
+    if not _is_list(tokens):
         raise UserError(f"tokens is {type(tokens).__name__}: expected a list of lists of token ids")
     prompts = [np.asarray(row) for row in tokens]
     if not prompts:
@@ -211,6 +230,14 @@ def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
             raise UserError(f"prompt {i} is empty: start it with the beginning-of-text token")
         checks.token_ids(row, vocab_size, f"prompt {i}")
     return prompts
+
+
+def _is_list(value: Any) -> bool:
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, str)
+        and getattr(value, "shape", None) != ()
+    )
 
 
 def _array(rows: Any) -> np.ndarray:

@@ -66,6 +66,7 @@ class State:
     key: Array
     read: Array  # float32: share of experts used by the batch, mean of layers, summed over steps
     cache: Cache
+    finite: Array  # bool: so were the logits of all tokens chosen
 
 
 def make_knobs(model, threshold=None, temperature=0.0, top_p=None) -> Knobs:
@@ -133,7 +134,9 @@ def _prefill(model, params, plan: Plan, knobs: Knobs, tokens_BL, real_BL, room: 
     )
     zeros_B = jnp.zeros(batch, jnp.int32)
     zero = jnp.zeros((), jnp.float32)
-    state = State(zeros_B, zeros_B > 0, jnp.zeros((), jnp.int32), key, zero, out.cache)
+    state = State(
+        zeros_B, zeros_B > 0, jnp.zeros((), jnp.int32), key, zero, out.cache, jnp.ones((), bool)
+    )
     return _choose(plan, knobs, state, out.logits[:, -1], out.cache)
 
 
@@ -157,7 +160,7 @@ def extend(
 
     def more(carry):
         i, state, _ = carry
-        return (i < jnp.minimum(limit, size)) & ~jnp.all(state.done_B)
+        return (i < jnp.minimum(limit, size)) & ~jnp.all(state.done_B) & state.finite
 
     def one(carry):
         i, before, tokens_BS = carry
@@ -359,10 +362,11 @@ def _choose(plan: Plan, knobs: Knobs, state: State, logits_BV: Array, cache: Cac
         allowed_BV = allowed_logits(plan, knobs, logits_BV)
         tokens_B = jax.vmap(jax.random.categorical)(keys_B, allowed_BV).astype(jnp.int32)
     tokens_B = jnp.where(state.done_B, state.tokens_B, tokens_B)
-    done_B = state.done_B
+    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1) | state.done_B
+    finite, done_B = state.finite & jnp.all(finite_B), state.done_B
     for eos in plan.eos_ids:
         done_B |= tokens_B == eos
-    return State(tokens_B, done_B, state.step + 1, state.key, state.read, cache)
+    return State(tokens_B, done_B, state.step + 1, state.key, state.read, cache, finite)
 
 
 def allowed_logits(plan: Plan, knobs: Knobs, logits_BV: Array) -> Array:

@@ -68,7 +68,9 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
 
 def _read(reader: Any, folder: Path) -> Any:
     try:
-        return reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        made = reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        made.decode(made("a b")["input_ids"], skip_special_tokens=True)  # settings of wrong types
+        return made
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # plain Exception, often; and what panics in Rust is not even that

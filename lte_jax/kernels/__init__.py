@@ -187,8 +187,9 @@ def resolve(implementation: str) -> str:
     Raises:
       UserError: on a name that is none of these.
     """
-    name = _choose() if implementation == "auto" else implementation
-    if name not in IMPLEMENTATIONS:
+    named = isinstance(implementation, str)
+    name = _choose() if named and implementation == "auto" else implementation
+    if not named or name not in IMPLEMENTATIONS:
         valid = ", ".join(("auto", *IMPLEMENTATIONS))
         raise UserError(f"implementation={name!r} is not there: valid are {valid}")
     return name
