@@ -2,8 +2,10 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from lte_jax import checkpoint, hf, pipeline, preflight, report, tasks, workdir
 from lte_jax.config import UserError
 from lte_jax.workdir import Paths
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULT = ("lte/model.safetensors", "lte/config.json", "dense/model.safetensors", "metrics.jsonl")
 
 
@@ -325,3 +328,23 @@ def test_the_report_alone(copy):
         pipeline.report_again(copy)
     with pytest.raises(UserError, match="no work directory"):
         pipeline.report_again(copy / "nothing")
+
+
+def test_the_report_alone_on_the_command_line(copy):
+    for name in ("results.json", "table.md"):
+        (copy / name).unlink()
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    told = run([sys.executable, "evaluate.py", f"--workdir={copy}"])
+    assert told.returncode == 0, told.stderr
+    assert json.loads((copy / "results.json").read_text())["models"]
+    assert (copy / "table.md").exists() and "| LTE |" in told.stdout.replace("  ", " ")
+    absent = run([sys.executable, "evaluate.py", f"--workdir={copy / 'lte'}"])
+    assert absent.returncode == 2 and "is no work directory" in absent.stderr
+
+
+def test_the_command_line_tells_of_the_report_alone(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    help_text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--workdir" in help_text and "of a finished" in help_text
