@@ -1,18 +1,20 @@
 """With JAX_ENABLE_X64=1, which users set for other work, all works and gives the same numbers."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from xml.etree import ElementTree
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 import lte_jax
-from lte_jax import data, kernels, optim, trainer
+from lte_jax import data, kernels
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROMPTS = [[1, 7, 9, 30, 2, 2, 5], [4], [60, 3, 3, 18, 44]]
@@ -35,34 +37,30 @@ def numbers() -> dict[str, np.ndarray]:
         for routing in ("hard", "soft"):
             out = lte_jax.apply(model, params, tokens, mask=segments, routing=routing)
             found[f"{name} {routing} logits"], found[f"{name} scores"] = out.logits, out.scores
-    for dtype in ("float32", "bfloat16"):
+    for dtype, how, heat in (("float32", "cpu", 0.0), ("bfloat16", "xla", 1.0)):
         model = model.clone(dtype=dtype)
-        for how in ("reference", "xla", "cpu"):
-            if kernels.unavailable(how):
-                continue
-            for heat in (0.0, 1.0):
-                sample = {"temperature": heat, "top_k": 20, "top_p": 0.9, "seed": 3}
-                new = lte_jax.generate(
-                    model, params, PROMPTS, max_new_tokens=9, implementation=how, **sample
-                )
-                found[f"generate {dtype} {how} {heat}"] = new
+        if not kernels.unavailable(how):
+            sample = {"temperature": heat, "top_k": 20, "top_p": 0.9, "seed": 3}
+            new = lte_jax.generate(
+                model, params, PROMPTS, max_new_tokens=9, implementation=how, **sample
+            )
+            found[f"generate {dtype} {how}"] = new
     model = model.clone(dtype="float32")
     rows = data.pad_rows(list(tokens), 12)
     measured = lte_jax.evaluate(
-        model, params, rows, baseline=(dense, dense_params), latency_rounds=1
+        model, params, rows, baseline=(dense, dense_params), latency_rounds=0
     )
     for entry in measured["models"]:
         found[f"evaluate {entry['name']}"] = [entry["loss"], entry["sparsity"]]
-    for name in ("router", "adapt"):
-        stage = tiny.stage(name)
-        optimizer = optim.make(tiny.OPTIM, stage.config, stage.rules)
-        state = trainer.TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), tiny.control()
-        )
-        step = jax.jit(trainer.make_train_step(model, stage, optimizer, microbatches=2))
-        for _ in range(2):
-            state, metrics = step(state, batch, params)
-        found |= _leaves(f"state {name}", (state, metrics))
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        model, params = lte_jax.train(tiny.experiment(root / "data"), root / "run")
+        found |= _leaves("trained", params)
+        found["trained threshold"] = np.float32(model.lte.threshold)
+        for line in (root / "run" / "metrics.jsonl").read_text().splitlines():
+            values = json.loads(line)
+            at = f"{values.pop('stage')} {values.pop('step')}"
+            found |= {f"measured {at} {name}": values[name] for name in values}
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -80,26 +78,33 @@ def _python(code, tmp_path):
     return np.load(tmp_path / "found.npz")
 
 
-# Of the suite: a few seconds each, and between them all that this kind breaks, which is where a
-# program mixes index types (caches, kernels, sampling) or draws what it does not give a type.
+# Of the suite: quick ones, of each module that draws numbers or mixes index types.
 SUBSET = {
-    "test_generate.py": "decode_step or ragged or seed_and_place",
-    "test_kernels.py": "linear or attend or embed",
-    "test_moefy.py": "random or same_output",
-    "test_checkpoint.py": "round_trip",
+    "test_generate.py": "ragged_batch or seed_and_place or eos_ends",
+    "test_evaluate.py": "bytes_of_the_scored_text or by_hand",
+    "test_moefy.py": "seed_and_layer_decide or to_dense_undoes",
+    "test_roundtrip.py": "mixed_dtypes or stays_float32",
+    "test_checkpoint.py": "restores_the_newest_step",
+    "test_data.py": "packing",
 }
 
 
 @pytest.mark.slow
-def test_a_part_of_the_suite():
-    files = [str(HERE / name) for name in SUBSET]
-    chosen = " or ".join(SUBSET.values())
+def test_a_part_of_the_suite(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    env = os.environ | {"JAX_ENABLE_X64": "1"}
+    command += ["-k", " or ".join(SUBSET.values()), f"--junitxml={tmp_path / 'ran.xml'}"]
     done = subprocess.run(
-        [*command, "-k", chosen, *files], env=env, capture_output=True, text=True, cwd=HERE.parent
+        [*command, *(str(HERE / name) for name in SUBSET)],
+        env=os.environ | {"JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    ran = {
+        case.get("classname") for case in ElementTree.parse(tmp_path / "ran.xml").iter("testcase")
+    }
+    assert {str(name).rpartition(".")[2] for name in ran} == {n.removesuffix(".py") for n in SUBSET}
 
 
 @pytest.mark.slow
@@ -109,8 +114,10 @@ def test_the_same_numbers(tmp_path):
     assert theirs.keys() == mine.keys()
     for name, value in mine.items():
         other = theirs[name]
-        if np.issubdtype(value.dtype, np.floating) and not name.startswith("evaluate"):
-            assert value.dtype == other.dtype == np.float32, name
-            np.testing.assert_allclose(other, value, rtol=2e-4, atol=2e-5, err_msg=name)
-        else:
-            np.testing.assert_allclose(other, value, rtol=1e-5, err_msg=name)
+        if not name.startswith(("evaluate", "measured")):  # which are Python's numbers
+            assert value.dtype == other.dtype and value.dtype != np.float64, name
+        if name.startswith("trained"):  # Adam's first steps make a rounded 0 a step up or down
+            assert np.mean(np.abs(other - value)) < 1e-3, name  # one of six steps
+            continue
+        rtol = 5e-3 if name.startswith("measured") else 2e-4
+        np.testing.assert_allclose(other, value, rtol=rtol, atol=2e-5, err_msg=name)
