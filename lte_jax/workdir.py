@@ -110,12 +110,12 @@ class Paths:
 def held(root: Path) -> Iterator[None]:
     """Makes a work directory if need be, and keeps other runs out of it meanwhile.
 
-    Left with nothing in it, a directory made here is removed again.
+    Left with nothing in it, the directory is removed again, with the parents made for it.
 
     Raises:
       UserError: where it cannot be made or written to, or another run holds it.
     """
-    made = not root.exists()
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = _lock(root)
@@ -130,7 +130,8 @@ def held(root: Path) -> Iterator[None]:
             os.ftruncate(lock, 0)
             if made and os.listdir(root) == [".lock"]:
                 (root / ".lock").unlink()
-                root.rmdir()
+                for folder in made:
+                    folder.rmdir()
         os.close(lock)
 
 

@@ -145,8 +145,8 @@ def test_bad_input_is_found_before_anything_is_claimed(experiment, tmp_path, cha
         }
         return dataclasses.replace(part, **new)
 
-    refused(changed(experiment, changes), tmp_path / "run", *words)
-    assert not (tmp_path / "run").exists()
+    refused(changed(experiment, changes), tmp_path / "new" / "run", *words)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_directory_in_which_nothing_was_made_is_claimed_anew(experiment, tmp_path):

@@ -267,8 +267,9 @@ def api(rng: random.Random, box: pathlib.Path) -> Case:
 
     def run():
         result = getattr(lte_jax, name)(**arguments)
-        if name == "apply":
+        if name == "apply" and "params" not in wrong:  # values of parameters are as they are
             assert np.isfinite(np.asarray(result.logits)).all(), "logits are not finite"
+        if name == "apply":
             assert 0 <= float(result.sparsity) <= 1, f"sparsity {result.sparsity}"
         if name == "generate":
             assert all(0 <= t < 64 for row in result for t in row), result

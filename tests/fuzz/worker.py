@@ -51,7 +51,10 @@ class Guard:
     @contextlib.contextmanager
     def watching(self, writes):
         """Within it, only below `writes` may be written (and hidden files beside them)."""
-        self.allowed = [os.path.realpath(path) for path in writes]
+        self.allowed = []
+        for path in writes:
+            with contextlib.suppress(ValueError):  # lone surrogates are no path anywhere
+                self.allowed.append(os.path.realpath(path))
         self.noted, self.on = [], True
         try:
             yield
