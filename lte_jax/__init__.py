@@ -133,6 +133,7 @@ def moefy(
         calibration = _checks.array(calibration, "calibration")
         mask = None if mask is None else _checks.array(mask, "mask")
         _checks.batch(model.config, calibration, mask, name="calibration")
+    _checks.finite_params(params, "to be moefied")
     sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask)
     return sparse, _moefy.add_routers(sparse, params, calibration, mask)
 

@@ -6,7 +6,9 @@ import contextlib
 import difflib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 
 MAX_LENGTH = 499  # characters of a message
@@ -65,10 +67,22 @@ def cli_errors() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
+        _end_at_once_on_a_further_signal()
         raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code in (130, 143):  # a signal's: see interrupt.py
+            _end_at_once_on_a_further_signal()
+        raise
     except (UserError, OSError) as error:
         print(f"error: {UserError(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _end_at_once_on_a_further_signal() -> None:
+    """While the interpreter takes itself apart, Ctrl-C would show as tracebacks of its insides."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 
 def argument(text: str) -> str:

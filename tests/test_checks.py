@@ -276,3 +276,11 @@ def test_what_is_no_experiment_no_tokenizer_no_name(tmp_path, monkeypatch):
     refused("write=3: expected a function", text, data.byte_tokenizer(), "a", write=3)
     for name in (b"a", math.inf):
         refused("name=.*expected a text", lte_jax.evaluate, MODEL, PARAMS, ROWS, name=name)
+
+
+def test_bad_input_moefy_of_a_model_that_is_not_finite():
+    model, params = tiny.model_and_params(None)
+    params["final_norm"] = {"scale": params["final_norm"]["scale"].at[0].set(jnp.nan)}
+    settings = {"expert_size": 8, "grouping": "random", "router_init": "normal"}
+    with pytest.raises(UserError, match="final_norm/scale has values that are not finite"):
+        lte_jax.moefy(model, params, **settings)

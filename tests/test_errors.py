@@ -17,7 +17,7 @@ from lte_jax.errors import MAX_LENGTH, UserError, argument, cli_errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENDINGS = """
-import signal, sys, time
+import atexit, signal, sys, time
 from lte_jax.errors import UserError, cli_errors
 with cli_errors():
 """
@@ -65,6 +65,8 @@ def end(body, **settings):
         ("raise OSError('x' * 10_000)", 2, " ... "),
         ("raise KeyboardInterrupt", 130, ""),
         ("signal.raise_signal(signal.SIGINT); time.sleep(9)", 130, ""),
+        # Once more, while the interpreter takes itself apart.
+        ("atexit.register(signal.raise_signal, signal.SIGINT); raise SystemExit(143)", 130, ""),
     ],
 )
 def test_how_a_program_ends(body, code, err):

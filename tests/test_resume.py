@@ -7,6 +7,7 @@ run is at is told from outside, by what lies in its work directory.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -224,7 +225,9 @@ def disturb(runs, workdir, target: str, usual: list[Visit], dice: random.Random,
     if signals[0] == signal.SIGKILL:
         assert code in (-signal.SIGKILL, 0), err
         return phase(workdir)
-    assert code in (128 + signals[0], 0), (code, err)
+    # A second signal may meet an interpreter that is all but gone: -2 is a shell's 130.
+    at_last = -signals[0] if len(signals) > 1 else 0
+    assert code in (128 + signals[0], at_last, 0), (code, err)
     assert "Traceback" not in err, err
     assert code == 0 or len([line for line in err.splitlines() if "stopped" in line]) == 1, err
     return at
@@ -336,9 +339,9 @@ def test_resume_after_a_full_disk_gives_the_same_bits(runs, uninterrupted, disks
         dice, workdir, filler = random.Random(i), disks[i] / "run", disks[i] / "filler"
         process = runs.start(workdir)
         at = until(process, phases[i % len(phases)], usual, dice)
-        with filler.open("wb") as file:
-            free = os.statvfs(filler)
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:  # until it is full, whatever the run itself takes or frees meanwhile
+                file.write(bytes(1 << 12))
         err = process.end()
         metrics = workdir / "metrics.jsonl"
         before = metrics.read_text().splitlines() if metrics.exists() else []
