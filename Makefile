@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint format bench tinystories thousand resume fuzz clean
+.PHONY: help env demo test test-fast lint format bench tinystories thousand resume fuzz mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ resume: $(READY)  ## runs killed 60 times, stopped, out of disk end in the same 
 
 fuzz: $(READY)  ## hostile files, flags and arguments for ten minutes: success or one line, each
 	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10
+
+mutants: $(READY)  ## one-line faults, each of which a test must see: ten minutes
+	$(BIN)/python tests/mutants
 
 clean:  ## remove environments, builds and caches; runs/ stays
 	rm -rf .venv .venv312 build dist .pytest_cache .ruff_cache

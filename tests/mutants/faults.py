@@ -1,0 +1,5 @@
+"""Faults where users' files and habits are met."""
+
+from mutant import Mutant
+
+MUTANTS: list[Mutant] = []

@@ -1,0 +1,32 @@
+"""What a mutant is."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A fault of one line, and the tests that are there to see it."""
+
+    name: str  # of the fault: "the gradient is not clipped"
+    file: str  # below the root of the tree
+    old: str  # stands there once
+    new: str
+    tests: str  # files or node ids of pytest, with spaces between: quick ones
+
+    def apply(self, tree: pathlib.Path) -> str:
+        """Puts the fault into a tree; returns the text of the file before.
+
+        Raises:
+          LookupError: where there is no such file, or `old` does not stand in it exactly once.
+        """
+        path = tree / self.file
+        if not path.is_file():
+            raise LookupError(f"there is no file {self.file}")
+        text = path.read_text()
+        if (times := text.count(self.old)) != 1:
+            raise LookupError(f"{self.old!r} stands {times} times in {self.file}: expected once")
+        path.write_text(text.replace(self.old, self.new))
+        return text
