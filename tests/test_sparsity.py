@@ -102,3 +102,93 @@ def test_the_controller_is_damped_alike_at_any_learning_rate():
     """By hand: 20 sqrt(1.2e-3 / 2) = 0.49; with the integral gain unscaled, 0.045 at 1/120."""
     assert damping(2e-3) == pytest.approx(0.49, abs=0.03)
     assert damping(2e-3 / 120) == pytest.approx(0.49, abs=0.03)
+
+
+# ---------------------------------------------------------------------------- the control by hand
+
+
+def control(**values):
+    """A control for a sparsity of three quarters."""
+    values = {"target_sparsity": 0.75, "threshold": 0.5} | values
+    start = tiny.control(LTEConfig(expert_size=8, target_sparsity=0.75))
+    return start.replace(**{name: jnp.float32(value) for name, value in values.items()})
+
+
+def test_the_control_starts_as_the_config_says():
+    lte = LTEConfig(efficiency_weight=1.5, threshold=0.4, target_sparsity=0.7)
+    start = Control.start(lte)
+    found = [start.efficiency_weight, start.integral, start.threshold, start.target_sparsity]
+    assert [float(x) for x in found] == pytest.approx([1.5, 1.5, 0.4, 0.7])
+    assert float(Control.start(LTEConfig(target_sparsity=None)).target_sparsity) == 0.0
+
+
+def test_the_weight_follows_the_error_and_its_sum():
+    """A quarter is wanted. 35% kept: the sum grows by 2 x 0.1, the weight is 40 x 0.1 above it."""
+    after = control(integral=1.0).steer_weight(jnp.float32(0.35), 2.0)
+    assert float(after.integral) == pytest.approx(1.2, rel=1e-5)
+    assert float(after.efficiency_weight) == pytest.approx(5.2, rel=1e-5)
+    again = after.steer_weight(jnp.float32(0.25), 2.0)  # as wanted: the sum alone is left
+    assert float(again.efficiency_weight) == pytest.approx(1.2, rel=1e-5)
+    below = again.steer_weight(jnp.float32(0.2), 2.0)
+    assert float(below.efficiency_weight) == pytest.approx(1.1 - 40 * 0.05, rel=1e-4)
+    assert below.threshold == after.threshold == 0.5
+
+
+@pytest.mark.parametrize(("kept", "bound"), [(1.0, 50.0), (0.0, -5.0)])
+def test_the_sum_of_errors_is_bounded_and_so_turns_at_once(kept, bound):
+    """After however long at a share that cannot be: else it would have to be unlearnt as long."""
+    made = control()
+    for _ in range(100):
+        made = made.steer_weight(jnp.float32(kept), 2.0)
+    assert float(made.integral) == float(made.efficiency_weight) == bound
+    back = np.sign(0.25 - kept)
+    after = made.steer_weight(jnp.float32(0.25 + back * 0.05), 2.0)
+    assert float(after.integral) == pytest.approx(bound + back * 0.1, rel=1e-5)
+    assert float(after.efficiency_weight) == pytest.approx(bound + back * 2.1, rel=1e-5)
+
+
+def test_the_gain_is_in_proportion_to_the_rate_of_the_routers():
+    assert sparsity.integral_gain(2e-3) == pytest.approx(2.0)
+    assert sparsity.integral_gain(5e-4) == pytest.approx(0.5)
+
+
+def test_the_threshold_follows_the_error_within_bounds():
+    after = control().steer_threshold(jnp.float32(0.35))
+    assert float(after.threshold) == pytest.approx(0.51)
+    assert float(after.steer_threshold(jnp.float32(0.15)).threshold) == pytest.approx(0.50)
+    assert after.efficiency_weight == control().efficiency_weight
+    for kept, bound in ((1.0, 0.99), (0.0, 0.01)):
+        made = control()
+        for _ in range(40):
+            made = made.steer_threshold(jnp.float32(kept))
+        assert float(made.threshold) == pytest.approx(bound)
+
+
+# ------------------------------------------------------------------------------ statistics by hand
+
+# One layer, two rows of three tokens, four experts; the last token of the second row is padding.
+ACTIVE = jnp.array(
+    [[[[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]]], bool
+)
+REAL = jnp.array([[True, True, True], [True, True, False]])
+
+
+def test_sparsity_of_layers_counts_real_tokens():
+    """5 of 20 run in the first layer, all in the second."""
+    both = jnp.concatenate([ACTIVE, jnp.ones_like(ACTIVE)])
+    found = sparsity.layer_sparsity(both, REAL)
+    np.testing.assert_allclose(found, [0.75, 0.0], atol=1e-6)
+
+
+def test_union_sparsity_is_of_experts_that_no_row_needs():
+    """Three places need 3, 1 and 0 of four experts."""
+    assert float(sparsity.union_sparsity(ACTIVE, REAL)) == pytest.approx(1 - 4 / 12)
+
+
+def test_bytes_are_those_of_the_weights_that_are_read():
+    """Two layers: attention 32 x (32 + 16 + 16 + 32), FFN 3 x 32 x 64; head 64 x 32; 8 experts."""
+    attention, ffn, head, router = 2 * 32 * 96, 2 * 3 * 32 * 64, 64 * 32, 2 * 32 * 8
+    dense = sparsity.bytes_per_token(tiny.CONFIG)
+    assert dense == 2 * (attention + ffn + head)
+    sparse = sparsity.bytes_per_token(tiny.CONFIG, tiny.LTE, 0.75, width=4)
+    assert sparse == 4 * (attention + ffn / 4 + head) + 4 * router

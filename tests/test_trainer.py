@@ -1,0 +1,127 @@
+"""The loop: what it validates, in which order it sees the data, where it goes on."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lte_jax import data, metrics, sharding, stages, trainer
+from lte_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    Experiment,
+    LTEConfig,
+    MeshConfig,
+    StageConfig,
+    StagesConfig,
+)
+from lte_jax.sparsity import Control
+
+STEPS = 4
+
+
+class Recorder(metrics.MultiWriter):
+    """A writer that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(())
+        self.losses = {}
+
+    def write(self, stage, step, values):
+        if "loss" in values:
+            self.losses[step] = values["loss"]
+
+
+def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None):
+    """A stage of a few steps, all of them saved: what it ends with, and the loss of each step."""
+    steps = StageConfig(steps=STEPS, learning_rate=rate)
+    made = {s.name: s for s in stages.make(StagesConfig(steps, steps, steps), lte)}
+    settings = Experiment(
+        seed=seed, data=DataConfig(batch_size=8), checkpoint=CheckpointConfig(1, STEPS, 0),
+        eval_every=STEPS, log_every=1,
+    )  # fmt: skip
+    model, params = tiny.model_and_params(lte)
+    control = Control.start(lte)
+    if threshold is not None:
+        control = control.replace(threshold=jnp.float32(threshold))
+    recorder = Recorder()
+    trained = trainer.fit(
+        *(model, made[stage], params, control, (rows(24, 0), rows(12, 1)), settings, folder),
+        recorder,
+        mesh=sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
+        teacher=params,
+    )
+    return trained, recorder.losses
+
+
+def rows(count, seed):
+    """Rows of two texts each; in the last third the second is cut to three tokens."""
+    made = {name: np.array(x) for name, x in tiny.batch(count, seed=seed).items()}
+    for row in range(2 * count // 3, count):
+        [second] = np.nonzero(made["segments"][row] == 2)
+        made["segments"][row, second[3:]] = 0
+    return data.Rows(made["tokens"], made["segments"])
+
+
+def test_validation_is_the_mean_over_tokens_under_hard_routing(tmp_path):
+    """By hand, whatever routing the stage trains with; two batches of different length."""
+    lte = LTEConfig(expert_size=8, stage1_routing="soft", distill_weight=0.0, target_sparsity=None)
+    trained, _ = fit(tmp_path, lte=lte, rate=0.0, threshold=0.55)
+    model, params = tiny.model_and_params(lte)
+    validation = rows(12, 1)
+
+    def measured(routing):
+        out = model.apply(
+            {"params": params},
+            validation.tokens_RL,
+            routing=routing,
+            mask=validation.segments_RL,
+            threshold=0.55,
+        )
+        logp_RLV = np.asarray(jax.nn.log_softmax(out.logits), np.float64)
+        nll = [
+            -logp_RLV[r, t, validation.tokens_RL[r, t + 1]]
+            for r, t in np.ndindex(12, 15)
+            if validation.segments_RL[r, t] == validation.segments_RL[r, t + 1] > 0
+        ]
+        skipped = ~np.asarray(out.active)[:, validation.segments_RL > 0]
+        return np.mean(nll), np.mean(skipped)
+
+    loss, sparsity = measured("hard")
+    assert abs(loss - measured("soft")[0]) > 0.01
+    assert trained.validation_loss == pytest.approx(loss, rel=1e-5)
+    assert trained.validation_sparsity == pytest.approx(sparsity, abs=1e-5)
+    assert 0.1 < sparsity < 0.9
+
+
+def test_the_seed_decides_the_order_of_the_data(tmp_path):
+    """At a rate of zero the loss of a step tells which rows it saw."""
+    one, other = (
+        [*fit(tmp_path / str(seed), "adapt", rate=0.0, seed=seed)[1].values()] for seed in (0, 1)
+    )
+    assert len(set(one)) == len(set(other)) == STEPS
+    assert one != other
+
+
+def test_a_stage_goes_on_from_its_newest_checkpoint_to_the_same_bits(tmp_path):
+    """With its optimizer, its control and its place in the data."""
+    whole, losses = fit(tmp_path / "run")
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(tmp_path / "run" / str(step))
+    again, others = fit(tmp_path / "run")
+    assert others == {step: losses[step] for step in range(3, STEPS + 1)}
+    jax.tree.map(np.testing.assert_array_equal, whole.params, again.params)
+    assert jax.tree.map(float, whole.control) == jax.tree.map(float, again.control)
+    assert whole.validation_loss == again.validation_loss
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    whole, _ = fit(tmp_path)
+    again, losses = fit(tmp_path)
+    assert losses == {}
+    assert dataclasses.replace(again, params=None) == dataclasses.replace(whole, params=None)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, again.params)
