@@ -7,9 +7,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # A worker a core, whole files, in the order of tests/conftest.py.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests that write a model folder or read those of ../shared: see tests/hf_models.py.
+READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast lint format bench tinystories thousand resume fuzz mutants clean
+.PHONY: help env demo test test-fast test-sources lint format bench tinystories thousand resume \
+  fuzz mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +36,10 @@ test: $(READY)  ## the whole suite
 
 test-fast: $(READY)  ## the suite without the tests marked slow
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+test-sources: $(READY)  ## tests that read models, these stored in float16, then in bfloat16
+	LTE_JAX_SOURCE_DTYPE=float16 $(BIN)/pytest $(PARALLEL) $(READING)
+	LTE_JAX_SOURCE_DTYPE=bfloat16 $(BIN)/pytest $(PARALLEL) $(READING)
 
 lint: $(READY)  ## style, formatting and types
 	$(BIN)/ruff check

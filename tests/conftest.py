@@ -21,6 +21,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import hf_models
 import jax
 import optax
 import pytest
@@ -33,15 +34,20 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
-def shared() -> pathlib.Path:
+def shared(tmp_path_factory) -> pathlib.Path:
     """The folder of small real models and data beside the project; without it, a skip."""
     if not SHARED.is_dir():
         pytest.skip("needs the models and data of ../shared, which is not there")
-    return SHARED
+    if hf_models.SOURCE_DTYPE == "float32":  # as it stands there
+        return SHARED
+    folder = tmp_path_factory.mktemp("shared")
+    hf_models.copy_models(SHARED / "models", folder / "models")
+    (folder / "data").symlink_to(SHARED / "data")
+    return folder
 
 
 def _with_promotion(function):
-    """`function`, free to mix integers and floats."""
+    """`function`, free to mix types."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -51,8 +57,8 @@ def _with_promotion(function):
     return call
 
 
-def _let_optax_promote():
-    """Optax mixes its integer step count with floats: that is not ours to mend."""
+def _let_others_promote():
+    """Optax mixes its step count with floats, JAX's attention bfloat16 with float32: not ours."""
     cosine, adam = optax.cosine_decay_schedule, optax.scale_by_adam
 
     def scale_by_adam(*args, **kwargs):
@@ -61,6 +67,7 @@ def _let_optax_promote():
 
     optax.cosine_decay_schedule = lambda *args, **kwargs: _with_promotion(cosine(*args, **kwargs))
     optax.scale_by_adam = scale_by_adam
+    jax.nn.dot_product_attention = _with_promotion(jax.nn.dot_product_attention)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes the slow ones away
@@ -81,5 +88,5 @@ def _keep_to_one_core():
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: so are children
     signal.signal(signal.SIGINT, signal.default_int_handler)
-_let_optax_promote()
+_let_others_promote()
 _keep_to_one_core()  # before jax counts the cores, which it does when it is first used

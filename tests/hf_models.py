@@ -1,14 +1,21 @@
-"""Tiny models in Hugging Face's format, and what the tests that use them share."""
+"""Tiny models in Hugging Face's format, and what the tests that use them share.
+
+LTE_JAX_SOURCE_DTYPE=float16 or bfloat16: every model that a test starts from is stored so, those
+of ../shared included, where the test names no type itself. See `make test-sources`.
+"""
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (with it, NumPy knows bfloat16 by name)
 import numpy as np
 import safetensors.numpy
 
 SHARED_MODELS = ("stories260k", "babyllama")
+SOURCE_DTYPE = os.environ.get("LTE_JAX_SOURCE_DTYPE", "float32")
 
 _BASE = {
     "hidden_size": 64,
@@ -23,7 +30,7 @@ _BASE = {
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "torch_dtype": "float32",
+    "torch_dtype": SOURCE_DTYPE,
 }
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -106,14 +113,14 @@ def tensor_shapes(raw: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_tensors(raw: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights: matrices keep variance, norms are near one, biases near zero."""
+def random_tensors(raw: dict, seed: int = 0, dtype=SOURCE_DTYPE) -> dict[str, np.ndarray]:
+    """Random weights: matrices keep variance, norms are near one, biases near zero."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(raw).items():
         scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.2
         values = rng.standard_normal(shape) * scale + (1.0 if "norm" in name else 0.0)
-        tensors[name] = values.astype(np.float32)
+        tensors[name] = values.astype(dtype)
     return tensors
 
 
@@ -123,8 +130,7 @@ def write_folder(folder: Path, raw: dict, tensors: dict | None = None, dtype=Non
     (folder / "config.json").write_text(json.dumps(raw))
     tensors = random_tensors(raw) if tensors is None else tensors
     if dtype is not None:
-        stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-        tensors = {name: t.astype(stored) for name, t in tensors.items()}
+        tensors = {name: t.astype(dtype) for name, t in tensors.items()}
     if shards == 1:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
@@ -137,6 +143,15 @@ def write_folder(folder: Path, raw: dict, tensors: dict | None = None, dtype=Non
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def copy_models(models: Path, to: Path) -> None:
+    """A folder of HF folders in float32, stored in `SOURCE_DTYPE`."""
+    for old in models.iterdir():
+        shutil.copytree(old, to / old.name, copy_function=shutil.copyfile)
+        (to / old.name).chmod(0o755)
+        raw = json.loads((old / "config.json").read_text()) | {"torch_dtype": SOURCE_DTYPE}
+        write_folder(to / old.name, raw, read_tensors(old), dtype=SOURCE_DTYPE)
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:

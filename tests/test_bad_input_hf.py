@@ -194,7 +194,8 @@ def test_bad_input_tensor_dtype(dtype, tmp_path):
 
 
 def test_bad_input_layers_of_different_dtype(tmp_path):
-    folder = broken(tmp_path, lambda t: t.update({UP: t[UP].astype(np.float16)}))
+    wide = {name: t.astype(np.float32) for name, t in random_tensors(config_json("llama")).items()}
+    folder = broken(tmp_path, lambda t: t.update(wide | {UP: t[UP].astype(np.float16)}))
     assert_complains(lambda: load(folder), UP, "F16", "F32", "give a dtype")
 
 
@@ -373,7 +374,7 @@ def test_bad_input_export_to_a_full_disk_simulated(model, tmp_path, monkeypatch)
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", str(disk)]
     try:
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -430,7 +431,7 @@ def test_bad_input_export_lte_size(model, tmp_path):
     "bits", [0x7F800080, 0x7FC00000]
 )  # NaN that signals, and one that is quiet
 def test_bad_input_nan_is_converted_without_a_warning(bits, tmp_path):
-    tensors = random_tensors(config_json("llama"))
+    tensors = random_tensors(config_json("llama"), dtype="float32")
     tensors[UP].view(np.uint32)[3, 4] = bits
     folder = write_folder(tmp_path, config_json("llama"), tensors)
     config, lte = hf.read_config(folder)

@@ -121,7 +121,6 @@ def test_dense_model_equals_lte_model_with_all_experts():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
 def test_decode_step_gives_the_logits_of_the_model(dtype):
     """With every implementation that takes so small a width."""
     names = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]

@@ -176,7 +176,7 @@ HARMLESS = {
     "pattern": {"sliding_window_pattern": 1},
     "list of one bos": {"bos_token_id": [1]},
     "list of one pad": {"pad_token_id": [0]},
-    "dtype": {"torch_dtype": "auto", "dtype": "auto"},
+    "dtype": {"torch_dtype": "auto", "dtype": "auto"},  # float32, where config.json alone is asked
     "full layers": {"layer_types": ["full_attention"] * 3},
     "sliding layers": {
         **{"model_type": "mistral", "sliding_window": 8},
@@ -191,6 +191,7 @@ HARMLESS = {
 def test_harmless_keys(case, tmp_path):
     changes = HARMLESS[case]
     family = {"model_type": changes.get("model_type", "llama"), "sliding_window": None}
+    family["torch_dtype"] = "float32"
     plain = config_json("llama", **family | {"sliding_window": changes.get("sliding_window")})
     raw = plain | changes
     config = hf.read_config(write_folder(tmp_path / "a", raw, {}))[0]

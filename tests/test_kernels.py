@@ -196,7 +196,6 @@ def test_linear(implementation, dtype, transposed):
             assert error(y_BO, expected) < TOLERANCE["float32"]
 
 
-@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attend(implementation, dtype):
     """Rows see different keys, some with gaps; some query heads share a kv head."""

@@ -18,7 +18,7 @@ ROUTERS, BIASES = 45_088_768, 11_008  # 32 x 4096 x 344 and 32 x 344
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """JAX's own attention mixes bfloat16 and float32, which the tests forbid elsewhere."""
+    """The gradient of JAX's own attention mixes bfloat16 and float32."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -97,7 +97,6 @@ def test_segments_count_for_themselves():
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
-@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
 def test_every_stored_type_runs_as_it_loads(stored, tmp_path):
     raw = hf_models.config_json("llama", torch_dtype=stored, num_hidden_layers=2)
     folder = hf_models.write_folder(tmp_path / "dense", raw, dtype=stored)
@@ -139,7 +138,6 @@ def test_float16_is_said_once_and_no_type_to_compute_in(caplog):
             make(dtype="float16")
 
 
-@jax.numpy_dtype_promotion("standard")
 def test_weights_are_converted_once():
     model, params = tiny.model_and_params(dtype="bfloat16")
     used = d.computed(model, params)
@@ -158,7 +156,6 @@ def products(text, experts):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@jax.numpy_dtype_promotion("standard")
 def test_routers_are_float32_products(dtype):
     """Everywhere: other rounding chooses other experts. 8 experts; no other width is 8 or 5."""
     config = dataclasses.replace(tiny.CONFIG, head_dim=16, num_heads=2, d_ff=40)

@@ -66,7 +66,7 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
     folder = shared / "models" / "stories260k"
     config, _ = hf.read_config(folder)
     tokenizer, model = hf.load_tokenizer(folder), Transformer(config)
-    params = hf.load_params(folder, config, None)
+    params = hf.load_params(folder, config, None, "float32")
     end = tokenizer.bos_token_id
     texts = shared / "data" / "tinystories"
     told = stories(texts / "validation.jsonl", tokenizer, 64)

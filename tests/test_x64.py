@@ -20,7 +20,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 PROMPTS = [[1, 7, 9, 30, 2, 2, 5], [4], [60, 3, 3, 18, 44]]
 
 
-@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
 def numbers() -> dict[str, np.ndarray]:
     """What each entry of the package makes of the same input."""
     found = {}
