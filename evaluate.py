@@ -13,7 +13,7 @@ from lte_jax import config, data, errors, files, interrupt, pipeline, report
 
 
 def main() -> None:
-    """Flags to rows and models; the measuring is in lte_jax/tasks.py."""
+    """Flags to rows and models; the measuring is in lte_jax.evaluation.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -136,13 +136,13 @@ def train(run: Run, out: Path) -> None:
 def measure(run: Run, out: Path) -> dict:
     """Perplexity and sparsity of a finished run, on all validation stories."""
     import lte_jax
-    from lte_jax import data, tasks
+    from lte_jax import data, evaluation
 
     folder = out / run.name / ("dense" if run.target is None else "lte")
     model, params = lte_jax.load(folder)
     tokenizer = lte_jax.load_tokenizer(folder)
     rows = data.pad_rows(data.tokenize(data.read_texts(DATA, newline=" "), tokenizer), 256)
-    measured = tasks.perplexity(model, params, rows, batch_size=27)
+    measured = evaluation.perplexity(model, params, rows, batch_size=27)
     return {
         "model": run.model,
         "method": run.method,

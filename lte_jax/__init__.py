@@ -14,24 +14,27 @@ K kv heads  C head width  V vocabulary.
 
 from __future__ import annotations
 
+import functools as _functools
+import logging as _logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax as _jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lte_jax import checks as _checks
 from lte_jax import hf as _hf
 from lte_jax import moefy as _moefy
-from lte_jax import pipeline as _pipeline
 from lte_jax.config import Experiment, LTEConfig, ModelConfig, Routing, UserError, from_mapping
+from lte_jax.evaluation import evaluate
 from lte_jax.generate import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
-from lte_jax.tasks import evaluate
 
 __version__ = "0.1.0"
+_log = _logging.getLogger(__name__)
 __all__ = [
     "Experiment",
     "LTEConfig",
@@ -71,7 +74,27 @@ def load(
     Raises:
       UserError: where it is neither, or is damaged; names the file and tensor.
     """
-    return _pipeline.load(path_or_hub_id, dtype, verify=verify)
+    if dtype is not None:
+        _checks.compute_dtype(dtype)
+    folder = _hf.resolve(path_or_hub_id)
+    _hf.verify(folder, digests=verify)
+    config, lte = _hf.read_config(folder)
+    model = Transformer(config, lte, dtype=dtype or _compute_dtype(config.dtype))
+    return model, _hf.load_params(folder, config, lte, dtype)
+
+
+@_functools.cache  # what it decides is said once
+def _compute_dtype(stored: str) -> str:
+    """What a model computes in whose weights are stored in a type: the same, where that can be.
+
+    float16 is a type for storing: it has too small a range, and XLA has no products of it on CPUs.
+    """
+    if stored in _checks.COMPUTE_DTYPES:
+        return stored
+    backend = _jax.default_backend()
+    chosen = "float32" if backend == "cpu" else "bfloat16"
+    _log.warning("weights stored in %s: computing in %s, on a %s", stored, chosen, backend)
+    return chosen
 
 
 def save(
@@ -189,4 +212,6 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dic
       SystemExit: with code 143 after SIGTERM and 130 after Ctrl-C, once what is in hand is saved
         (in the main thread; elsewhere, signals do what they did before).
     """
-    return _pipeline.train(experiment, workdir)
+    from lte_jax import pipeline  # with Orbax and Optax: only training needs them
+
+    return pipeline.train(experiment, workdir)

@@ -56,8 +56,7 @@ def efficiency(
     power: int = 2,
 ) -> Float[Array, ""]:
     """Mean score to the `power` over layers, real tokens and experts (Eq. 4 prints the square)."""
-    per_token_BL = jnp.mean(scores_NBLE.astype(jnp.float32) ** power, axis=(0, 3))
-    return jnp.sum(jnp.where(real_BL, per_token_BL, 0.0)) / count
+    return jnp.mean(layer_means(scores_NBLE.astype(jnp.float32) ** power, real_BL, count))
 
 
 def separability(
@@ -73,5 +72,22 @@ def separability(
     expectation over any continuous density of scores there is infinite.
     """
     distance_NBLE = scores_NBLE.astype(jnp.float32) - threshold
-    per_token_BL = jnp.mean(1.0 / (distance_NBLE**2 + eps), axis=(0, 3))
-    return jnp.sum(jnp.where(real_BL, per_token_BL, 0.0)) / count
+    return jnp.mean(layer_means(1.0 / (distance_NBLE**2 + eps), real_BL, count))
+
+
+def layer_means(
+    values_NBLE: Float[Array, "N B L E"] | Bool[Array, "N B L E"],
+    real_BL: Bool[Array, "B L"],
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, " N"]:
+    """Means over the real tokens and experts of each layer; of active experts, the active fraction.
+
+    Args:
+      values_NBLE: scores, or which experts are active.
+      real_BL: the tokens that count.
+      count: of real tokens in the whole batch, where this is a part of it; None: of these.
+    """
+    if count is None:
+        count = jnp.maximum(jnp.sum(real_BL, dtype=jnp.float32), 1.0)
+    per_token_NBL = jnp.mean(values_NBLE.astype(jnp.float32), axis=3)
+    return jnp.sum(jnp.where(real_BL[None], per_token_NBL, 0.0), axis=(1, 2)) / count

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lte_jax import checks, sharding
+from lte_jax import checks, losses, sharding
 from lte_jax.config import LTEConfig, ModelConfig, RopeScaling, Routing
 from lte_jax.moe import ExpertFFN
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
         sparsity = jnp.zeros((), jnp.float32)
         if active_NBLE is not None:
-            sparsity = 1.0 - kept_fraction(active_NBLE, segments_BL > 0)
+            sparsity = 1.0 - jnp.mean(losses.layer_means(active_NBLE, segments_BL > 0))
         if cache is not None and layer_cache is not None:
             cache = layer_cache | {
                 "segments": context["segments_BT"],
@@ -239,15 +239,6 @@ def abstract_params(model: Transformer) -> Any:
     """The parameter tree as ShapeDtypeStructs: shapes of any size at no cost."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-
-def kept_fraction(
-    active_NBLE: Bool[Array, "N B L E"], real_BL: Bool[Array, "B L"]
-) -> Float[Array, ""]:
-    """The share of (real token, layer, expert) that is active."""
-    per_token_BL = jnp.mean(active_NBLE.astype(jnp.float32), axis=(0, 3))
-    weight_BL = real_BL.astype(jnp.float32)
-    return jnp.sum(per_token_BL * weight_BL) / jnp.maximum(jnp.sum(weight_BL), 1.0)
 
 
 def sliding_layers(config: ModelConfig) -> tuple[bool, ...]:

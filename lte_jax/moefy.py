@@ -34,6 +34,7 @@ from tqdm import tqdm
 from lte_jax import interrupt, router_init
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
+from lte_jax.model import Transformer
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices gathered in one pass over the calibration data
@@ -46,14 +47,14 @@ LONGEST = 6.0  # medians of length that a vector to be clustered is shortened to
 
 
 def to_experts(
-    model: Any,
+    model: Transformer,
     params: Any,
     lte: LTEConfig = LTEConfig(),  # noqa: B008 (frozen)
     calibration: np.ndarray | Array | None = None,
     mask: np.ndarray | Array | None = None,
     *,
     progress: bool = True,
-) -> tuple[Any, dict[str, Any], Int[np.ndarray, "N E M"]]:
+) -> tuple[Transformer, dict[str, Any], Int[np.ndarray, "N E M"]]:
     """A dense model with its neurons in experts, all but the routers.
 
     Args:
@@ -91,7 +92,7 @@ def to_experts(
 
 
 def add_routers(
-    model: Any,
+    model: Transformer,
     params: Any,
     calibration: np.ndarray | Array | None = None,
     mask: np.ndarray | Array | None = None,
@@ -130,8 +131,8 @@ def add_routers(
 
 
 def to_dense(
-    model: Any, params: Any, order_NEM: Int[np.ndarray, "N E M"]
-) -> tuple[Any, dict[str, Any]]:
+    model: Transformer, params: Any, order_NEM: Int[np.ndarray, "N E M"]
+) -> tuple[Transformer, dict[str, Any]]:
     """The dense model with every neuron back in its place: `to_experts` undone, routers dropped.
 
     Raises:
@@ -349,7 +350,7 @@ def _canonical(members_EM: np.ndarray) -> np.ndarray:
 
 
 def coactivations(
-    model: Any,
+    model: Transformer,
     params: Any,
     calibration: np.ndarray | Array | None,
     mask: np.ndarray | Array | None = None,
@@ -394,7 +395,7 @@ def coactivations(
 
 @partial(jax.jit, static_argnames=("model", "layers"))
 def _magnitude_sums(
-    model: Any, params: Any, tokens_BL: Array, mask_BL: Array, layers: range
+    model: Transformer, params: Any, tokens_BL: Array, mask_BL: Array, layers: range
 ) -> tuple[Float[Array, "N F F"], Float[Array, "N F"]]:
     """Sums over the real tokens of |h_f| |h_g| and of |h_f|, for some layers."""
     _, state = model.apply(

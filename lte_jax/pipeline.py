@@ -25,18 +25,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lte_jax import (
-    checks,
     data,
+    evaluation,
     files,
     hf,
     interrupt,
-    metrics,
     preflight,
     report,
     sharding,
     stages,
-    tasks,
     trainer,
+    writers,
 )
 from lte_jax import workdir as work
 from lte_jax.checkpoint import quiet_threads
@@ -95,45 +94,6 @@ def report_again(workdir: str | Path) -> tuple[Transformer, Any]:
                 "which goes on and makes the report"
             )
         return run.report(anew=True)
-
-
-def load(
-    path_or_hub_id: str | Path,
-    dtype: str | None = None,
-    *,
-    verify: bool = False,
-    **model_fields: Any,
-) -> tuple[Transformer, Any]:
-    """A dense or LTE model and its parameters, from a folder or the hub.
-
-    Args:
-      path_or_hub_id: an HF folder, an LTE folder, or a hub id.
-      dtype: to compute in; parameters are converted. None: they stay as they are stored, see
-        `compute_dtype`.
-      verify: compare every file's contents, and not its size alone, with the folder's manifest.
-      model_fields: further fields of the Transformer, such as remat=True.
-    """
-    if dtype is not None:
-        checks.compute_dtype(dtype)
-    folder = hf.resolve(path_or_hub_id)
-    hf.verify(folder, digests=verify)
-    config, lte = hf.read_config(folder)
-    model = Transformer(config, lte, dtype=dtype or compute_dtype(config.dtype), **model_fields)
-    return model, hf.load_params(folder, config, lte, dtype)
-
-
-@functools.cache  # what it decides is said once
-def compute_dtype(stored: str) -> str:
-    """What a model computes in whose weights are stored in a type: the same, where that can be.
-
-    float16 is a type for storing: it has too small a range, and XLA has no products of it on CPUs.
-    """
-    if stored in checks.COMPUTE_DTYPES:
-        return stored
-    backend = jax.default_backend()
-    chosen = "float32" if backend == "cpu" else "bfloat16"
-    log.warning("weights stored in %s: computing in %s, on a %s", stored, chosen, backend)
-    return chosen
 
 
 @dataclasses.dataclass
@@ -247,10 +207,10 @@ class _Run:
         Returns:
           The last model and its parameters.
         """
-        dtype, root = self.experiment.source.compute_dtype, self.paths.root
+        root = self.paths.root
         last = self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
         _verify(last)
-        model, params = load(last, dtype)
+        model, params = self._result(last)
         if not self.experiment.report or jax.process_index() != 0:
             return model, params
         results = None if anew else _results(root / "results.json")
@@ -260,7 +220,7 @@ class _Run:
         if results is None:
             work.check_inputs(self.paths, self.parts.inputs)
             _verify(self.paths.dense)
-            baseline = None if last == self.paths.dense else load(self.paths.dense, dtype)
+            baseline = None if last == self.paths.dense else self._result(self.paths.dense)
             results = self._measure(model, params, baseline)
         written = report.write([results], root, figures)
         print("", report.table([results]), report.samples([results]), sep="\n")
@@ -270,7 +230,7 @@ class _Run:
         return model, params
 
     def _measure(self, model: Transformer, params: Any, baseline: Any) -> dict[str, Any]:
-        results = tasks.evaluate(
+        results = evaluation.evaluate(
             model,
             params,
             self.parts.rows[1],
@@ -310,6 +270,12 @@ class _Run:
         """Float32 masters, straight onto the mesh."""
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
         return hf.load_params(folder, model.config, model.lte, "float32", shardings)
+
+    def _result(self, folder: Path) -> tuple[Transformer, Any]:
+        """A model as its folder holds it, to be measured."""
+        config, lte = hf.read_config(folder)
+        model = Transformer(config, lte, dtype=self.experiment.source.compute_dtype)
+        return model, hf.load_params(folder, config, lte, model.dtype)
 
     def _save(self, folder: Path, model: Transformer, params: Any, source, order_NEM=None) -> None:
         if jax.process_count() > 1:  # parts of arrays lie elsewhere: all processes take part
@@ -370,18 +336,18 @@ def _results(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _writer(paths: Paths, experiment: Experiment) -> metrics.Writer:
+def _writer(paths: Paths, experiment: Experiment) -> writers.Writer:
     if jax.process_index() != 0:
-        return metrics.MultiWriter(())
-    writers: list[metrics.Writer] = [
-        metrics.TerminalWriter(experiment.data.batch_size * experiment.data.length, sys.stderr),
-        metrics.JsonlWriter(paths.metrics),
+        return writers.MultiWriter(())
+    several: list[writers.Writer] = [
+        writers.TerminalWriter(experiment.data.batch_size * experiment.data.length, sys.stderr),
+        writers.JsonlWriter(paths.metrics),
     ]
     try:
-        writers.append(metrics.TensorBoardWriter(paths.root / "tensorboard"))
+        several.append(writers.TensorBoardWriter(paths.root / "tensorboard"))
     except UserError as error:
         log.info("no TensorBoard metrics: %s", error)
-    return metrics.MultiWriter(writers)
+    return writers.MultiWriter(several)
 
 
 def _verify(folder: Path) -> None:

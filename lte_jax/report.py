@@ -2,8 +2,8 @@
 
     python -m lte_jax.report runs/a/results.json runs/b/results.json --out runs/report
 
-Results are what `tasks.evaluate` returns; several of them (other sparsities, other models) make one
-table and one figure of quality against sparsity. No number is typed anywhere by hand.
+Results are what `evaluation.evaluate` returns; several of them (other sparsities, other models)
+make one table and one figure of quality against sparsity. No number is typed anywhere by hand.
 """
 
 from __future__ import annotations

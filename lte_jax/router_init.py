@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Int
 
 from lte_jax import interrupt, moe
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
+from lte_jax.model import Transformer
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,10 @@ def enough_rows(
 
 
 def ridge_router(
-    model: Any, params: Any, batches: Iterable[Mapping[str, Array | np.ndarray]], lte: LTEConfig
+    model: Transformer,
+    params: Any,
+    batches: Iterable[Mapping[str, Array | np.ndarray]],
+    lte: LTEConfig,
 ):
     """Routers regressed on what an oracle would choose: kernel [N, D, E] and bias [N, E].
 
@@ -125,7 +128,9 @@ def ridge_router(
 
 
 @partial(jax.jit, static_argnames=("model", "top"))
-def _moments(model: Any, top: int, params: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+def _moments(
+    model: Transformer, top: int, params: Any, batch: Mapping[str, Array]
+) -> dict[str, Array]:
     """Sums over real tokens: gram [N, K, K] of (inputs, 1), cross [N, K, E] with the choice."""
     x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
     down_NEMD = params["layers"]["ffn"]["down"].astype(jnp.float32)
@@ -151,6 +156,8 @@ def _regress(
             f"layers/ffn: activations of layer {layer} are not finite on the calibration tokens; "
             "expected the weights of a working model"
         )
+    import scipy.linalg  # slower to import than the whole of lte_jax
+
     level = max(np.trace(gram_KK[:-1, :-1]) / (len(gram_KK) - 1), 1e-30)
     penalty_K = np.append(np.full(len(gram_KK) - 1, 1e-3 * level), 0.0)
     kernel_DE = scipy.linalg.solve(gram_KK + np.diag(penalty_K), cross_KE, assume_a="pos")[:-1]
@@ -163,7 +170,7 @@ def _regress(
 
 @partial(jax.jit, static_argnames="model")
 def _histogram(
-    model: Any,
+    model: Transformer,
     params: Any,
     batch: Mapping[str, Array],
     kernel_NDE: Array,
@@ -208,7 +215,7 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
         )
 
 
-def _ffn_intermediates(model: Any, params: Any, batch: Mapping[str, Array]):
+def _ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array]):
     """FFN inputs [N, T, D] and hidden activations [N, T, E, M], T = B*L, and which tokens count."""
     _, sown = model.apply(
         {"params": params},

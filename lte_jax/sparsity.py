@@ -17,10 +17,10 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from lte_jax.config import LTEConfig, ModelConfig
-from lte_jax.moe import num_experts
+from lte_jax.config import LTEConfig, ModelConfig, num_experts
+from lte_jax.model import Transformer
 
 # Signed PI on e = kept - wanted, per step: weight = P e + (sum of I e). Found in trials at a peak
 # learning rate of routers of 2e-3: within a point at 50, 75 and 90%. Learning is an integrator,
@@ -109,7 +109,7 @@ def settle(
 
 
 def score_histogram(
-    model: Any, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
+    model: Transformer, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
 ) -> Int[Array, " S"]:
     """How many scores of real tokens lie in each bin of (0, 1] under hard routing; to be jitted."""
     real_BL = batch["segments"] > 0
@@ -124,29 +124,6 @@ def score_histogram(
     bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
     real_NBLE = jnp.broadcast_to(real_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)
     return jnp.zeros(_BINS, jnp.int32).at[bin_NBLE].add(real_NBLE)
-
-
-def layer_sparsity(
-    active_NBLE: Bool[Array, "N B L E"], real_BL: Bool[Array, "B L"]
-) -> Float[Array, " N"]:
-    """Sparsity of each layer over the real tokens."""
-    weight_BL = real_BL.astype(jnp.float32)
-    kept_NBL = jnp.mean(active_NBLE.astype(jnp.float32), axis=3)
-    kept_N = jnp.sum(kept_NBL * weight_BL[None], axis=(1, 2))
-    return 1.0 - kept_N / jnp.maximum(jnp.sum(weight_BL), 1.0)
-
-
-def union_sparsity(
-    active_NBLE: Bool[Array, "N B L E"], real_BL: Bool[Array, "B L"]
-) -> Float[Array, ""]:
-    """Share of experts that no row of the batch needs, mean over layers and positions.
-
-    What a kernel that serves B rows at once can skip (paper, Fig. 15).
-    """
-    needed_NLE = jnp.any(active_NBLE & real_BL[None, :, :, None], axis=1)
-    weight_L = jnp.any(real_BL, axis=0).astype(jnp.float32)
-    kept = jnp.sum(jnp.mean(needed_NLE.astype(jnp.float32), axis=(0, 2)) * weight_L)
-    return 1.0 - kept / jnp.maximum(jnp.sum(weight_L), 1.0)
 
 
 def flops_per_token(

@@ -30,10 +30,10 @@ from lte_jax import data, interrupt, losses, optim, sharding, sparsity
 from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
-from lte_jax.metrics import Writer
 from lte_jax.model import Transformer
 from lte_jax.sparsity import Control
 from lte_jax.stages import Stage
+from lte_jax.writers import Writer
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
             power = model.lte.efficiency_power
-            active_NBLE = out.active.astype(jnp.float32)
-            parts["kept"] = losses.efficiency(active_NBLE, real, counts["real"], power=1)
+            parts["kept"] = jnp.mean(losses.layer_means(out.active, real, counts["real"]))
             parts["efficiency"] = losses.efficiency(out.scores, real, counts["real"], power)
             if stage.efficiency:
                 total += control.efficiency_weight * parts["efficiency"]

@@ -132,7 +132,7 @@ def test_hub_without_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError) as error:
         data.read_texts("roneneldan/TinyStories")
-    told(error, "roneneldan/TinyStories: no such file", "pip install 'lte-jax[eval]'")
+    told(error, "roneneldan/TinyStories: no such file", "pip install 'lte-jax[data]'")
 
 
 def test_hub_dataset_absent(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import report, tasks
+from lte_jax import evaluation, report
 from lte_jax.__main__ import main
 from lte_jax.config import UserError
 from lte_jax.data import pad_rows
@@ -78,11 +78,19 @@ ROWS = pad_rows([np.arange(1, 20)], 16)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tasks.perplexity(MODEL, PARAMS, pad_rows([np.ones(1, int)], 8)), "no token to"),
-        (lambda: tasks.evaluate(MODEL, PARAMS, ROWS, batch_size=0), "batch_size=0"),
-        (lambda: tasks.evaluate(MODEL, PARAMS, ROWS, baseline=(MODEL, PARAMS)), "is an LTE model"),
         (
-            lambda: tasks.evaluate(MODEL, PARAMS, ROWS, baseline=(LARGE, abstract_params(LARGE))),
+            lambda: evaluation.perplexity(MODEL, PARAMS, pad_rows([np.ones(1, int)], 8)),
+            "no token to",
+        ),
+        (lambda: evaluation.evaluate(MODEL, PARAMS, ROWS, batch_size=0), "batch_size=0"),
+        (
+            lambda: evaluation.evaluate(MODEL, PARAMS, ROWS, baseline=(MODEL, PARAMS)),
+            "is an LTE model",
+        ),
+        (
+            lambda: evaluation.evaluate(
+                MODEL, PARAMS, ROWS, baseline=(LARGE, abstract_params(LARGE))
+            ),
             "vocabulary has 64 tokens, the baseline's 65",
         ),
     ],

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import data, metrics, sharding, trainer
+from lte_jax import data, sharding, trainer, writers
 from lte_jax.config import (
     DataConfig,
     Experiment,
@@ -155,7 +155,7 @@ def test_bad_input_weights_that_are_not_finite_stop_and_save_the_batch(experimen
     with pytest.raises(UserError) as caught:
         trainer.fit(
             model, stage, params, tiny.control(), (rows, rows), experiment, tmp_path / "ck",
-            metrics.MultiWriter(()), mesh=sharding.make_mesh(MeshConfig()),
+            writers.MultiWriter(()), mesh=sharding.make_mesh(MeshConfig()),
         )  # fmt: skip
     message = str(caught.value)
     assert "'adapt' step 1" in message and "loss=nan" in message and "learning_rate" in message

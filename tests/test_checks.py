@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import checks, data, tasks
+from lte_jax import checks, data, evaluation
 from lte_jax.config import UserError
 from lte_jax.model import Transformer, abstract_params, init_cache
 
@@ -67,7 +67,7 @@ def test_tokens(change, message):
     refused(f"calibration .*{message}", lte_jax.moefy, DENSE, DENSE_PARAMS, wrong)
     if not isinstance(wrong, list | str):
         rows = data.Rows(wrong, np.ones(wrong.shape, int))
-        refused(f"rows.tokens_RL .*{message}", tasks.perplexity, MODEL, PARAMS, rows)
+        refused(f"rows.tokens_RL .*{message}", evaluation.perplexity, MODEL, PARAMS, rows)
 
 
 def test_tokens_of_other_kinds():

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import checkpoint, hf, report, tasks
+from lte_jax import checkpoint, evaluation, hf, report
 from lte_jax.errors import UserError
 
 RESULT = ("lte/model.safetensors", "lte/config.json", "dense/model.safetensors")
@@ -68,7 +68,7 @@ def test_bad_input_disk_full_in_each_phase(small_disk, tmp_path, monkeypatch, ca
         said = capfd.readouterr().err
         assert "Traceback" not in said and "Error" not in said, said
         (small_disk / "filler").unlink()
-    monkeypatch.setattr(tasks, "evaluate", tasks.evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluation.evaluate)
     lte_jax.train(experiment, workdir)
     assert {name: (workdir / name).read_bytes() for name in RESULT} == expected
     assert not [path.name for path in workdir.glob(".*") if path.name != ".lock"]

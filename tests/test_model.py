@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import data, kernels, moe, pipeline
+from lte_jax import data, kernels, moe
 from lte_jax.config import UserError
 from lte_jax.generate import decoding as d
 from lte_jax.model import Transformer, init_cache
@@ -125,8 +125,8 @@ def test_every_stored_type_runs_as_it_loads(stored, tmp_path):
 
 
 def test_float16_is_said_once_and_no_type_to_compute_in(caplog):
-    pipeline.compute_dtype.cache_clear()
-    assert [pipeline.compute_dtype("float16") for _ in range(2)] == ["float32"] * 2
+    lte_jax._compute_dtype.cache_clear()
+    assert [lte_jax._compute_dtype("float16") for _ in range(2)] == ["float32"] * 2
     assert [r.getMessage() for r in caplog.records] == [
         "weights stored in float16: computing in float32, on a cpu"
     ]

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import logging
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import tiny
 from lte_jax import moe, router_init
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError
+from lte_jax.model import Transformer
 
 moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 D, E = tiny.CONFIG.d_model, tiny.CONFIG.d_ff // tiny.LTE.expert_size
@@ -80,17 +82,17 @@ def test_memory_does_not_grow_with_the_tokens():
     assert max(live[60:]) <= max(live[42:50]), "and no more, however many batches came before"
 
 
-class Planted:
+INPUTS_VD = np.random.default_rng(0).standard_normal((4000, 48)).astype(np.float32)
+PLANE_D = np.random.default_rng(1).standard_normal(48).astype(np.float32)
+
+
+class Planted(Transformer):
     """A stand-in for a model: FFN inputs are the tokens' rows of a table, as is what is hidden."""
 
-    def __init__(self, d_model, rng, config):
-        self.config = config
-        self.x_VD = rng.standard_normal((4000, d_model)).astype(np.float32)
-        self.plane_DE = rng.standard_normal((d_model, 2)).astype(np.float32)
-
+    @nn.nowrap
     def apply(self, variables, tokens, **kwargs):
-        x_BLD = jnp.asarray(self.x_VD)[tokens]
-        logit_BL = x_BLD @ jnp.asarray(self.plane_DE[:, 0])
+        x_BLD = jnp.asarray(INPUTS_VD)[tokens]
+        logit_BL = x_BLD @ jnp.asarray(PLANE_D)
         h_BLE = jnp.stack([jax.nn.sigmoid(logit_BL), jax.nn.sigmoid(-logit_BL)], axis=-1)
         sown = {"ffn_input": (x_BLD[None],), "hidden": (h_BLE[None, ..., None],)}
         return None, {"intermediates": {"layers": {"ffn": sown}}}
@@ -99,14 +101,14 @@ class Planted:
 def agreement(per_unknown: int) -> float:
     """With how much of 2,000 other tokens' choices of a linear oracle a router agrees."""
     config = dataclasses.replace(tiny.CONFIG, d_model=48, d_ff=2, num_layers=1)
-    model = Planted(48, np.random.default_rng(0), config)
+    model = Planted(config)
     params = {"layers": {"ffn": {"down": jnp.ones((1, 2, 1, 48))}}}
     tokens = np.arange(per_unknown * 49, dtype=np.int32)[None]
     batch = {"tokens": tokens, "segments": np.ones_like(tokens)}
     lte = LTEConfig(expert_size=1, target_sparsity=0.5)
     router = router_init.ridge_router(model, params, [batch], lte)
-    x_TD = jnp.asarray(model.x_VD[2000:])
-    oracle_T = model.x_VD[2000:] @ model.plane_DE[:, 0] > 0
+    x_TD = jnp.asarray(INPUTS_VD[2000:])
+    oracle_T = INPUTS_VD[2000:] @ PLANE_D > 0
     chosen_T = np.asarray(moe.router_logits({k: v[0] for k, v in router.items()}, x_TD))[:, 0] > 0
     return float(np.mean(chosen_T == oracle_T))
 

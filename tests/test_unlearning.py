@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lte_jax import data, hf, metrics, sharding, stages, trainer
+from lte_jax import data, hf, sharding, stages, trainer, writers
 from lte_jax.config import Experiment, LTEConfig, MeshConfig, StageConfig, StagesConfig
 from lte_jax.model import Transformer
 from lte_jax.sparsity import Control
@@ -80,7 +80,7 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
 
     def fit(model, name, params, control, teacher):
         [stage] = [s for s in stages.make(SETTINGS.stages, SETTINGS.lte) if s.name == name]
-        writer = metrics.MultiWriter(())
+        writer = writers.MultiWriter(())
         return trainer.fit(
             *(model, stage, params, control, (rows, some), SETTINGS, tmp_path / name, writer),
             mesh=mesh,

@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import checkpoint, hf, pipeline, preflight, report, tasks, workdir
+from lte_jax import checkpoint, evaluation, hf, pipeline, preflight, report, workdir
 from lte_jax.config import UserError
 from lte_jax.workdir import Paths
 
@@ -272,7 +272,7 @@ def test_sigterm_in_every_phase_ends_with_143_and_in_the_same_bits(
         (hf, "save", 0, "after experts/", "checkpoints/router"),
         (pipeline.trainer, "_validate", 0, "after step 2 of stage 'router'", "lte"),
         (hf, "save", 0, "after lte/", "results.json"),
-        (tasks, "perplexity", 1, "while measuring", "results.json"),
+        (evaluation, "perplexity", 1, "while measuring", "results.json"),
         (report, "write", 0, "at its end", None),
     ]
     for owner, name, skip, where, absent in phases:
@@ -295,7 +295,7 @@ def test_a_finished_run_reads_no_text_and_makes_what_is_absent(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(preflight.data, "build", lambda *_: pytest.fail("tokenised again"))
-        patch.setattr(tasks, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+        patch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("measured again"))
         (copy / "layers.png").unlink(missing_ok=True)
         (copy / "table.md").unlink()
         lte_jax.train(experiment, copy)

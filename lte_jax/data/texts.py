@@ -183,7 +183,7 @@ def _hub_records(source: str, column: str, split: str | None) -> Iterator[str]:
     except ImportError:
         raise UserError(
             f"{source}: no such file, and reading a hub dataset of that name needs the package "
-            "datasets: pip install 'lte-jax[eval]'"
+            "datasets: pip install 'lte-jax[data]'"
         ) from None
     name, config, part, *more = source.split(":") + ["", ""]
     if any(more):

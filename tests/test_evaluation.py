@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import hf, report, tasks
+from lte_jax import evaluation, hf, report
 from lte_jax.data import Rows, byte_tokenizer, pack_rows, pad_rows, read_texts, tokenize
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
@@ -49,7 +49,7 @@ def packed():
 def test_perplexity_by_hand(lte):
     model, params = lte
     rows = packed()
-    measured = tasks.perplexity(model, params, rows, batch_size=2, num_bytes=100)
+    measured = evaluation.perplexity(model, params, rows, batch_size=2, num_bytes=100)
 
     nll, active, scores = [], [], []
     apply = jax.jit(lambda t, s: model.apply({"params": params}, t, mask=s))
@@ -80,7 +80,7 @@ def test_union_sparsity_falls_with_the_batch(lte):
     model, params = lte
     rows = Rows(np.random.default_rng(0).integers(0, 256, (8, 16)), np.ones((8, 16), int))
     rows = Rows(rows.tokens_RL.astype(np.int32), rows.segments_RL.astype(np.int32))
-    measured = tasks.perplexity(model, params, rows, batch_size=8)
+    measured = evaluation.perplexity(model, params, rows, batch_size=8)
     union = measured["union_sparsity"]
     assert list(union) == ["1", "2", "4", "8"]
     active_NBLE = model.apply({"params": params}, jnp.asarray(rows.tokens_RL)).active
@@ -93,9 +93,9 @@ def test_union_sparsity_falls_with_the_batch(lte):
 def test_bytes_of_the_scored_text():
     documents = tokenize(TEXTS, TOKENIZER)
     whole = pad_rows(documents, 40)
-    assert tasks.scored_bytes(whole, TOKENIZER) == sum(len(text.encode()) for text in TEXTS)
+    assert evaluation.scored_bytes(whole, TOKENIZER) == sum(len(text.encode()) for text in TEXTS)
     # One byte is one token here; the first of a row, <s> or not, is given.
-    assert tasks.scored_bytes(packed(), TOKENIZER) == sum(
+    assert evaluation.scored_bytes(packed(), TOKENIZER) == sum(
         len(segment) - 1
         for row in range(len(packed()))
         for number in range(1, packed().segments_RL[row].max() + 1)
@@ -105,7 +105,7 @@ def test_bytes_of_the_scored_text():
 
 def test_evaluate_beside_the_dense_model(lte):
     model, params = lte
-    results = tasks.evaluate(
+    results = evaluation.evaluate(
         model,
         params,
         pad_rows(tokenize(TEXTS, TOKENIZER), 24),
@@ -133,7 +133,7 @@ def test_perplexity_of_a_real_model(shared):
     stories = shared / "data" / "tinystories" / "validation.jsonl"
     texts = read_texts(str(stories), newline=" ", limit=40)
     rows = pad_rows(tokenize(texts, hf.load_tokenizer(folder)), 256)
-    measured = tasks.perplexity(Transformer(config, lte), params, rows)
+    measured = evaluation.perplexity(Transformer(config, lte), params, rows)
     assert measured["token_ppl"] == pytest.approx(2.000, rel=1e-3)
 
 

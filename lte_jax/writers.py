@@ -1,4 +1,4 @@
-"""What is measured, averaged and written down: means over tokens, and where numbers go.
+"""Where metrics go: the terminal, JSON lines, TensorBoard.
 
 A `Writer` is told when a stage starts or resumes, then any number of named values by step of that
 stage. The trainer knows one writer; `MultiWriter` makes several into one. Only process 0 writes.
@@ -29,33 +29,6 @@ SHOWN = {
     "validation_loss": "val",
     "validation_sparsity": "val sparsity",
 }
-
-
-class RunningMean:
-    """Means of named values, weighted by the tokens they were measured on."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, values: Mapping[str, Any], weight: Any) -> None:
-        """Adds scalars (arrays of one element will do) that are means over `weight` tokens.
-
-        Values over no tokens are left out, NaN or not: there is nothing they are the mean of.
-        """
-        if float(weight) == 0:
-            return
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value) * float(weight)
-            self._weights[name] = self._weights.get(name, 0.0) + float(weight)
-
-    def means(self) -> dict[str, float]:
-        """The means since the start or the last `reset`; {} if nothing was added."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
-
-    def reset(self) -> None:
-        """Forgets everything added."""
-        self._sums, self._weights = {}, {}
 
 
 @runtime_checkable

@@ -1,31 +1,19 @@
-"""Means weigh tokens, and writers survive being killed and resumed."""
+"""Writers survive being killed and resumed."""
 
 import io
 import json
 import math
 import sys
 
-import jax.numpy as jnp
 import pytest
 
 from lte_jax.config import UserError
-from lte_jax.metrics import (
+from lte_jax.writers import (
     JsonlWriter,
     MultiWriter,
-    RunningMean,
     TensorBoardWriter,
     TerminalWriter,
 )
-
-
-def test_running_mean_weighs_tokens():
-    mean = RunningMean()
-    mean.add({"loss": jnp.float32(1.0), "sparsity": 0.5}, weight=jnp.int32(1))
-    mean.add({"loss": 4.0}, weight=3)
-    mean.add({"loss": math.nan, "sparsity": math.nan}, weight=0)
-    assert mean.means() == {"loss": 3.25, "sparsity": 0.5}
-    mean.reset()
-    assert mean.means() == {}
 
 
 def lines(path):

@@ -26,9 +26,9 @@ from lte_jax.data import Rows, eval_batches, tokenize
 from lte_jax.errors import UserError
 from lte_jax.generate import decode, generate_text, plan_for
 from lte_jax.generate.decoding import computed, extend, make_knobs, prefill
-from lte_jax.losses import cross_entropy, predicted
+from lte_jax.losses import cross_entropy, layer_means, predicted
 from lte_jax.model import Transformer
-from lte_jax.sparsity import bytes_per_token, flops_per_token, layer_sparsity, union_sparsity
+from lte_jax.sparsity import bytes_per_token, flops_per_token
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
 UNION_SIZES = (1, 2, 4, 8, 16)  # batches whose union of experts is measured
@@ -215,15 +215,15 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
         return sums
     real = jnp.sum(real_BL, dtype=jnp.float32)
     sums["real"] = real
-    sums["skipped_N"] = layer_sparsity(out.active, real_BL) * real
+    sums["skipped_N"] = (1.0 - layer_means(out.active, real_BL)) * real
     sums["union"] = {}
-    for size in UNION_SIZES:
+    for size in UNION_SIZES:  # what a kernel that serves so many rows at once can skip (Fig. 15)
         if size > tokens_BL.shape[0]:
             break
         together_1L = jnp.all(real_BL[:size], axis=0, keepdims=True)
-        together_BL = jnp.broadcast_to(together_1L, real_BL[:size].shape)
+        needed_N1LE = jnp.any(out.active[:, :size], axis=1, keepdims=True)
         weight = jnp.sum(together_1L, dtype=jnp.float32)
-        skipped = union_sparsity(out.active[:, :size], together_BL) * weight
+        skipped = (1.0 - jnp.mean(layer_means(needed_N1LE, together_1L))) * weight
         sums["union"][size] = {"skipped": skipped, "weight": weight}
     return sums
 
