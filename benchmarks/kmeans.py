@@ -28,9 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from lte_jax.clustering import inertia, normalize
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError
-from lte_jax.moefy import group_neurons, inertia, normalize
+from lte_jax.moefy import group_neurons
 
 
 def structured(rows: int, width: int, seed: int = 0) -> np.ndarray:
@@ -73,7 +74,7 @@ def read_tensor(name: str) -> np.ndarray:
 
 def report(name: str, first_FD: np.ndarray, args: argparse.Namespace) -> None:
     """Prints the rows of one layer."""
-    lte = LTEConfig(expert_size=args.expert_size, seed=args.seed, grouping="kmeans")
+    lte = LTEConfig(expert_size=args.expert_size, grouping="kmeans")
     random = dataclasses.replace(lte, grouping="random")
     x_FD = normalize(first_FD)
     experts = len(x_FD) // lte.expert_size
@@ -89,8 +90,8 @@ def report(name: str, first_FD: np.ndarray, args: argparse.Namespace) -> None:
         print(f"| {method} | {total:.4f} | {change} | {wall:.2f} | {cpu:.2f} |", flush=True)
         return total
 
-    ours = measure("lte_jax", lambda: group_neurons(first_FD, lte), None)
-    measure("random", lambda: group_neurons(first_FD, random), ours)
+    ours = measure("lte_jax", lambda: group_neurons(first_FD, lte, seed=args.seed), None)
+    measure("random", lambda: group_neurons(first_FD, random, seed=args.seed), ours)
     measure("Lloyd, unbalanced", lambda: lloyd_inertia(x_FD, experts), ours)
     if args.package:
         version = importlib.metadata.version("k-means-constrained")

@@ -18,7 +18,7 @@ from lte_jax import config
 def get_config(arg=""):
     words = config.variants(arg, "smoke", *config.PRESETS)
     lte = config.PRESETS["paper" if "paper" in words else "ours"]
-    c = config.to_config_dict(config.Experiment(name="demo", lte=lte))
+    c = config.to_config_dict(config.Experiment(lte=lte))
 
     c.source.scratch.vocab_size = 259  # V: bytes, and <s> </s> <pad>
     c.source.scratch.d_model = 128  # D
@@ -52,7 +52,7 @@ def get_config(arg=""):
         c.source.scratch.d_model, c.source.scratch.d_ff, c.source.scratch.num_layers = 32, 64, 2
         c.source.scratch.head_dim = 8
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8
-        c.data.max_validation_rows, c.calibration_rows = 8, 4
+        c.data.max_validation_rows, c.lte.calibration_rows = 8, 4
         for stage in c.stages.values():
             stage.steps = 4
         c.log_every = c.eval_every = c.checkpoint.every = 2

@@ -36,12 +36,12 @@ EPOCH = 4200
 def get_config(arg=""):
     words = config.variants(arg, *config.PRESETS, "smoke")
     preset = "paper" if "paper" in words else "ours"
-    c = config.to_config_dict(config.Experiment(name="llama7b", lte=config.PRESETS[preset]))
+    c = config.to_config_dict(config.Experiment(lte=config.PRESETS[preset]))
 
     c.source.path = "meta-llama/Llama-2-7b-hf"
     c.source.scratch = config.to_config_dict(LLAMA2_7B)  # with --config.source.path= : from nothing
-    c.source.compute_dtype = "bfloat16"
-    c.source.remat = True
+    c.compute.dtype = "bfloat16"
+    c.compute.remat = True
 
     c.data.train = c.data.validation = "Salesforce/wikitext:wikitext-103-v1"
     c.data.join = ""  # that set is one line a record, newline included: perplexity is of the text
@@ -75,7 +75,7 @@ def _shrink(c):
     c.source.scratch = config.to_config_dict(config.ModelConfig(vocab_size=259))  # bytes, specials
     c.data.train = c.data.validation = "python-stdlib"
     c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8
-    c.data.max_validation_rows, c.calibration_rows = 8, 4
+    c.data.max_validation_rows, c.lte.calibration_rows = 8, 4
     for stage in c.stages.values():
         stage.steps = 2
     c.log_every = c.eval_every = c.checkpoint.every = 1

@@ -21,7 +21,7 @@ from lte_jax import config
 def get_config(arg=""):
     words = config.variants(arg, "stories260k", "smoke", *config.PRESETS)
     lte = config.PRESETS["paper" if "paper" in words else "ours"]
-    c = config.to_config_dict(config.Experiment(name="tinystories", lte=lte))
+    c = config.to_config_dict(config.Experiment(lte=lte))
 
     c.source.path = "../shared/models/babyllama"
     c.data.train = "../shared/data/tinystories/train.jsonl"
@@ -48,7 +48,7 @@ def get_config(arg=""):
         c.lte.expert_size = 4
     if "smoke" in words:  # every part of it, in seconds
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 64, 4
-        c.data.max_validation_rows, c.calibration_rows = 8, 4
+        c.data.max_validation_rows, c.lte.calibration_rows = 8, 4
         for stage in (c.stages.router, c.stages.adapt):
             stage.steps = 4
         c.log_every = c.eval_every = c.checkpoint.every = 2

@@ -32,6 +32,7 @@ from lte_jax.evaluation import evaluate
 from lte_jax.generate import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
+from lte_jax.router_init import enough_rows as _enough_rows
 
 __version__ = "0.1.0"
 _log = _logging.getLogger(__name__)
@@ -129,6 +130,8 @@ def moefy(
     params: Mapping[str, Any],
     calibration: Int[np.ndarray, "R L"] | Any = None,
     mask: Bool[np.ndarray, "R L"] | Int[np.ndarray, "R L"] | Any = None,
+    *,
+    seed: int | Any = 0,
     **settings: Any,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Groups the neurons of each FFN into experts and gives each FFN a router.
@@ -144,6 +147,7 @@ def moefy(
         router inputs (a warning says where there are fewer); any number fits into memory. Needed
         for the default settings grouping="coactivation" and router_init="ridge".
       mask: True (or > 0) where `calibration` is not padding; None: everywhere.
+      seed: of the grouping, of random router starts, and of the choice of `calibration_rows`.
       settings: fields of `LTEConfig`.
 
     Raises:
@@ -151,14 +155,21 @@ def moefy(
         that is none.
     """
     _checks.model(model, params)
+    _checks.seed(seed)
+    seed = int(seed)
     lte = from_mapping(LTEConfig, settings, "moefy")
     if calibration is not None:
         calibration = _checks.array(calibration, "calibration")
         mask = None if mask is None else _checks.array(mask, "mask")
         _checks.batch(model.config, calibration, mask, name="calibration")
+        if lte.calibration_rows is not None:
+            rng = np.random.default_rng(seed)
+            asked, d_model = lte.calibration_rows, model.config.d_model
+            chosen = _enough_rows(np.asarray(calibration), d_model, asked, rng)
+            calibration, mask = calibration[chosen], None if mask is None else mask[chosen]
     _checks.finite_params(params, "to be moefied")
-    sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask)
-    return sparse, _moefy.add_routers(sparse, params, calibration, mask)
+    sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask, seed=seed)
+    return sparse, _moefy.add_routers(sparse, params, calibration, mask, seed=seed)
 
 
 def apply(

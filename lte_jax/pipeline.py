@@ -144,7 +144,7 @@ class _Run:
     def calibration(self) -> data.Rows:
         """Training rows that group neurons, start routers and set the last threshold."""
         rows, rng = self.parts.rows[0], np.random.default_rng(self.experiment.seed)
-        asked, d_model = self.experiment.calibration_rows, self.parts.config.d_model
+        asked, d_model = self.experiment.lte.calibration_rows, self.parts.config.d_model
         chosen = enough_rows(rows.segments_RL, d_model, asked, rng)
         return data.Rows(rows.tokens_RL[chosen], rows.segments_RL[chosen])
 
@@ -173,9 +173,9 @@ class _Run:
         model = self._model(self.parts.config, None)
         params = self._load(self.paths.dense, model)
         tokens_RL, segments_RL = self.calibration.tokens_RL, self.calibration.segments_RL
-        lte = self.experiment.lte
-        model, params, order_NEM = to_experts(model, params, lte, tokens_RL, segments_RL)
-        params = add_routers(model, params, tokens_RL, segments_RL)
+        lte, seed = self.experiment.lte, self.experiment.seed
+        model, params, order_NEM = to_experts(model, params, lte, tokens_RL, segments_RL, seed=seed)
+        params = add_routers(model, params, tokens_RL, segments_RL, seed=seed)
         self._save(self.paths.experts, model, params, self.paths.dense, order_NEM)
 
     def sparse(self) -> None:
@@ -263,8 +263,8 @@ class _Run:
         )
 
     def _model(self, config, lte) -> Transformer:
-        source = self.experiment.source
-        return Transformer(config, lte, dtype=source.compute_dtype, remat=source.remat)
+        compute = self.experiment.compute
+        return Transformer(config, lte, dtype=compute.dtype, remat=compute.remat)
 
     def _load(self, folder: Path, model: Transformer) -> Any:
         """Float32 masters, straight onto the mesh."""
@@ -274,7 +274,7 @@ class _Run:
     def _result(self, folder: Path) -> tuple[Transformer, Any]:
         """A model as its folder holds it, to be measured."""
         config, lte = hf.read_config(folder)
-        model = Transformer(config, lte, dtype=self.experiment.source.compute_dtype)
+        model = Transformer(config, lte, dtype=self.experiment.compute.dtype)
         return model, hf.load_params(folder, config, lte, model.dtype)
 
     def _save(self, folder: Path, model: Transformer, params: Any, source, order_NEM=None) -> None:

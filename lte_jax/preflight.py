@@ -109,7 +109,7 @@ def _load(
     folder: Path, experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Transformer, Any]:
     """The dense model, to be asked something."""
-    model = Transformer(config, dtype=experiment.source.compute_dtype)
+    model = Transformer(config, dtype=experiment.compute.dtype)
     shardings = sharding.param_shardings(abstract_params(model), mesh)
     return model, hf.load_params(folder, config, None, model.dtype, shardings)
 

@@ -210,7 +210,7 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
         log.warning(
             "calibration: %d tokens are %.1f for each of the d_model + 1 = %d unknowns of a "
             "router's logit; with fewer than %d routers start worse: give %d tokens "
-            "(config.calibration_rows, where an experiment sets it)",
+            "(lte.calibration_rows, where an experiment sets it)",
             *(tokens, tokens / (d_model + 1), d_model + 1, TOKENS_PER_UNKNOWN, wanted),
         )
 

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from lte_jax import checkpoint, files
-from lte_jax.config import Experiment, from_mapping
+from lte_jax.config import Experiment, from_mapping, moved
 from lte_jax.errors import UserError
 
 # Keys of an experiment on which no bit of what is trained depends: they may change on the way.
 FREE = frozenset(
-    "name report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint"
+    "report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint"
     .split()
 )  # fmt: skip
 Inputs = Mapping[str, Any]  # name -> [number, digest], or a plain value that was read from data
@@ -220,7 +220,7 @@ def check_same(paths: Paths, experiment: Experiment) -> None:
             paths.experiment,
         )
         return
-    old, new = files.read_json(paths.experiment, _DAMAGED), _plain(experiment)
+    old, new = moved(files.read_json(paths.experiment, _DAMAGED)), _plain(experiment)
     kept = [{k: v for k, v in side.items() if k not in FREE} for side in (old, new)]
     if different := sorted(_differences(*kept)):
         raise UserError(
@@ -237,7 +237,7 @@ def read_experiment(paths: Paths) -> Experiment:
     """
     if not paths.experiment.exists():
         raise UserError(f"{paths.root} is no work directory of train.py: no experiment.json there")
-    return from_mapping(Experiment, files.read_json(paths.experiment, _DAMAGED))
+    return from_mapping(Experiment, moved(files.read_json(paths.experiment, _DAMAGED)))
 
 
 def recorded(paths: Paths) -> dict[str, Any]:

@@ -44,9 +44,8 @@ def experiment(texts):
     return Experiment(
         source=SourceConfig(scratch=scratch),
         data=DataConfig(train=texts, length=16, batch_size=8, max_validation_rows=8),
-        lte=LTEConfig(expert_size=8),
+        lte=LTEConfig(expert_size=8, calibration_rows=4),
         stages=StagesConfig(one, one, one),
-        calibration_rows=4,
         sample_tokens=0,
     )
 

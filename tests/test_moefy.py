@@ -3,18 +3,16 @@
 import dataclasses
 import functools
 import importlib
-import os
 import pathlib
-import runpy
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import assert_order
 
-from lte_jax import hf
+import lte_jax
+from lte_jax import clustering, hf
 from lte_jax.config import LTEConfig, ModelConfig, UserError
 from lte_jax.model import Transformer
 
@@ -34,8 +32,6 @@ PACKAGE = {  # (model, layer, M): inertia
     ("stories260k", 0, 4): 98.8177,
     ("stories260k", 2, 4): 101.4532,
 }
-# The same of the rows that --layer 2816x1024 makes, experts of 32.
-PACKAGE_STRUCTURED = 2086.9305
 
 
 @functools.cache
@@ -74,76 +70,18 @@ def relative_error(a, b) -> float:
     return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
 
 
-def assert_order(order_EM: np.ndarray, neurons: int, size: int) -> None:
-    assert order_EM.shape == (neurons // size, size)
-    assert order_EM.dtype == np.int32
-    np.testing.assert_array_equal(np.sort(order_EM.ravel()), np.arange(neurons))
-    assert (np.diff(order_EM, axis=1) > 0).all(), "neurons ascend within an expert"
-    assert (np.diff(order_EM[:, 0]) > 0).all(), "experts are in the order of their first neurons"
-
-
-# --------------------------------------------------------------------------- clusters and their sum
-
-
-@pytest.mark.parametrize("neurons, size", [(48, 1), (48, 2), (48, 12), (48, 24), (48, 48), (1, 1)])
-def test_clusters_are_equal_and_cover_every_neuron(neurons, size):
-    x_FD = np.random.default_rng(0).standard_normal((neurons, 7)).astype(np.float32)
-    assert_order(moefy.balanced_kmeans(x_FD, neurons // size), neurons, size)
-
-
-def test_degenerate_rows_still_give_equal_clusters():
-    x_FD = np.ones((24, 5), np.float32)
-    x_FD[:9] = 0  # dead neurons
-    assert_order(moefy.balanced_kmeans(x_FD, 6), 24, 4)
-    assert_order(moefy.balanced_kmeans(np.zeros((24, 5), np.float32), 6), 24, 4)
-
-
-def test_planted_clusters_are_found():
-    rng = np.random.default_rng(0)
-    planted_F = rng.permutation(np.repeat(np.arange(20), 16))
-    x_FD = rng.standard_normal((20, 64))[planted_F] + rng.standard_normal((320, 64))
-    order_EM = moefy.balanced_kmeans(moefy.normalize(x_FD), 20)
-    assert (planted_F[order_EM] == planted_F[order_EM[:, :1]]).all()
-
-
-def test_no_swap_is_left_that_would_lower_the_inertia_much():
-    """The bookkeeping of the search against inertia computed from its definition."""
-    x_FD = moefy.normalize(np.random.default_rng(1).standard_normal((36, 12)))
-    order_EM = moefy.balanced_kmeans(x_FD, 6)
-    found = moefy.inertia(x_FD, order_EM)
-    for i in range(36):
-        for j in range(i):
-            swapped_F = order_EM.ravel().copy()
-            swapped_F[[i, j]] = swapped_F[[j, i]]
-            assert moefy.inertia(x_FD, swapped_F.reshape(6, 6)) > found * (1 - 2 * moefy.TOLERANCE)
-
-
-def test_kmeans_minimises_over_all_splits_of_a_small_layer():
-    rng = np.random.default_rng(2)
-    x_FD = moefy.normalize(rng.standard_normal((8, 3)))
-    found = moefy.inertia(x_FD, moefy.balanced_kmeans(x_FD, 2))
-    splits = (rng.permutation(8).reshape(2, 4) for _ in range(2000))  # there are 35
-    assert found <= min(moefy.inertia(x_FD, split) for split in splits) + 1e-3
-
-
-def test_inertia_within_one_percent_of_the_package():
-    structured = runpy.run_path(str(REPOSITORY / "benchmarks/kmeans.py"))["structured"]
-    x_FD = moefy.normalize(structured(2816, 1024))
-    assert moefy.inertia(x_FD, moefy.balanced_kmeans(x_FD, 88)) <= 1.01 * PACKAGE_STRUCTURED
-
-
 @pytest.mark.parametrize("name, layer, size", PACKAGE)
 def test_inertia_of_real_layers(shared, name, layer, size):
     """Within 1% of the package (in fact below it), and far from a random grouping."""
     gate_FD = real_gate(shared, name, layer)
-    x_FD = moefy.normalize(gate_FD)
+    x_FD = clustering.normalize(gate_FD)
     lte = kmeans(size)
     order_EM = moefy.group_neurons(gate_FD, lte)
     assert_order(order_EM, len(gate_FD), size)
-    found = moefy.inertia(x_FD, order_EM)
+    found = clustering.inertia(x_FD, order_EM)
     assert found <= 1.01 * PACKAGE[name, layer, size]
     random_EM = moefy.group_neurons(gate_FD, dataclasses.replace(lte, grouping="random"))
-    assert found < 0.95 * moefy.inertia(x_FD, random_EM)
+    assert found < 0.95 * clustering.inertia(x_FD, random_EM)
 
 
 def real_gate(shared: pathlib.Path, name: str, layer: int) -> np.ndarray:
@@ -153,52 +91,13 @@ def real_gate(shared: pathlib.Path, name: str, layer: int) -> np.ndarray:
         return file.get_tensor(f"model.layers.{layer}.mlp.gate_proj.weight")
 
 
-# ------------------------------------------------------------------------------------- determinism
-
-
-def test_gram_has_no_rounding():
-    """The claim on which reproducibility rests: float32 products and sums are those of integers."""
-    x_FD = moefy.normalize(np.random.default_rng(0).standard_normal((64, 3000)))
-    gram_FF = moefy.exact_gram(x_FD)
-    scale = (4095 - 0.5 * 3000**0.5) / np.linalg.norm(x_FD.astype(np.float64), axis=1).max()
-    integers_FD = np.rint(x_FD * np.float32(scale)).astype(np.int64)
-    np.testing.assert_array_equal(gram_FF.astype(np.int64), integers_FD @ integers_FD.T)
-    assert gram_FF.max() < 2**24
-    np.testing.assert_allclose(gram_FF / scale**2, x_FD @ x_FD.T, atol=1e-3)
-
-
-CHECKSUM = """
-import zlib, numpy as np
-from lte_jax.moefy import balanced_kmeans, normalize
-x_FD = np.random.PCG64(0).random_raw(768 * 256).reshape(768, 256) / 2.0**64 - 0.5
-print(zlib.crc32(balanced_kmeans(normalize(x_FD), 24, seed=3).astype("<i4").tobytes()))
-"""
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"OPENBLAS_NUM_THREADS": "1"},
-        {"OPENBLAS_NUM_THREADS": "5"},
-        {"OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4"},
-    ],
-    ids=["one-thread", "five-threads", "old-processor"],
-)
-def test_same_clusters_on_any_number_of_threads_and_any_machine(settings):
-    """A number recorded on one machine: if it moves, old experiments cannot be reproduced."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)} | settings
-    command = [sys.executable, "-c", CHECKSUM]
-    found = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-    assert int(found) == 3824965434
-
-
 @pytest.mark.parametrize("grouping", ["kmeans", "random"])
 def test_seed_and_layer_decide(grouping):
     x_FD = np.random.default_rng(0).standard_normal((96, 16)).astype(np.float32)
 
     def group(layer=0, **kwargs):
-        lte = LTEConfig(expert_size=8, grouping=grouping, **kwargs)
-        return moefy.group_neurons(x_FD, lte, layer)
+        lte = LTEConfig(expert_size=8, grouping=grouping)
+        return moefy.group_neurons(x_FD, lte, layer, **kwargs)
 
     np.testing.assert_array_equal(group(), group())
     assert not np.array_equal(group(), group(seed=1))
@@ -323,15 +222,18 @@ def test_a_massive_neuron_disturbs_no_grouping(size):
     assert sum(together) / 1023 >= 0.95
 
 
-def test_a_long_row_disturbs_no_clusters():
-    """Rows are quantised by the longest: with one of 5,000 the others all were zeros."""
-    rng = np.random.default_rng(0)
-    planted_F = rng.permutation(np.repeat(np.arange(20), 16))
-    x_FD = rng.standard_normal((20, 64))[planted_F] + rng.standard_normal((320, 64))
-    x_FD[0] *= 5000
-    order_EM = moefy.balanced_kmeans(x_FD, 20)
-    together = [np.bincount(planted_F[expert_M[expert_M > 0]]).max() for expert_M in order_EM]
-    assert sum(together) / 319 >= 0.95
+def test_calibration_rows_are_a_choice_of_the_seed():
+    model, params = make()
+    tokens = np.random.default_rng(0).integers(0, 31, (24, 9))
+
+    def order(**settings):
+        _, new = lte_jax.moefy(model, params, tokens, expert_size=8, **settings)
+        return np.asarray(new["layers"]["ffn"]["up"])
+
+    np.testing.assert_array_equal(order(calibration_rows=8), order(calibration_rows=8))
+    np.testing.assert_array_equal(order(calibration_rows=24), order())
+    assert not np.array_equal(order(calibration_rows=8), order())
+    assert not np.array_equal(order(calibration_rows=8, seed=1), order(calibration_rows=8))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -353,9 +255,7 @@ def test_bad_input_expert_size_names_divisors_near_it(size):
     assert near in message.partition("sizes that do")[2]
 
 
-def test_bad_input_clusters_that_do_not_divide():
-    with pytest.raises(UserError, match="num_clusters=5 does not divide 48 rows"):
-        moefy.balanced_kmeans(np.ones((48, 3), np.float32), 5)
+def test_bad_input_neurons_that_do_not_divide():
     with pytest.raises(UserError, match="expert_size=32 does not divide F=48"):
         moefy.group_neurons(np.ones((48, 3), np.float32), kmeans(32))
 

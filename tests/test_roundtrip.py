@@ -26,7 +26,7 @@ from lte_jax import hf, sharding
 from lte_jax.config import LTEConfig, MeshConfig
 from lte_jax.model import Transformer, abstract_params
 
-LTE = LTEConfig(expert_size=8, threshold=0.4375, seed=3, target_sparsity=None)
+LTE = LTEConfig(expert_size=8, threshold=0.4375, calibration_rows=3, target_sparsity=None)
 
 
 def import_export(folder, new, **options):
@@ -228,6 +228,21 @@ def test_roundtrip_layout_of_lte_folder(tmp_path):
         router = params["layers"]["ffn"]["router"]
         np.testing.assert_array_equal(experts[f"{mlp}.router.weight"], router["kernel"][i].T)
         np.testing.assert_array_equal(experts[f"{mlp}.router.bias"], router["bias"][i])
+
+
+def test_an_lte_folder_of_an_earlier_version_loads(tmp_path):
+    """Its settings had a seed of their own."""
+    dense = write_folder(tmp_path / "dense", config_json("llama"))
+    config, params, order_NEM = as_lte(dense)
+    hf.save(tmp_path / "lte", config, LTE, params, dense, order_NEM)
+    file = tmp_path / "lte/config.json"
+    values = json.loads(file.read_text())
+    values["lte"] = {k: v for k, v in values["lte"].items() if k != "calibration_rows"} | {
+        "seed": 3
+    }
+    file.write_text(json.dumps(values))
+    (tmp_path / "lte/manifest.json").unlink()
+    assert hf.read_config(tmp_path / "lte")[1] == dataclasses.replace(LTE, calibration_rows=None)
 
 
 def test_roundtrip_routers_stay_float32(tmp_path):

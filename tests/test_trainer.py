@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import data, metrics, sharding, stages, trainer
+from lte_jax import data, sharding, stages, trainer, writers
 from lte_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,7 +24,7 @@ from lte_jax.sparsity import Control
 STEPS = 4
 
 
-class Recorder(metrics.MultiWriter):
+class Recorder(writers.MultiWriter):
     """A writer that keeps what it is told."""
 
     def __init__(self):

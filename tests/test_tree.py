@@ -34,6 +34,7 @@ ORDER = {
     "lte_jax.moe": 12,
     "lte_jax.model": 13,
     "lte_jax.router_init": 14,
+    "lte_jax.clustering": 14.5,
     "lte_jax.moefy": 15,
     "lte_jax.sparsity": 16,
     "lte_jax.optim": 17,

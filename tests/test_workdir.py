@@ -166,12 +166,29 @@ def test_report_and_logging_may_change_on_the_way(experiment, tmp_path):
     workdir.claim(paths, experiment, {})
     paths.dense.mkdir()
     free = dataclasses.replace(
-        experiment, name="x", report=False, sample_prompt="y", log_every=7, eval_every=9
+        experiment, report=False, sample_prompt="y", log_every=7, eval_every=9
     )
     free = dataclasses.replace(free, checkpoint=dataclasses.replace(free.checkpoint, every=3))
     workdir.check_same(paths, free)
     workdir.claim(paths, free, {})
     assert workdir.read_experiment(paths) == free
+
+
+def test_a_run_begun_with_keys_of_an_earlier_version_goes_on(experiment, tmp_path):
+    paths = Paths(tmp_path)
+    paths.dense.mkdir()
+    values = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    compute, rows = values.pop("compute"), values["lte"].pop("calibration_rows")
+    values["source"] |= {"compute_dtype": compute["dtype"], "remat": compute["remat"]}
+    values |= {"name": "experiment", "calibration_rows": rows}
+    values["lte"]["seed"] = 0
+    paths.experiment.write_text(json.dumps(values))
+    workdir.check_same(paths, experiment)
+    assert workdir.read_experiment(paths) == experiment
+    values["source"]["compute_dtype"] = "bfloat16"
+    paths.experiment.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"differs in config\.compute\.dtype"):
+        workdir.check_same(paths, experiment)
 
 
 @pytest.mark.parametrize("name", ["experiment.json", "inputs.json"])

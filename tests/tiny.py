@@ -80,10 +80,9 @@ def experiment(folder, **changes):
     made = Experiment(
         source=SourceConfig(scratch=dataclasses.replace(CONFIG, vocab_size=259)),
         data=DataConfig(train=str(texts), length=16, batch_size=8, max_validation_rows=8),
-        lte=LTEConfig(expert_size=8),
+        lte=LTEConfig(expert_size=8, calibration_rows=4),
         stages=StagesConfig(two, two, two),
         checkpoint=CheckpointConfig(every=1),
-        calibration_rows=4,
         eval_every=2,
         log_every=1,
         report=False,
@@ -91,3 +90,12 @@ def experiment(folder, **changes):
         sample_prompt="1 a",
     )
     return dataclasses.replace(made, **changes)
+
+
+def assert_order(order_EM: np.ndarray, neurons: int, size: int) -> None:
+    """Experts of `size` that have each of `neurons` once, as moefy puts them."""
+    assert order_EM.shape == (neurons // size, size)
+    assert order_EM.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order_EM.ravel()), np.arange(neurons))
+    assert (np.diff(order_EM, axis=1) > 0).all(), "neurons ascend within an expert"
+    assert (np.diff(order_EM[:, 0]) > 0).all(), "experts are in the order of their first neurons"

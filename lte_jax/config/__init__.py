@@ -7,7 +7,7 @@ A file in configs/ starts from `to_config_dict(Experiment(...))` and changes wha
     from lte_jax import config
 
     def get_config(arg=""):
-        c = config.to_config_dict(config.Experiment(name="mine"))
+        c = config.to_config_dict(config.Experiment())
         c.lte.target_sparsity = 0.75
         return c
 """
@@ -19,6 +19,7 @@ from lte_jax.config.fields import NotNegative as NotNegative
 from lte_jax.config.fields import TopShare as TopShare
 from lte_jax.config.fields import Whole as Whole
 from lte_jax.config.fields import from_mapping as from_mapping
+from lte_jax.config.fields import moved as moved
 from lte_jax.config.fields import to_config_dict as to_config_dict
 from lte_jax.config.loading import flag as flag
 from lte_jax.config.loading import load_config as load_config
@@ -27,6 +28,7 @@ from lte_jax.config.loading import variants as variants
 from lte_jax.config.schema import PRESETS as PRESETS
 from lte_jax.config.schema import Activation as Activation
 from lte_jax.config.schema import CheckpointConfig as CheckpointConfig
+from lte_jax.config.schema import ComputeConfig as ComputeConfig
 from lte_jax.config.schema import DataConfig as DataConfig
 from lte_jax.config.schema import Experiment as Experiment
 from lte_jax.config.schema import LTEConfig as LTEConfig

@@ -18,6 +18,15 @@ from lte_jax.errors import UserError, nearest
 
 T = TypeVar("T")
 
+# Keys of earlier versions and what they are called now; None: nothing takes their place.
+MOVED: Mapping[str, str | None] = {
+    "source.compute_dtype": "compute.dtype",
+    "source.remat": "compute.remat",
+    "calibration_rows": "lte.calibration_rows",
+    "lte.seed": "seed",
+    "name": None,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -91,7 +100,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: st
     made = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"unknown key {where}.{key}: {nearest(str(key), hints)}")
+            raise unknown(f"{where}.{key}", nearest(str(key), hints))
         section = next(filter(dataclasses.is_dataclass, options(hints[key])), None)
         if section is not None and isinstance(value, Mapping | ConfigDict):
             made[key] = from_mapping(section, value, f"{where}.{key}")
@@ -104,6 +113,36 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: st
         return cls(**made)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
+
+
+def unknown(path: str, hint: str) -> UserError:
+    """What is wrong with a key that is not there: where it went, or the `hint`."""
+    old = path.removeprefix("config.")
+    if old not in MOVED:
+        return UserError(f"unknown key {path}: {hint}")
+    new = MOVED[old]
+    return UserError(f"{path} is no more: " + (f"set config.{new}" if new else "leave it out"))
+
+
+def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an Experiment that an earlier version wrote, under the keys of this one."""
+    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for old, new in MOVED.items():
+        section, name = _place(values, old)
+        if name not in section:
+            continue
+        value = section.pop(name)
+        if new is not None:
+            section, name = _place(values, new)
+            section.setdefault(name, value)
+    return values
+
+
+def _place(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The section of a dotted key, made where it is absent, and the key in it."""
+    section, _, name = path.rpartition(".")
+    inside = values.setdefault(section, {}) if section else values
+    return inside if isinstance(inside, dict) else {}, name
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lte_jax.config.fields import convert, from_mapping, options, spell
+from lte_jax.config.fields import MOVED, convert, from_mapping, options, spell, unknown
 from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand
@@ -94,6 +94,9 @@ def _blame(path: str, error: Exception) -> str:
     # ConfigDict puts all that it holds into its message on a misspelt key.
     message = re.sub(r'\. Other fields present: "{.*}"', ".", str(error), flags=re.DOTALL)
     message = " ".join(message.replace(r"\n", " ").split())
+    for old in MOVED:
+        if re.search(rf"""["']{old.rpartition(".")[2]}["']""", message):
+            message += f" ({unknown(f'config.{old}', '')})"
     return ":".join([path, *map(str, lines[-1:])]) + f": {type(error).__name__}: {message}"
 
 
@@ -107,9 +110,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         )
     if key not in hints:
         close = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
-        raise UserError(
-            f"unknown key config.{key}: did you mean config.{close}? (--help lists all)"
-        )
+        raise unknown(f"config.{key}", f"did you mean config.{close}? (--help lists all)")
     if not equals:
         raise UserError(f"config.{key} has no value: write config.{key}=VALUE")
     *sections, name = key.split(".")

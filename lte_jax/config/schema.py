@@ -131,10 +131,13 @@ class LTEConfig(Checked):
 
     expert_size: Count = 32  # M; must divide F. The paper: 32 for every model
     grouping: Literal["kmeans", "coactivation", "random"] = "coactivation"
-    seed: Whole = 0  # of the grouping and of random router starts
     router_bias: bool = True  # the paper's Eq. 1 has none
     router_init: Literal["ridge", "normal", "open"] = "ridge"
     router_init_std: NotNegative = 2.0  # of the logits at the start
+    # Rows of text that group neurons, start routers and, in training, set the last threshold. None:
+    # training takes at least 32, and 32 real tokens for each of a router's D + 1 inputs; `moefy`
+    # all that it is given.
+    calibration_rows: Count | None = None
     threshold: Inside = 0.5  # tau of Eq. 2: an expert runs where score > tau
     routing: Routing = "hard"  # what `apply` uses unless told otherwise
     stage1_routing: Literal["soft", "straight_through"] = "straight_through"
@@ -198,7 +201,13 @@ class SourceConfig(Checked):
     path: str = ""  # HF or LTE folder, or hub id; "" starts from random weights
     scratch: ModelConfig = ModelConfig()  # the model to make where path is ""
     tokenizer: str = ""  # folder or hub id; "": the model's own, or bytes where path is ""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # masters stay float32
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(Checked):
+    """How the model computes; parameters in training and optimizer states are float32."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute activations in the backward pass: less memory, a third slower
 
 
@@ -283,13 +292,11 @@ class CheckpointConfig(Checked):
 class Experiment(Checked):
     """One run of train.py: what `get_config()` of a file in configs/ describes."""
 
-    name: str = "experiment"
-    seed: Whole = 0
+    seed: Whole = 0  # of whatever is random
     source: SourceConfig = SourceConfig()
+    compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     lte: LTEConfig = LTEConfig()
-    calibration_rows: Count | None = None  # training rows that group neurons, start routers and set
-    # the last threshold; None: at least 32, and 32 real tokens for each of a router's D + 1 inputs
     stages: StagesConfig = StagesConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()

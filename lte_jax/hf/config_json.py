@@ -18,6 +18,7 @@ from lte_jax.config import (
     LTEConfig,
     ModelConfig,
     from_mapping,
+    moved,
     num_experts,
 )
 from lte_jax.errors import UserError, nearest
@@ -108,7 +109,11 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | 
         config = _model_config(fields)
         section = fields.get("lte", dict, None)
         reject_unknown(fields)
-        lte = None if section is None else from_mapping(LTEConfig, section, "lte")
+        lte = (
+            None
+            if section is None
+            else from_mapping(LTEConfig, moved({"lte": section})["lte"], "lte")
+        )
         num_experts(config, lte)  # raises where the expert size does not divide
     except UserError as e:
         raise UserError(f"{where}: {e}") from None

@@ -77,7 +77,7 @@ def settings(rng: random.Random, box: pathlib.Path) -> Case:
     def run():
         experiment = load_config(str(ROOT / "configs" / file), overrides)
         json.dumps(dataclasses.asdict(experiment), allow_nan=False)
-        return experiment.name
+        return experiment.seed
 
     return Case(f"{file} {' '.join(o[:80] for o in overrides)}", run)
 
@@ -153,7 +153,7 @@ def run(rng: random.Random, box: pathlib.Path) -> Case:
     lines = [json.dumps({"text": text * 9}) + "\n" for text in TEXTS * 4]
     (box / "texts.jsonl").write_text("".join(lines))
     stages = [f"stages.{stage}.steps=1" for stage in ("finetune", "router", "adapt")]
-    few = ["data.batch_size=2", "data.length=16", "calibration_rows=2", "sample_tokens=2"]
+    few = ["data.batch_size=2", "data.length=16", "lte.calibration_rows=2", "sample_tokens=2"]
     given = [*stages, *few, "data.train=texts.jsonl", "data.validation=", "report=false"]
     wrong = [override(rng) for _ in range(rng.choice((1, 1, 2)))]
     wrong = [o for o in wrong if ".steps=" not in o or o.endswith(("-1", "=0", "None", "x", "2"))]
