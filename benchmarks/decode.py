@@ -35,8 +35,8 @@ import lte_jax
 from lte_jax import kernels
 from lte_jax.config import LTEConfig, load_config
 from lte_jax.errors import UserError, cli_errors
-from lte_jax.generate import plan_for
-from lte_jax.generate.decoding import State, extend, make_knobs
+from lte_jax.generate import decode_config
+from lte_jax.generate.decoding import DecodeState, extend, sampling_params
 from lte_jax.model import Transformer, abstract_params, init_cache
 from lte_jax.sparsity import bytes_per_token
 
@@ -64,14 +64,14 @@ def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
     return model, jax.tree.unflatten(tree, [create(path, leaf) for path, leaf in flat])
 
 
-def started(model: Transformer, batch: int, prompt: int, room: int) -> State:
+def started(model: Transformer, batch: int, prompt: int, room: int) -> DecodeState:
     """A state as after reading prompts of that length; what the keys are makes no difference."""
     cache = init_cache(model, batch, prompt + room)
     cache["segments"] = cache["segments"].at[:, :prompt].set(1)
     cache["index"] = jnp.int32(prompt)
     zero = jnp.zeros((), jnp.float32)
     tokens_B = jnp.ones(batch, jnp.int32)
-    return State(
+    return DecodeState(
         tokens_B, tokens_B < 0, jnp.int32(0), jax.random.key(0), zero, cache, jnp.ones((), bool)
     )
 
@@ -86,12 +86,12 @@ def measure(model, params, flags, batch: int, prompt: int, bytes_per_s: float) -
         plans[sparsity] = ("hard", quantile)
 
     def decoder(routing, quantile):
-        plan = plan_for(model, routing, flags.implementation, eos_ids=())
+        config = decode_config(model, routing, flags.implementation, eos_ids=())
         threshold = None if quantile is None else float(jax.nn.sigmoid(quantile))
-        knobs = make_knobs(model, threshold)
-        return lambda: extend(model, params, plan, knobs, state, jnp.int32(size), size)[1]
+        sampling = sampling_params(model, threshold)
+        return lambda: extend(model, params, config, sampling, state, jnp.int32(size), size)[1]
 
-    decoders = {key: decoder(*plan) for key, plan in plans.items()}
+    decoders = {key: decoder(*config) for key, config in plans.items()}
     times: dict = {key: [] for key in decoders}
     read = {}
     for turn in tqdm(range(flags.rounds + 1), desc=f"batch {batch}, prompt {prompt}", leave=False):

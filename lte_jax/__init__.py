@@ -27,12 +27,13 @@ from jaxtyping import Array, Bool, Float, Int
 from lte_jax import checks as _checks
 from lte_jax import hf as _hf
 from lte_jax import moefy as _moefy
-from lte_jax.config import Experiment, LTEConfig, ModelConfig, Routing, UserError, from_mapping
+from lte_jax.config import Experiment, LTEConfig, ModelConfig, UserError, from_mapping
 from lte_jax.evaluation import evaluate
 from lte_jax.generate import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
 from lte_jax.router_init import enough_rows as _enough_rows
+from lte_jax.routing import Routing
 
 __version__ = "0.1.0"
 _log = _logging.getLogger(__name__)
@@ -192,8 +193,8 @@ def apply(
       model: dense or LTE.
       params: its parameters.
       tokens: token ids, an array or lists of one length.
-      routing: "dense", "soft", "hard", "straight_through" or "top_k" (see lte_jax.moe). None: hard
-        for an LTE model, dense for a dense one.
+      routing: "dense", "soft", "hard", "straight_through" or "top_k" (see lte_jax.routing). None:
+        hard for an LTE model, dense for a dense one.
       mask: True at real tokens, or int segment ids (0 padding) of rows that hold several texts.
         Padding may lie anywhere: a token's position is the number of real ones before it.
       threshold: within [0, 1]; scores above it run. None: that of the model.

@@ -7,7 +7,6 @@ Dimension key: B batch  L length  T cache length  S cached tokens so far
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax.config import ModelConfig, Routing
-from lte_jax.errors import UserError, nearest
-from lte_jax.hf import names
+from lte_jax.config import ModelConfig
+from lte_jax.errors import UserError
+from lte_jax.params import dimension_sizes, table
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 _SEEDS = 2**32  # the same with 64-bit types as without
@@ -39,8 +38,8 @@ def model(value: Any, params: Any, name: str = "model") -> None:
             f"params is {type(params).__name__}: expected the dict of parameters that load returns "
             "beside the model"
         )
-    sizes = names.sizes(config, lte)
-    for row in names.table(config, lte):
+    sizes = dimension_sizes(config, lte)
+    for row in table(config, lte):
         leaf, expected = params, list(row.shape(sizes))
         for key in row.path.split("/"):
             leaf = leaf[key] if isinstance(leaf, Mapping) and key in leaf else None
@@ -152,13 +151,6 @@ def array(value: Any, name: str) -> Any:
             f"{name} has rows of different length: fill them up to one length and give a mask, "
             "True at real tokens"
         ) from None
-
-
-def routing(value: Any) -> None:
-    """Refuses a name that is no routing; None is the model's own."""
-    valid = typing.get_args(Routing)
-    if value is not None and not (isinstance(value, str) and value in valid):
-        raise UserError(f"routing={value!r}: {nearest(str(value), valid)}")
 
 
 def threshold(value: Any) -> None:

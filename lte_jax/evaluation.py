@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks, interrupt
-from lte_jax.config import Routing
 from lte_jax.data import Rows, eval_batches, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import decode, generate_text, plan_for
-from lte_jax.generate.decoding import computed, extend, make_knobs, prefill
+from lte_jax.generate import decode, decode_config, generate_text
+from lte_jax.generate.decoding import computed, extend, prefill, sampling_params
 from lte_jax.losses import cross_entropy, layer_means, predicted
 from lte_jax.model import Transformer
+from lte_jax.routing import Routing
+from lte_jax.routing import make as make_routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
@@ -211,7 +212,7 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     bins_NBLE = jnp.clip(out.scores * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
     bins_NBLE = jnp.where(real_BL[None, :, :, None], bins_NBLE, HISTOGRAM_BINS)
     sums["histogram"] = jnp.bincount(bins_NBLE.ravel(), length=HISTOGRAM_BINS + 1)[:-1]
-    if routing == "soft":  # all experts run
+    if not make_routing(routing, model.config, model.lte).skips:  # all experts run
         return sums
     real = jnp.sum(real_BL, dtype=jnp.float32)
     sums["real"] = real
@@ -288,7 +289,7 @@ def scored_bytes(rows: Rows, tokenizer: Any) -> int:
 
 
 def decode_latency(
-    runs: Sequence[tuple[Transformer, Mapping[str, Any], Routing | None, float | None]],
+    runs: Sequence[tuple[Transformer, Mapping[str, Any], Routing | str | None, float | None]],
     prompt: np.ndarray,
     *,
     rounds: int = 9,
@@ -307,10 +308,10 @@ def decode_latency(
     prompt = np.asarray(prompt)[:tokens]
 
     def ready(model, params, routing, threshold):
-        plan = plan_for(model, routing, implementation, eos_ids=())
-        knobs, params = make_knobs(model, threshold), computed(model, params)
-        state = prefill(model, params, plan, knobs, [prompt], room=tokens)
-        return lambda: extend(model, params, plan, knobs, state, jnp.int32(tokens), tokens)
+        config = decode_config(model, routing, implementation, eos_ids=())
+        sampling, params = sampling_params(model, threshold), computed(model, params)
+        state = prefill(model, params, config, sampling, [prompt], room=tokens)
+        return lambda: extend(model, params, config, sampling, state, jnp.int32(tokens), tokens)
 
     decoders = [ready(*run) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
@@ -331,7 +332,7 @@ def _check_rows(model: Transformer, rows: Any, routing: Any, threshold: Any) -> 
             "lists of token ids"
         )
     checks.batch(model.config, rows.tokens_RL, rows.segments_RL, name="rows.tokens_RL")
-    checks.routing(routing)
+    make_routing(routing, model.config, model.lte)
     checks.threshold(threshold)
     if not jnp.any(predicted(jnp.asarray(rows.segments_RL))):
         raise UserError(

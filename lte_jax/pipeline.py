@@ -44,6 +44,7 @@ from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefy import add_routers, to_experts
 from lte_jax.router_init import enough_rows
+from lte_jax.routing import kind
 from lte_jax.sparsity import Control
 from lte_jax.workdir import Paths
 
@@ -161,7 +162,7 @@ class _Run:
             init = jax.jit(lambda: model.init(key, tokens)["params"], out_shardings=shardings)
             params = init()
         for stage in self.stages():
-            if stage.routing == "dense":
+            if not stage.sparse:
                 control = Control.start(self.experiment.lte)
                 params = self._fit(model, stage, params, control, None).params
         self._save(self.paths.dense, model, params, source)
@@ -186,10 +187,10 @@ class _Run:
         distils = any(stage.distill_weight for stage in self.stages())
         teacher = jax.tree.map(jnp.copy, params) if distils else None
         for stage in self.stages():
-            if stage.routing != "dense":
+            if stage.sparse:
                 trained = self._fit(model, stage, params, control, teacher)
                 params, control = trained.params, trained.control
-        if model.lte.target_sparsity is not None and model.lte.routing != "top_k":
+        if model.lte.target_sparsity is not None and kind(model.lte.routing).by_threshold:
             batch_size = self.experiment.data.batch_size
             control = trainer.settle_threshold(
                 model, params, control, self.calibration, batch_size, self.mesh

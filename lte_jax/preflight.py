@@ -20,6 +20,7 @@ from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
 from lte_jax.hf.folder import COMPANIONS
 from lte_jax.model import Transformer, abstract_params
+from lte_jax.routing import make as make_routing
 
 _MODEL_FILES = (
     "config.json",
@@ -85,7 +86,7 @@ def prepare(
 def is_sparse(experiment: Experiment) -> bool:
     """Whether the run ends in an LTE model, and not in a dense one to compare with."""
     made = stages.make(experiment.stages, experiment.lte)
-    return any(stage.routing != "dense" for stage in made)
+    return any(stage.sparse for stage in made)
 
 
 def _source(experiment: Experiment) -> Path | None:
@@ -118,6 +119,10 @@ def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding
     sharding.check_batch(experiment.data.batch_size, experiment.optim.microbatches, mesh)
     sparse = experiment.lte if is_sparse(experiment) else None
     num_experts(config, sparse)
+    if sparse is not None:
+        make_routing(sparse.routing, config, sparse)
+        if sparse.router_init == "ridge":
+            sparse.wanted_sparsity("lte.router_init='ridge'")
     for lte in (None, sparse):
         sharding.param_shardings(abstract_params(Transformer(config, lte)), mesh)
 

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from lte_jax import interrupt, moe
+from lte_jax import interrupt
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
+from lte_jax.routing import largest
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def ridge_router(
     """Routers regressed on what an oracle would choose: kernel [N, D, E] and bias [N, E].
 
     On each real token of `batches` ({"tokens", "segments"} [B, L]) the oracle keeps the experts
-    of largest `moe.contribution`; ridge regression of that choice on the FFN's input gives the
+    of largest `contribution`; ridge regression of that choice on the FFN's input gives the
     direction of each expert's logit. A layer's logits are scaled to a standard deviation of
     `router_init_std`; the bias puts each expert's quantile where the oracle's frequency is.
 
@@ -91,7 +92,8 @@ def ridge_router(
     Raises:
       UserError: where no token is real, or the model's activations are not finite.
     """
-    experts, kept = num_experts(model.config, lte), 1.0 - (lte.target_sparsity or 0.5)
+    experts = num_experts(model.config, lte)
+    kept = 1.0 - lte.wanted_sparsity("lte.router_init='ridge'")
     top = max(1, round(kept * experts))
     sums = None
     for batch in batches:
@@ -134,7 +136,7 @@ def _moments(
     """Sums over real tokens: gram [N, K, K] of (inputs, 1), cross [N, K, E] with the choice."""
     x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
     down_NEMD = params["layers"]["ffn"]["down"].astype(jnp.float32)
-    chosen_NTE = moe.largest(jax.vmap(moe.contribution)(h_NTEM, down_NEMD), top)
+    chosen_NTE = largest(jax.vmap(contribution)(h_NTEM, down_NEMD), top)
     x_NTK = jnp.concatenate([x_NTD, jnp.ones_like(x_NTD[..., :1])], axis=-1)
     x_NTK = jnp.where(real_T[None, :, None], x_NTK, 0.0)
     einsum = partial(jnp.einsum, precision=_HIGHEST)
@@ -229,3 +231,13 @@ def _ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Arra
     )
     flat = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
     return flat(x_NBLD), flat(h_NBLEM), (batch["segments"] > 0).reshape(-1)
+
+
+def contribution(
+    h_BLEM: Float[Array, "*B E M"], down_EMD: Float[Array, "E M D"]
+) -> Float[Array, "*B E"]:
+    """The L2 norm of what each expert adds to the residual stream: how much it matters here."""
+    einsum = partial(jnp.einsum, precision=_HIGHEST)
+    gram_EMK = einsum("EMD,EKD->EMK", down_EMD, down_EMD)  # M x M an expert: no [.., E, D]
+    squared_BLE = einsum("...EM,EMK,...EK->...E", h_BLEM, gram_EMK, h_BLEM)
+    return jnp.sqrt(jnp.maximum(squared_BLE, 0.0))

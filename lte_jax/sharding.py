@@ -1,8 +1,8 @@
-"""Where every array lives on the device mesh: one table, from parameter path to mesh axes.
+"""Where every array lives on the device mesh: one table, from dimension to mesh axis.
 
-A parameter has logical axes (what its dimensions mean), a logical axis has a mesh axis (or none),
-and both tables are here. Fully sharded data parallelism cuts the model width D, tensor
-parallelism cuts heads, vocabulary and experts; the batch is cut over data and fsdp together.
+params.py says which dimensions a parameter has. Fully sharded data parallelism cuts the model
+width D, tensor parallelism cuts heads, vocabulary and experts; the batch is cut over data and fsdp
+together.
 
 Dimension key: B batch  L length  D model width  E experts  M neurons per expert
                N layers  H heads  K kv heads  C head width  V vocabulary
@@ -11,7 +11,6 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,40 +21,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lte_jax.config import MeshConfig
 from lte_jax.errors import UserError
+from lte_jax.params import BY_PATH
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axis. Change sharding here and nowhere else.
+# Dimension of a parameter or activation -> mesh axis. Change sharding here and nowhere else.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "experts": "tensor",
-    "dense_neurons": "tensor",  # a dense FFN is one expert: its neurons are cut in its place
-    "neurons": None,
-    "layers": None,
-    "head_dim": None,
+    "B": ("data", "fsdp"),
+    "D": "fsdp",
+    "V": "tensor",
+    "H": "tensor",
+    "K": "tensor",
+    "E": "tensor",
+    "M": None,
+    "N": None,
+    "C": None,
 }
-
-# Parameter path -> logical axes; the first match wins and every parameter must match.
-PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("embed/embedding", ("vocab", "embed")),
-    ("lm_head/kernel", ("embed", "vocab")),
-    (".*norm/scale", ()),  # small: a copy on each device
-    ("layers/attn/q/kernel", ("layers", "embed", "heads", "head_dim")),
-    ("layers/attn/[kv]/kernel", ("layers", "embed", "kv_heads", "head_dim")),
-    ("layers/attn/o/kernel", ("layers", "heads", "head_dim", "embed")),
-    ("layers/attn/q/bias", ("layers", "heads", "head_dim")),
-    ("layers/attn/[kv]/bias", ("layers", "kv_heads", "head_dim")),
-    ("layers/attn/o/bias", ("layers", "embed")),
-    ("layers/ffn/router/kernel", ("layers", "embed", "experts")),
-    ("layers/ffn/router/bias", ("layers", "experts")),
-    ("layers/ffn/(gate|up|down)", ("layers", "experts", "neurons", "embed")),
-    ("layers/ffn/(gate|up)_bias", ("layers", "experts", "neurons")),
-    ("layers/ffn/down_bias", ("layers", "embed")),
-)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -94,20 +75,20 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
         )
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """The NamedSharding of each leaf of a tree of arrays or ShapeDtypeStructs.
 
     Raises:
       UserError: where a dimension does not divide over its mesh axis.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = traverse_util.flatten_dict(tree, sep="/")
     shardings = {path: _sharding(path, leaf.shape, mesh) for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(shardings, sep="/")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first dimension is the batch."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(RULES["B"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -115,30 +96,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` held to its logical axes under `jax.set_mesh`; as it is where no mesh is set."""
+def constrain(x: jax.Array) -> jax.Array:
+    """`x` [B, ...] cut over the batch alone under `jax.set_mesh`; as it is where none is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    spec = PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["B"]))
 
 
 def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    for pattern, axes in PARAM_AXES:
-        if re.fullmatch(pattern, path):
-            break
-    else:
-        raise UserError(f"no sharding rule for parameter {path!r}: add one to PARAM_AXES")
-    if "neurons" in axes and shape[1] == 1:
-        axes = tuple({"experts": "layers", "neurons": "dense_neurons"}.get(a, a) for a in axes)
-    spec = [RULES[axis] for axis in axes]
-    used = [axis for axis in spec if axis]
-    if len(set(used)) != len(used):
-        raise UserError(f"{path}: two dimensions of {axes} claim one mesh axis: {spec}")
-    for size, logical, axis in zip(shape, axes, spec, strict=False):
+    if path not in BY_PATH:
+        raise UserError(f"no parameter {path!r} in the table of params.py: add a row")
+    letters = BY_PATH[path].letters
+    spec = [RULES[letter] for letter in letters]
+    if set(letters) <= set("NDC"):  # small: a copy on each device
+        spec = [None] * len(letters)
+    elif "EM" in letters and shape[1] == 1:  # a dense FFN is one expert: its neurons are cut
+        spec[1], spec[2] = spec[2], spec[1]
+    for size, letter, axis in zip(shape, letters, spec, strict=True):
         if axis and size % mesh.shape[axis]:
             raise UserError(
-                f"{path}: {logical}={size} does not divide over mesh axis {axis}="
+                f"{path}: {letter}={size} does not divide over mesh axis {axis}="
                 f"{mesh.shape[axis]}: choose a mesh.{axis} that divides it"
             )
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.model import Transformer
+from lte_jax.routing import kind
 
 # Signed PI on e = kept - wanted, per step: weight = P e + (sum of I e). Found in trials at a peak
 # learning rate of routers of 2e-3: within a point at 50, 75 and 90%. Learning is an integrator,
@@ -111,12 +112,12 @@ def settle(
 def score_histogram(
     model: Transformer, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
 ) -> Int[Array, " S"]:
-    """How many scores of real tokens lie in each bin of (0, 1] under hard routing; to be jitted."""
+    """How many scores of real tokens lie in each bin of (0, 1], routed as served; to be jitted."""
     real_BL = batch["segments"] > 0
     out = model.apply(
         {"params": params},
         batch["tokens"],
-        routing="hard",
+        routing=kind(model.lte.routing).served,
         mask=batch["segments"],
         threshold=threshold,
     )

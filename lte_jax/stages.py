@@ -13,8 +13,10 @@ import dataclasses
 from typing import Literal
 
 from lte_jax import sparsity
-from lte_jax.config import LTEConfig, Routing, StageConfig, StagesConfig
+from lte_jax.config import LTEConfig, RoutingName, StageConfig, StagesConfig
+from lte_jax.errors import UserError
 from lte_jax.optim import Rule
+from lte_jax.routing import kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Stage:
 
     name: str
     config: StageConfig
-    routing: Routing
+    routing: RoutingName
     rules: tuple[Rule, ...]  # (path pattern, learning-rate multiplier or None = frozen)
     task_weight: float = 1.0
     distill_weight: float = 0.0
@@ -32,9 +34,24 @@ class Stage:
     steer: Literal["weight", "threshold"] | None = None
     integral_gain: float = sparsity.INTEGRAL_GAIN  # of steer="weight"
 
+    @property
+    def sparse(self) -> bool:
+        """Whether it trains a model with experts, and not the dense one."""
+        return kind(self.routing).routed
+
 
 def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
-    """The stages that an experiment runs, in order; those of no steps are left out."""
+    """The stages that an experiment runs, in order; those of no steps are left out.
+
+    Raises:
+      UserError: where the model would be served with all experts on.
+    """
+    served = kind(lte.routing).served
+    if not kind(served).routed:
+        raise UserError(
+            f"lte.routing={lte.routing!r} runs all experts: expected 'hard', which the stages "
+            "train for"
+        )
     sparse = lte.target_sparsity is not None
     router_rate = stages.router.learning_rate * stages.router.router_lr_multiplier
     task, distill = 1.0 - lte.distill_weight, lte.distill_weight
@@ -54,10 +71,10 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
     adapt = Stage(
         "adapt",
         stages.adapt,
-        "top_k" if lte.routing == "top_k" else "hard",
+        served,
         ((".*/router/.*", None), (".*", 1.0)),
         task_weight=task,
         distill_weight=distill,
-        steer="threshold" if sparse and lte.routing != "top_k" else None,
+        steer="threshold" if sparse and kind(served).by_threshold else None,
     )
     return tuple(stage for stage in (finetune, router, adapt) if stage.config.steps)

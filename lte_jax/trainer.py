@@ -31,6 +31,7 @@ from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
+from lte_jax.routing import kind
 from lte_jax.sparsity import Control
 from lte_jax.stages import Stage
 from lte_jax.writers import Writer
@@ -149,7 +150,7 @@ def _interleave(x: Array, parts: int) -> Array:
 
 def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Array]]:
     """Sums over a batch: (params, batch, threshold) -> sums; routing is as it will be served."""
-    routing = stage.routing if stage.routing in ("dense", "top_k") else "hard"
+    routing = kind(stage.routing).served
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
         tokens, segments = batch["tokens"], batch["segments"]

@@ -15,10 +15,11 @@ from lte_jax.__main__ import main
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.data import byte_tokenizer, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import decode, generate, generate_text, plan_for
+from lte_jax.generate import decode, decode_config, generate, generate_text
 from lte_jax.generate import decoding as d
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer, abstract_params
+from lte_jax.routing import Hard
 
 LLAMA = ModelConfig(vocab_size=61, d_ff=96, max_length=128, num_kv_heads=2)
 VARIANTS = {
@@ -125,16 +126,18 @@ def test_decode_step_gives_the_logits_of_the_model(dtype):
     """With every implementation that takes so small a width."""
     names = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]
     model, params = make("biases", dtype=dtype)
-    knobs = d.make_knobs(model)
-    start = d.prefill(model, params, d.Plan("hard"), knobs, [np.array(p) for p in PROMPTS], room=8)
+    knobs = d.sampling_params(model)
+    start = d.prefill(
+        model, params, d.DecodeConfig(Hard()), knobs, [np.array(p) for p in PROMPTS], room=8
+    )
     step = jax.jit(d.decode_step, static_argnums=(0, 3))
-    stacked = dict.fromkeys(names, d.large_params(model, params, "hard"))
+    stacked = dict.fromkeys(names, d.stack_for(model, params, Hard()))
     logits = {}
     for name, weights in (stacked | {"apply": None}).items():
         state = start
         for _ in range(3):  # some steps, on the same tokens
             logits[name], cache, _ = step(
-                model, params, weights, d.Plan("hard", name), knobs, state
+                model, params, weights, d.DecodeConfig(Hard(), name), knobs, state
             )
             state = state.replace(cache=cache, tokens_B=jnp.array([5, 17, 40], jnp.int32))
     for name in names:
@@ -145,8 +148,8 @@ def test_decode_step_gives_the_logits_of_the_model(dtype):
 def test_rows_that_have_ended_read_nothing():
     """The share of experts read is that of the rows still under way, of all layers."""
     model, params = make()
-    plan, knobs = plan_for(model, "hard", eos_ids=()), d.make_knobs(model)
-    stacked = d.large_params(model, params, "hard")
+    plan, knobs = decode_config(model, "hard", eos_ids=()), d.sampling_params(model)
+    stacked = d.stack_for(model, params, Hard())
     step = jax.jit(d.decode_step, static_argnums=(0, 3))
 
     def read(prompts, done):
@@ -168,7 +171,7 @@ def test_decoding_reads_active_experts_only():
     poisoned = jax.tree.map(lambda p: p, params)
     for name in ("gate", "up", "down"):
         poisoned["layers"]["ffn"][name] = poisoned["layers"]["ffn"][name].at[:, ::2].set(jnp.nan)
-    plan, knobs = plan_for(model, "hard", eos_ids=()), d.make_knobs(model)
+    plan, knobs = decode_config(model, "hard", eos_ids=()), d.sampling_params(model)
     state = d.prefill(model, params, plan, knobs, [np.array(p) for p in PROMPTS], room=32)
     clean, _ = d.extend(model, params, plan, knobs, state, jnp.int32(16), 32)
     dirty, _ = d.extend(model, poisoned, plan, knobs, state, jnp.int32(16), 32)
@@ -215,10 +218,10 @@ def test_the_narrowest_sampling_is_greedy(limit):
 
 def test_top_k_and_top_p_keep_what_they_say():
     logits_V = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.3, 0.15]))[None]
-    knobs = d.Knobs(*(jnp.float32(x) for x in (0.5, 1.0, 0.75)))
+    knobs = d.SamplingParams(*(jnp.float32(x) for x in (0.5, 1.0, 0.75)))
 
     def kept(**plan):
-        allowed = d.allowed_logits(d.Plan(greedy=False, **plan), knobs, logits_V)
+        allowed = d.allowed_logits(d.DecodeConfig(greedy=False, **plan), knobs, logits_V)
         return set(np.flatnonzero(np.isfinite(allowed[0])).tolist())
 
     assert kept() == {0, 1, 2, 3, 4}
@@ -256,7 +259,7 @@ def test_eos_ends_a_row_and_no_other():
         assert row == whole[: stops[0] + 1 if stops else None]
     assert len(ended[0]) <= 6
     # All rows at their end: the loop stops.
-    plan, knobs = plan_for(model, "hard", eos_ids=eos_ids), d.make_knobs(model)
+    plan, knobs = decode_config(model, "hard", eos_ids=eos_ids), d.sampling_params(model)
     state = d.prefill(model, params, plan, knobs, [np.array(PROMPTS[0])] * 3, room=20)
     _, state = d.extend(model, params, plan, knobs, state, jnp.int32(20), 32)
     assert int(state.step) == len(ended[0])
@@ -265,8 +268,8 @@ def test_eos_ends_a_row_and_no_other():
 def test_eos_of_the_model():
     model, _ = make()
     config = dataclasses.replace(model.config, eos_ids=(2, 7))
-    assert plan_for(model.clone(config=config)).eos_ids == (2, 7)
-    assert plan_for(model.clone(config=config), eos_ids=[]).eos_ids == ()
+    assert decode_config(model.clone(config=config)).eos_ids == (2, 7)
+    assert decode_config(model.clone(config=config), eos_ids=[]).eos_ids == ()
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 30])

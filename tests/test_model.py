@@ -12,10 +12,11 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import data, kernels, moe
+from lte_jax import data, kernels
 from lte_jax.config import UserError
 from lte_jax.generate import decoding as d
 from lte_jax.model import Transformer, init_cache
+from lte_jax.routing import Hard, TopK
 
 SLIDING = {"sliding_window": 4, "sliding_layers": (True, False)}
 
@@ -62,9 +63,9 @@ def test_a_text_is_the_same_wherever_its_padding_lies(slots, changes):
     out = model.apply(
         {"params": params}, tokens[:, :8], mask=mask[:, :8], cache=init_cache(model, 1, 24)
     )
-    plan, knobs = d.Plan("hard"), d.make_knobs(model)
+    plan, knobs = d.DecodeConfig(Hard()), d.sampling_params(model)
     zeros = jnp.zeros(1, jnp.int32)
-    state = d.State(
+    state = d.DecodeState(
         zeros,
         zeros > 0,
         jnp.int32(0),
@@ -73,7 +74,7 @@ def test_a_text_is_the_same_wherever_its_padding_lies(slots, changes):
         out.cache,
         jnp.bool_(True),
     )
-    stacked = d.large_params(model, params, "hard")
+    stacked = d.stack_for(model, params, Hard())
     step = jax.jit(d.decode_step, static_argnums=(0, 3))
     for i in range(size, 12):
         state = state.replace(tokens_B=jnp.asarray(text[i : i + 1], jnp.int32))
@@ -164,11 +165,11 @@ def test_routers_are_float32_products(dtype):
     tokens = np.ones((3, 7), np.int32)
     apply = jax.jit(lambda p, t: model.apply({"params": p}, t).logits)
     lowered = [apply.lower(params, tokens).as_text()]
-    stacked = d.large_params(model, params, "hard")
-    knobs = d.make_knobs(model)
-    state = d.prefill(model, params, d.Plan("hard"), knobs, [np.ones(3, int)] * 3, room=8)
+    stacked = d.stack_for(model, params, Hard())
+    knobs = d.sampling_params(model)
+    state = d.prefill(model, params, d.DecodeConfig(Hard()), knobs, [np.ones(3, int)] * 3, room=8)
     for name in ("xla", "reference"):
-        plan = d.Plan("hard", name)
+        plan = d.DecodeConfig(Hard(), name)
         step = jax.jit(lambda p, s, plan=plan: d.decode_step(model, p, s, plan, knobs, state)[0])
         lowered.append(step.lower(params, stacked).as_text())
     for text in lowered:
@@ -184,7 +185,7 @@ def test_exactly_k_experts(k):
     rng = np.random.default_rng(0)
     scores = np.stack([np.full(8, 0.5), np.ones(8), np.zeros(8), rng.random(8).round(1)])
     scores = scores.astype(np.float32)
-    active = np.asarray(moe.active_experts(jnp.asarray(scores), 0.5, k))
+    active = np.asarray(TopK(k).active(jnp.asarray(scores), 0.5))
     expected = np.zeros_like(active)
     for row, values in enumerate(scores):
         expected[row, sorted(range(8), key=lambda i: (-values[i], i))[:k]] = True
@@ -193,7 +194,11 @@ def test_exactly_k_experts(k):
 
 def test_exactly_k_tokens():
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]])
-    knobs = d.Knobs(*map(jnp.float32, (0.5, 1.0, 0.5)))
-    kept = lambda **plan: np.isfinite(d.allowed_logits(d.Plan(greedy=False, **plan), knobs, logits))  # noqa: E731
+    knobs = d.SamplingParams(*map(jnp.float32, (0.5, 1.0, 0.5)))
+
+    def kept(**settings):
+        config = d.DecodeConfig(greedy=False, **settings)
+        return np.isfinite(d.allowed_logits(config, knobs, logits))
+
     assert kept(top_k=2).tolist() == [[False, True, True, False, False]]
     assert kept(nucleus=True).tolist() == [[False, True, True, False, False]]  # 0.29 each

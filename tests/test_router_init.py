@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import moe, router_init
+from lte_jax import router_init
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError
+from lte_jax.layers import Slice
 from lte_jax.model import Transformer
+from lte_jax.router_init import contribution
 
 moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 D, E = tiny.CONFIG.d_model, tiny.CONFIG.d_ff // tiny.LTE.expert_size
@@ -32,7 +34,9 @@ def inputs(model, params, data):
 
 def logits_of(router, x_NTD):
     rows = [
-        moe.router_logits({k: v[n] for k, v in router.items()}, jnp.asarray(x_TD))
+        Slice({"router": {k: v[n] for k, v in router.items()}}, jnp.float32).linear(
+            "router", jnp.asarray(x_TD)[None], exact=True
+        )[0]
         for n, x_TD in enumerate(x_NTD)
     ]
     return np.stack(rows)
@@ -52,7 +56,7 @@ def test_scale_and_quantiles_are_those_of_all_logits_at_once():
     down = params["layers"]["ffn"]["down"]
     chosen = np.zeros((x_NTD.shape[0], E))
     for _, h_NTEM, real_T in found:
-        importance_NTE = np.asarray(jax.vmap(moe.contribution)(h_NTEM, down))[:, np.asarray(real_T)]
+        importance_NTE = np.asarray(jax.vmap(contribution)(h_NTEM, down))[:, np.asarray(real_T)]
         order_NTE = np.argsort(-importance_NTE, axis=-1, kind="stable")
         for n, e in ((n, e) for n in range(len(chosen)) for e in range(E)):
             chosen[n, e] += np.sum(order_NTE[n, :, : E // 2] == e)
@@ -107,9 +111,8 @@ def agreement(per_unknown: int) -> float:
     batch = {"tokens": tokens, "segments": np.ones_like(tokens)}
     lte = LTEConfig(expert_size=1, target_sparsity=0.5)
     router = router_init.ridge_router(model, params, [batch], lte)
-    x_TD = jnp.asarray(INPUTS_VD[2000:])
     oracle_T = INPUTS_VD[2000:] @ PLANE_D > 0
-    chosen_T = np.asarray(moe.router_logits({k: v[0] for k, v in router.items()}, x_TD))[:, 0] > 0
+    chosen_T = logits_of(router, INPUTS_VD[2000:][None])[0][:, 0] > 0
     return float(np.mean(chosen_T == oracle_T))
 
 

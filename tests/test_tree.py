@@ -26,12 +26,14 @@ ORDER = {
     "lte_jax.interrupt": 2.5,
     "lte_jax.losses": 3,
     "lte_jax.config": 4,
+    "lte_jax.params": 5,
     "lte_jax.sharding": 6,
     "lte_jax.hf": 7,
     "lte_jax.checks": 7.5,
     "lte_jax.checkpoint": 8,
     "lte_jax.kernels": 10,
-    "lte_jax.moe": 12,
+    "lte_jax.routing": 11,
+    "lte_jax.layers": 12,
     "lte_jax.model": 13,
     "lte_jax.router_init": 14,
     "lte_jax.clustering": 14.5,
@@ -90,7 +92,7 @@ def test_each_way_of_importing_is_seen():
         "from . import losses\nfrom .model import Transformer\nfrom jax import numpy\n"
         "def f():\n    from lte_jax.kernels.tune import blocks\n"
     )
-    imported = _imports(text, ROOT / "lte_jax" / "moe.py")
+    imported = _imports(text, ROOT / "lte_jax" / "layers.py")
     assert [_room(name) for name in imported] == [
         *("lte_jax", "lte_jax.report", "lte_jax.trainer", "lte_jax"),
         *("lte_jax.losses", "lte_jax.model", None, "lte_jax.kernels.tune"),

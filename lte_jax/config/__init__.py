@@ -36,12 +36,11 @@ from lte_jax.config.schema import MeshConfig as MeshConfig
 from lte_jax.config.schema import ModelConfig as ModelConfig
 from lte_jax.config.schema import OptimConfig as OptimConfig
 from lte_jax.config.schema import RopeScaling as RopeScaling
-from lte_jax.config.schema import Routing as Routing
+from lte_jax.config.schema import RoutingName as RoutingName
 from lte_jax.config.schema import SourceConfig as SourceConfig
 from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig
 from lte_jax.config.schema import num_experts as num_experts
-from lte_jax.config.schema import top_k as top_k
 from lte_jax.errors import UserError as UserError
 from lte_jax.errors import cli_errors as cli_errors
 from lte_jax.errors import nearest as nearest

@@ -33,7 +33,7 @@ from lte_jax.config.fields import (
 from lte_jax.errors import UserError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-Routing = Literal["dense", "soft", "hard", "straight_through", "top_k"]
+RoutingName = Literal["dense", "soft", "hard", "straight_through", "top_k"]
 MAX_PARAMS = 10**12  # of a model: more is a slip of the pen
 
 
@@ -139,7 +139,7 @@ class LTEConfig(Checked):
     # all that it is given.
     calibration_rows: Count | None = None
     threshold: Inside = 0.5  # tau of Eq. 2: an expert runs where score > tau
-    routing: Routing = "hard"  # what `apply` uses unless told otherwise
+    routing: RoutingName = "hard"  # what `apply` uses unless told otherwise
     stage1_routing: Literal["soft", "straight_through"] = "straight_through"
     target_sparsity: Target | None = 0.5  # None: fixed efficiency_weight and threshold
     efficiency_weight: Finite = 0.0  # eta of Eq. 6; where the controller starts if there is one
@@ -147,6 +147,19 @@ class LTEConfig(Checked):
     separability_weight: NotNegative = 0.0  # lambda of Eq. 6
     separability_eps: Positive = 1e-2  # guard of Eq. 5, which divides by zero as printed
     distill_weight: Share = 1.0  # 1: only KL to the dense model, 0: only the task loss
+
+    def wanted_sparsity(self, who: str) -> float:
+        """`target_sparsity`, for `who` cannot do without one.
+
+        Raises:
+          UserError: where there is none.
+        """
+        if self.target_sparsity is None:
+            raise UserError(
+                f"{who} needs lte.target_sparsity, the share of experts that are not to run: "
+                "expected a number, found None"
+            )
+        return self.target_sparsity
 
 
 def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
@@ -165,13 +178,6 @@ def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
             f"nearby sizes that do are {', '.join(map(str, near))}"
         )
     return config.d_ff // lte.expert_size
-
-
-def top_k(config: ModelConfig, lte: LTEConfig | None, routing: Routing) -> int | None:
-    """How many experts routing="top_k" keeps for each token; None for other routings."""
-    if lte is None or routing != "top_k":
-        return None
-    return max(1, round((1.0 - (lte.target_sparsity or 0.0)) * num_experts(config, lte)))
 
 
 PRESETS: Mapping[str, LTEConfig] = types.MappingProxyType(
@@ -309,10 +315,6 @@ class Experiment(Checked):
     sample_temperature: NotNegative = 0.0  # 0: the likeliest token each time
 
     def _check_together(self):
-        if self.lte.routing == "dense":
-            raise UserError(
-                "lte.routing='dense' runs all experts: expected 'hard', which the stages train for"
-            )
         parts, size = self.optim.microbatches, self.data.batch_size
         if size % parts:
             raise UserError(

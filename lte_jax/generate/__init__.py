@@ -18,12 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks
-from lte_jax.config import ModelConfig, Routing
+from lte_jax import routing as routings
+from lte_jax.config import ModelConfig
 from lte_jax.data import tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate.decoding import Plan, State, computed, extend, make_knobs, prefill, round_up
+from lte_jax.generate.decoding import (
+    DecodeConfig,
+    DecodeState,
+    computed,
+    extend,
+    prefill,
+    round_up,
+    sampling_params,
+)
 from lte_jax.kernels import resolve
 from lte_jax.model import Transformer
+from lte_jax.routing import Routing
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of byte fallback
 STREAM_CHUNK = 8  # tokens between two calls of a stream
@@ -78,16 +88,16 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     checks.seed(seed)
     checks.threshold(threshold)
-    plan = plan_for(
+    config = decode_config(
         model, routing, implementation, eos_ids, greedy=temperature == 0, top_k=top_k, top_p=top_p
     )
-    knobs = make_knobs(model, threshold, temperature, top_p)
+    sampling = sampling_params(model, threshold, temperature, top_p)
     params = computed(model, params)
 
-    state = prefill(model, params, plan, knobs, prompts, room=max_new_tokens, seed=seed)
+    state = prefill(model, params, config, sampling, prompts, room=max_new_tokens, seed=seed)
     new: list[list[int]] = [[] for _ in prompts]
 
-    def add(tokens_BS: np.ndarray, state: State) -> None:
+    def add(tokens_BS: np.ndarray, state: DecodeState) -> None:
         if not state.finite:
             raise UserError(
                 f"the model's logits are not finite after {len(new[0])} new tokens or more: its "
@@ -104,7 +114,7 @@ def generate(
     size = STREAM_CHUNK if stream else round_up(left)
     while left > 0 and not np.all(state.done_B):
         tokens_BS, state = extend(
-            model, params, plan, knobs, state, jnp.int32(min(left, size)), size
+            model, params, config, sampling, state, jnp.int32(min(left, size)), size
         )
         add(np.asarray(tokens_BS), state)
         left -= size
@@ -170,7 +180,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def plan_for(
+def decode_config(
     model: Transformer,
     routing: Routing | str | None = None,
     implementation: str = "auto",
@@ -178,13 +188,11 @@ def plan_for(
     greedy: bool = True,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Plan:
-    """The plan of these settings of `generate`, for this model."""
-    checks.routing(routing)
+) -> DecodeConfig:
+    """The config of these settings of `generate`, for this model."""
     resolve(implementation)  # refuses a name that is none
-    routing = "dense" if model.lte is None else routing or model.lte.routing
-    return Plan(
-        routing="hard" if routing == "straight_through" else routing,  # equal going forward
+    return DecodeConfig(
+        routing=routings.make(routing, model.config, model.lte),
         implementation=implementation,
         greedy=greedy,
         top_k=top_k,

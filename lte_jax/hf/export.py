@@ -28,6 +28,7 @@ from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, INDEX, ONE_FILE, check_repla
 from lte_jax.hf.hub import resolve
 from lte_jax.hf.names import Row
 from lte_jax.hf.weights import STORED_DTYPES, check_expert_order, open_parameters
+from lte_jax.params import dimension_sizes, is_router
 
 _TAGS = {dtype: tag for tag, dtype in STORED_DTYPES.items()} | {"int32": "I32"}
 
@@ -132,7 +133,7 @@ def _main_dtype(tensors: list[_Tensor]) -> str:
     """What config.json says: the type of most of the weights, routers aside."""
     numbers: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
-        if not names.is_router(tensor.row.path if tensor.row else ""):
+        if not is_router(tensor.row.path if tensor.row else ""):
             numbers[tensor.dtype] += math.prod(tensor.shape)
     return max(DTYPES, key=lambda dtype: numbers[dtype])
 
@@ -163,7 +164,7 @@ def _plan(
     stored: Mapping[str, str | None],
 ) -> list[_Tensor]:
     """Every tensor to be written, checked but not yet fetched."""
-    sizes, rows = names.sizes(config, lte), names.table(config, lte)
+    sizes, rows = dimension_sizes(config, lte), names.table(config, lte)
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     for path in sorted(flat.keys() ^ {row.path for row in rows}):
         problem = "is not a parameter of" if path in flat else "is missing from"
@@ -179,20 +180,20 @@ def _plan(
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise UserError(f"{row.path} is spread over several processes: gather it before saving")
         own = str(array.dtype)
-        if own not in DTYPES and (dtype is None or names.is_router(row.path)):
+        if own not in DTYPES and (dtype is None or is_router(row.path)):
             raise UserError(
                 f"{row.path} is {own}, expected {', '.join(DTYPES)}: convert it, or give a dtype"
             )
         for layer, name in enumerate(row.hf_names(sizes)):
             kept = stored.get(name) or own if dtype == "source" else dtype or own
-            kept = own if names.is_router(row.path) else kept
+            kept = own if is_router(row.path) else kept
             where = layer if row.layered else None
             planned.append(_Tensor(name, kept, row.hf_shape(sizes), array, where, row, sizes))
     return planned
 
 
 def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _Tensor:
-    sizes = names.sizes(config, lte)
+    sizes = dimension_sizes(config, lte)
     expected = tuple(sizes[letter] for letter in "NEM")
     if lte is None or np.shape(order_NEM) != expected:
         raise UserError(

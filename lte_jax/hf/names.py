@@ -1,8 +1,8 @@
-"""The one table between our parameters and the tensors of an HF checkpoint.
+"""How our parameters become the tensors of an HF checkpoint, and the other way round.
 
-Each row pairs a path of the parameter tree with the name of a tensor and says, in dimension
-letters, how both are laid out. Import and export, expected shapes and error messages all derive
-from it, so no tensor can be read one way and written another.
+A row joins a parameter (params.py) with what its family calls the tensor and how it lays it out
+(families/). Import and export, expected shapes and error messages all derive from it, so no tensor
+can be read one way and written another.
 
 Dimension key: D model width  E experts  M neurons per expert  F = E*M  N layers  H heads
                K kv heads  C head width  V vocabulary
@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lte_jax.config import LTEConfig, ModelConfig, num_experts
+from lte_jax import params
+from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax.hf.families import llama
 
 # What the people who wrote config.json call a dimension of an HF tensor.
 _HF_DIMENSION = {
@@ -98,61 +100,7 @@ class Row:
         return array.transpose(order).reshape(self.hf_shape(sizes))
 
 
-def is_router(path: str) -> bool:
-    """Whether a path of the parameter tree is of the routers, which alone decide what runs."""
-    return path.startswith("layers/ffn/router/")
-
-
-def sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
-    """The size that each dimension letter stands for."""
-    experts = num_experts(config, lte)
-    return {
-        "V": config.vocab_size,
-        "D": config.d_model,
-        "N": config.num_layers,
-        "H": config.num_heads,
-        "K": config.num_kv_heads,
-        "C": config.head_dim,
-        "E": experts,
-        "M": config.d_ff // experts,
-    }
-
-
 def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
     """All parameters of such a model, each once."""
-    attn, ffn = "model.layers.{}.self_attn", "model.layers.{}.mlp"
-    rows = [
-        Row("embed/embedding", "VD", "model.embed_tokens.weight", "V D"),
-        Row("layers/attn_norm/scale", "ND", "model.layers.{}.input_layernorm.weight", "D"),
-        Row("layers/attn/q/kernel", "NDHC", f"{attn}.q_proj.weight", "HC D"),
-        Row("layers/attn/k/kernel", "NDKC", f"{attn}.k_proj.weight", "KC D"),
-        Row("layers/attn/v/kernel", "NDKC", f"{attn}.v_proj.weight", "KC D"),
-        Row("layers/attn/o/kernel", "NHCD", f"{attn}.o_proj.weight", "D HC"),
-        Row("layers/ffn_norm/scale", "ND", "model.layers.{}.post_attention_layernorm.weight", "D"),
-        Row("layers/ffn/up", "NEMD", f"{ffn}.up_proj.weight", "EM D"),
-        Row("layers/ffn/down", "NEMD", f"{ffn}.down_proj.weight", "D EM"),
-        Row("final_norm/scale", "D", "model.norm.weight", "D"),
-    ]
-    if config.gated:
-        rows.append(Row("layers/ffn/gate", "NEMD", f"{ffn}.gate_proj.weight", "EM D"))
-    if config.qkv_bias:
-        rows.append(Row("layers/attn/q/bias", "NHC", f"{attn}.q_proj.bias", "HC"))
-        rows.append(Row("layers/attn/k/bias", "NKC", f"{attn}.k_proj.bias", "KC"))
-        rows.append(Row("layers/attn/v/bias", "NKC", f"{attn}.v_proj.bias", "KC"))
-    if config.out_bias:
-        rows.append(Row("layers/attn/o/bias", "ND", f"{attn}.o_proj.bias", "D"))
-    if config.qk_norm:
-        rows.append(Row("layers/attn/q_norm/scale", "NC", f"{attn}.q_norm.weight", "C"))
-        rows.append(Row("layers/attn/k_norm/scale", "NC", f"{attn}.k_norm.weight", "C"))
-    if config.mlp_bias:
-        if config.gated:
-            rows.append(Row("layers/ffn/gate_bias", "NEM", f"{ffn}.gate_proj.bias", "EM"))
-        rows.append(Row("layers/ffn/up_bias", "NEM", f"{ffn}.up_proj.bias", "EM"))
-        rows.append(Row("layers/ffn/down_bias", "ND", f"{ffn}.down_proj.bias", "D"))
-    if lte is not None:
-        rows.append(Row("layers/ffn/router/kernel", "NDE", f"{ffn}.router.weight", "E D"))
-        if lte.router_bias:
-            rows.append(Row("layers/ffn/router/bias", "NE", f"{ffn}.router.bias", "E"))
-    if not config.tie_embeddings:
-        rows.append(Row("lm_head/kernel", "DV", "lm_head.weight", "V D"))
-    return tuple(rows)
+    rows = params.table(config, lte)
+    return tuple(Row(row.path, row.letters, *llama.TENSORS[row.path]) for row in rows)

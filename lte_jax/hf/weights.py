@@ -27,6 +27,7 @@ from lte_jax.hf.config_json import DTYPES, read_config
 from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, verify
 from lte_jax.hf.names import Row, Span
 from lte_jax.hf.stored import StoredTensor, open_file, open_tensors, say_once
+from lte_jax.params import dimension_sizes, is_router
 
 STORED_DTYPES: dict[str, str] = dict(zip(("F32", "BF16", "F16"), DTYPES, strict=True))
 _ROWS_AT_ONCE_BYTES = 1 << 22
@@ -58,7 +59,7 @@ def load_params(
         raise UserError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
     folder = Path(folder)
     verify(folder)
-    sizes = names.sizes(config, lte)
+    sizes = dimension_sizes(config, lte)
     placed: dict[str, Any] = traverse_util.flatten_dict(shardings or {}, sep="/")
     params = {}
     with contextlib.ExitStack() as stack:
@@ -80,7 +81,7 @@ def check_params(folder: Path, config: ModelConfig) -> None:
     Raises:
       UserError: as `load_params` does.
     """
-    rows, sizes = names.table(config, None), names.sizes(config, None)
+    rows, sizes = names.table(config, None), dimension_sizes(config, None)
     with contextlib.ExitStack() as stack:
         tensors = open_parameters(Path(folder), config, None, stack)
         _drop_tied_head(tensors, config)
@@ -101,7 +102,7 @@ def load_expert_order(folder: Path) -> np.ndarray | None:
     path = folder / EXPERT_ORDER
     if not path.exists():
         return None
-    sizes = names.sizes(*read_config(folder))
+    sizes = dimension_sizes(*read_config(folder))
     expected = tuple(sizes[letter] for letter in "NEM")
     with contextlib.ExitStack() as stack:
         tensor = open_file(path, stack).get("expert_order")
@@ -131,7 +132,7 @@ def open_parameters(
 ) -> dict[str, StoredTensor]:
     """As `open_tensors`, under the names of the table wherever the stored ones can be explained."""
     tensors = open_tensors(folder, stack)
-    sizes, rows = names.sizes(config, lte), names.table(config, lte)
+    sizes, rows = dimension_sizes(config, lte), names.table(config, lte)
     expected = {name for row in rows for name in row.hf_names(sizes)}
     renamed, done = renaming.to_expected(tensors, expected)
     if done and expected == set(renamed.values()):
@@ -246,7 +247,7 @@ def _load_row(
         for slot, layer in zip(part if row.layered else [part], layers, strict=True):
             tensor = tensors[hf_names[layer]]
             _fill_slot(slot, tensor, row, sizes, cut)
-            if names.is_router(row.path) and not np.isfinite(slot).all():
+            if is_router(row.path) and not np.isfinite(slot).all():
                 raise UserError(
                     f"{tensor.file}: {tensor.name} has weights that are NaN or infinite, which no "
                     "router can choose experts by: take an older copy of the folder, or train again"

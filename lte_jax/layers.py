@@ -1,0 +1,460 @@
+"""The arithmetic of a Transformer, written once: training, prefill and decoding are the same code.
+
+Pre-norm blocks of rotary attention and an FFN that is dense or made of routed experts. What
+differs comes in as `w`, how weights are read:
+
+  Slice   the weights of one layer, by einsums over any number of tokens: training, prefill
+  Stack   the weights of all layers and a layer's index, by the kernels, one token a row: decoding
+
+Dimension key: B batch  L length  T cache length  D model width  E experts  M neurons per expert
+               N layers  H heads  K kv heads  C head width  V vocabulary  O outputs of a matrix
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from lte_jax import kernels, sharding
+from lte_jax.config import Activation, ModelConfig, RopeScaling
+from lte_jax.kernels.reference import ACTIVATIONS
+from lte_jax.losses import layer_means
+from lte_jax.params import BY_PATH, is_router
+from lte_jax.routing import Routing
+
+Cache = dict[str, Array]
+Weights = Mapping[str, Any]
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass returns; what is not used is not computed under `jax.jit`."""
+
+    logits: Float[Array, "B L V"]  # float32
+    scores: Float[Array, "N B L E"] | None  # router scores, float32; None under dense routing
+    active: Bool[Array, "N B L E"] | None  # those that run; None under dense routing
+    sparsity: Float[Array, ""]  # share of (real token, layer, expert) that is not active
+    cache: Cache | None  # the extended cache, where one was given
+
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_DENSE_ROWS = 32  # decoding reads a dense FFN in blocks of at most so many neurons
+
+
+# ---------------------------------------------------------------------------- the whole and a block
+
+
+def transformer(
+    config: ModelConfig,
+    w: Slice | Stack,
+    blocks: Callable,
+    tokens_BL: Integer[Array | np.ndarray, "B L"],
+    segments_BL: Int[Array, "B L"],
+    threshold: Float[Array, ""],
+    cache: Cache | None,
+) -> Output:
+    """Embedding, layers, last norm and head.
+
+    Args:
+      config: of the model.
+      w: reads the weights outside the layers.
+      blocks: runs the layers: (x, kv, slides_N, context) -> (x, (kv, (scores, active))), where kv
+        is the keys and values of the cache, or None.
+      tokens_BL: token ids.
+      segments_BL: > 0 at real tokens; see `make_context`.
+      threshold: of the routing.
+      cache: to be extended, or None.
+
+    """
+    context = make_context(config, segments_BL, threshold, cache)
+    with jax.named_scope("embed"):
+        x_BLD = sharding.constrain(w.embed(tokens_BL))
+    kv = None if cache is None else (cache["k"], cache["v"])
+    slides_N = jnp.asarray(sliding_layers(config))
+    x_BLD, (kv, (scores_NBLE, active_NBLE)) = blocks(x_BLD, kv, slides_N, context)
+    with jax.named_scope("head"):
+        logits_BLV = w.head(norm(w.vectors["final_norm"], x_BLD, config.norm_eps))
+    if cache is not None and kv is not None:
+        cache = {
+            "k": kv[0],
+            "v": kv[1],
+            "segments": context["segments_BT"],
+            "positions": context["positions_BT"],
+            "index": cache["index"] + tokens_BL.shape[1],
+        }
+    sparsity = jnp.zeros((), jnp.float32)
+    if active_NBLE is not None:
+        sparsity = 1.0 - jnp.mean(layer_means(active_NBLE, segments_BL > 0))
+    return Output(logits_BLV, scores_NBLE, active_NBLE, sparsity, cache)
+
+
+def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, slides, context):
+    """One layer: attention and FFN, each after a norm and around a residual connection.
+
+    `ffn` is (x, threshold) -> (y, scores, active). Returns x, (k, v), and what `ffn` says of the
+    experts.
+    """
+    with jax.named_scope("attention"):
+        h_BLD = norm(w.vectors["attn_norm"], x_BLD, config.norm_eps)
+        y_BLD, kv = attention(config, w.at("attn"), h_BLD, kv, slides, context)
+        x_BLD = sharding.constrain(x_BLD + y_BLD)
+    with jax.named_scope("ffn"):
+        h_BLD = norm(w.vectors["ffn_norm"], x_BLD, config.norm_eps)
+        y_BLD, scores_BLE, active_BLE = ffn(h_BLD, context["threshold"])
+        x_BLD = sharding.constrain(x_BLD + y_BLD)
+    return x_BLD, kv, (scores_BLE, active_BLE)
+
+
+def norm(weights: Weights, x: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last dimension, computed in float32; of x's type."""
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * _as_last(weights["scale"], x)
+
+
+def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, slides, context):
+    """Causal grouped-query attention with rotary positions: y [B, L, D], and (k, v) extended."""
+    q_BLHC, k_BLKC, v_BLKC = (w.linear(name, x_BLD) for name in "qkv")
+    if "q_norm" in w.vectors:
+        q_BLHC = norm(w.vectors["q_norm"], q_BLHC, config.norm_eps)
+        k_BLKC = norm(w.vectors["k_norm"], k_BLKC, config.norm_eps)
+    q_BLHC = rotate(q_BLHC, context["angles_BLC"])
+    k_BLKC = rotate(k_BLKC, context["angles_BLC"])
+    visible_BLT = visible_keys(config, slides, context)
+    y_BLHC, kv = w.attend(q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, context["index"])
+    return w.linear("o", y_BLHC), kv
+
+
+def ffn(
+    config: ModelConfig,
+    routing: Routing,
+    w: Slice | Stack,
+    x_BLD: Float[Array, "B L D"],
+    threshold: Float[Array, ""] | float,
+) -> tuple[Array, Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None]:
+    """The sum of the experts that run: y [B, L, D], router scores and active experts.
+
+    Both are None where all experts run (`routing.routed` False).
+    """
+
+    def choose(h_BLEM):
+        if not routing.routed:
+            return None, None, None
+        with jax.named_scope("router"):
+            scores_BLE = routing.scores(lambda: w.linear("router", x_BLD, exact=True), h_BLEM)
+            active_BLE = routing.active(scores_BLE, threshold)
+            return scores_BLE, active_BLE, routing.gates(scores_BLE, active_BLE)
+
+    with jax.named_scope("experts"):
+        y_BLD, scores_BLE, active_BLE = w.experts(x_BLD, choose, config.activation)
+    if "down_bias" in w.vectors:  # outside the routing: it belongs to no expert
+        y_BLD += _as_last(w.vectors["down_bias"], y_BLD)
+    return y_BLD, scores_BLE, active_BLE
+
+
+# ----------------------------------------------------------------------------- how weights are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """The weights of one layer (or those outside the layers), used by einsums."""
+
+    vectors: Weights  # all of them, the matrices among them
+    dtype: Any  # to compute in
+    tap: Callable[[str, Array], Any] = lambda name, value: None  # sees the neurons
+
+    def at(self, name: str) -> Slice:
+        """Those of a part."""
+        return dataclasses.replace(self, vectors=self.vectors[name])
+
+    def embed(self, tokens_BL: Integer[Array | np.ndarray, "B L"]) -> Float[Array, "B L D"]:
+        """The rows of the embedding."""
+        return jnp.take(self.vectors["embed"]["embedding"], tokens_BL, axis=0).astype(self.dtype)
+
+    def head(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Logits, float32; the embedding's where there is no head."""
+        matrix, letters = _head(self.vectors)
+        return jnp.einsum(
+            f"BLD,{letters}->BLV",
+            x_BLD,
+            matrix.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def linear(self, name: str, x_BLI: Array, exact: bool = False) -> Array:
+        """The product with a kernel of that name, over all but x's first two axes, and its bias.
+
+        `exact`: in float32, whose operands accelerators would round unless told otherwise.
+        """
+        dtype, precision = (jnp.float32, _HIGHEST) if exact else (self.dtype, None)
+        kernel = self.vectors[name]["kernel"].astype(dtype)
+        inputs = x_BLI.ndim - 2
+        y = jnp.tensordot(x_BLI.astype(dtype), kernel, inputs, precision=precision)
+        bias = self.vectors[name].get("bias")
+        return y if bias is None else y + _as_last(bias, y)
+
+    def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index):
+        """Attention over these tokens, or over a cache to which they are added at `index`."""
+        if kv is None:
+            return masked_attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=True), None
+        k_BTKC, v_BTKC = _put(kv[0], k_BLKC, index), _put(kv[1], v_BLKC, index)
+        y_BLHC = masked_attention(q_BLHC, k_BTKC, v_BTKC, visible_BLT, blocked=False)
+        return y_BLHC, (k_BTKC, v_BTKC)
+
+    def experts(self, x_BLD: Float[Array, "B L D"], choose: Callable, activation: Activation):
+        """The experts' outputs, each times its gate, summed; all experts are computed.
+
+        `choose` makes scores, active experts and gates (or None, three times) of the activations
+        of the neurons: act(x gate) * (x up), or act(x up) without a gate.
+        """
+
+        def project(name: str) -> Array:
+            h_BLEM = jnp.einsum("BLD,EMD->BLEM", x_BLD, self.vectors[name].astype(self.dtype))
+            bias = self.vectors.get(f"{name}_bias")
+            return h_BLEM if bias is None else h_BLEM + _as_last(bias, h_BLEM)
+
+        act = ACTIVATIONS[activation]
+        gated = "gate" in self.vectors
+        h_BLEM = act(project("gate")) * project("up") if gated else act(project("up"))
+        self.tap("ffn_input", x_BLD)
+        self.tap("hidden", h_BLEM)
+        scores_BLE, active_BLE, gates_BLE = choose(h_BLEM)
+        if gates_BLE is not None:
+            h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
+        y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, self.vectors["down"].astype(self.dtype))
+        return y_BLD, scores_BLE, active_BLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The weights of all layers, of which the kernels read one in place; one token a row (L = 1).
+
+    A scan that sliced the matrices layer by layer would copy them, idle experts too.
+    """
+
+    vectors: Weights  # norms and biases of one layer, which a scan may slice
+    matrices: Weights  # of all layers, as `stacked` makes them
+    layer: Array | int
+    live_B: Bool[Array, " B"]  # rows that still want experts
+    implementation: str = "auto"
+
+    def at(self, name: str) -> Stack:
+        """Those of a part."""
+        return dataclasses.replace(
+            self, vectors=self.vectors.get(name, {}), matrices=self.matrices[name]
+        )
+
+    def embed(self, tokens_B1: Int[Array, "B 1"]) -> Float[Array, "B 1 D"]:
+        """The rows of the embedding."""
+        table_VD = self.matrices["embed"]["embedding"]
+        x_BD = kernels.embed(tokens_B1[:, 0], table_VD, implementation=self.implementation)
+        return x_BD[:, None]
+
+    def head(self, x_B1D: Float[Array, "B 1 D"]) -> Float[Array, "B 1 V"]:
+        """Logits, float32; the embedding's where there is no head."""
+        matrix, letters = _head(self.matrices)
+        logits_BV = kernels.linear(
+            x_B1D[:, 0], matrix, transposed=letters == "VD", implementation=self.implementation
+        )
+        return logits_BV[:, None]
+
+    def linear(self, name: str, x_B1I: Array, exact: bool = False) -> Array:
+        """As that of Slice."""
+        kernel = self.matrices[name]["kernel"]
+        inputs = x_B1I.ndim - 2
+        outputs = kernel.shape[1 + inputs :]
+        x_BI = x_B1I.reshape(x_B1I.shape[0], -1)
+        y_BO = kernels.linear(
+            x_BI.astype(kernel.dtype),
+            kernel.reshape(kernel.shape[0], x_BI.shape[1], math.prod(outputs)),
+            layer=self.layer,
+            implementation=self.implementation,
+        )
+        y = y_BO.astype(jnp.float32 if exact else x_B1I.dtype).reshape(-1, 1, *outputs)
+        bias = self.vectors.get(name, {}).get("bias")
+        return y if bias is None else y + _as_last(bias, y)
+
+    def attend(self, q_B1HC, k_B1KC, v_B1KC, kv, visible_B1T, index):
+        """Attention over a cache, to which the new tokens are added at `index`."""
+        k_NBTKC, v_NBTKC = kv
+        y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
+            q_B1HC[:, 0],
+            k_B1KC[:, 0],
+            v_B1KC[:, 0],
+            k_NBTKC,
+            v_NBTKC,
+            visible_B1T[:, 0],
+            layer=self.layer,
+            index=index,
+            implementation=self.implementation,
+        )
+        return y_BHC[:, None], (k_NBTKC, v_NBTKC)
+
+    def experts(self, x_B1D: Float[Array, "B 1 D"], choose: Callable, activation: Activation):
+        """The active experts' outputs summed; no other expert is read, and no gate but 0 and 1."""
+        scores_B1E, active_B1E, _ = choose(None)
+        neurons = {name: w for name, w in self.matrices.items() if name != "router"}
+        shape = (x_B1D.shape[0], neurons["up"].shape[1])
+        live_BE = jnp.broadcast_to(self.live_B[:, None], shape)
+        y_BD = kernels.sparse_ffn(
+            x_B1D[:, 0],
+            live_BE if active_B1E is None else live_BE & active_B1E[:, 0],
+            neurons,
+            activation=activation,
+            layer=self.layer,
+            implementation=self.implementation,
+        )
+        return y_BD[:, None], scores_B1E, active_B1E
+
+
+def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, Weights]:
+    """The parameters as `Stack` wants them: vectors, and matrices with all layers stacked.
+
+    A dense FFN is cut into blocks, all of them active: work for every thread of a CPU and every
+    multiprocessor of a GPU. Routers are float32.
+    """
+    rows = max(m for m in range(1, min(_DENSE_ROWS, config.d_ff) + 1) if config.d_ff % m == 0)
+    vectors, matrices = {}, {}
+    for path, array in traverse_util.flatten_dict(dict(params), sep="/").items():
+        row = BY_PATH[path]
+        neurons = "EM" in row.letters
+        if not (row.is_matrix or neurons):
+            vectors[path] = array
+            continue
+        if neurons and array.shape[1] == 1:
+            array = array.reshape(array.shape[0], -1, rows, *array.shape[3:])
+        matrices[path] = array.astype(jnp.float32 if is_router(path) else dtype)
+    unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
+    return unflatten(vectors), unflatten(matrices)
+
+
+def _head(weights: Weights) -> tuple[Array, str]:
+    """The matrix of the head and its dimensions: the embedding where the two are tied."""
+    if "lm_head" in weights:
+        return weights["lm_head"]["kernel"], "DV"
+    return weights["embed"]["embedding"], "VD"
+
+
+def _as_last(vector: Array, x: Array) -> Array:
+    """`vector` in x's type, with axes before its own for all that x has more."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
+
+
+# -------------------------------------------------------------------------- attention and positions
+
+
+def sliding_layers(config: ModelConfig) -> tuple[bool, ...]:
+    """For each layer, whether its attention is cut to the sliding window."""
+    if config.sliding_layers is not None:
+        return config.sliding_layers
+    return (config.sliding_window is not None,) * config.num_layers
+
+
+def visible_keys(config: ModelConfig, slides, context) -> Bool[Array, "B L T"]:
+    """The keys each query of this layer may see; `slides` says whether its window is bounded."""
+    if config.sliding_window is None:
+        return context["visible_BLT"]
+    return context["visible_BLT"] & (context["near_BLT"] | ~slides)
+
+
+_QUERY_BLOCKS, _SMALLEST_BLOCK = 8, 32
+
+
+def masked_attention(
+    q_BLHC: Float[Array, "B L H C"],
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
+    visible_BLT: Bool[Array, "B L T"],
+    blocked: bool,
+) -> Float[Array, "B L H C"]:
+    """Softmax attention over the visible keys.
+
+    `blocked` says that T = L and query i sees no key beyond i: a block of queries is then compared
+    with the keys up to its end only, and its scores are recomputed in the backward pass. That is
+    half the work and an eighth of the memory, and twice as fast on a CPU.
+    """
+    length = q_BLHC.shape[1]
+    size = max(-(-length // _QUERY_BLOCKS), _SMALLEST_BLOCK) if blocked else length
+    attend = jax.nn.dot_product_attention
+    attend = jax.checkpoint(attend) if blocked else attend
+    blocks = []
+    for start in range(0, length, size):
+        rows = slice(start, start + size)
+        keys = slice(0, start + size) if blocked else slice(None)
+        mask_B1LT = visible_BLT[:, None, rows, keys]
+        blocks.append(attend(q_BLHC[:, rows], k_BTKC[:, keys], v_BTKC[:, keys], mask=mask_B1LT))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L C//2"]):
+    """Rotary embedding with the halves of a head paired, as in HF's Llama."""
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles_BLC)[:, :, None], jnp.sin(angles_BLC)[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHC.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair of a head, [C/2], float32."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    frequencies = 1.0 / config.rope_theta ** (half / config.head_dim)
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
+    return frequencies.astype(np.float32)
+
+
+def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3.1: long waves are stretched, short ones kept, those between blended.
+    wavelengths = 2 * np.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_length / wavelengths - low) / (high - low)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def make_context(
+    config: ModelConfig, segments_BL, threshold, cache: Cache | None
+) -> dict[str, Array]:
+    """What all layers share: who sees whom, rotary angles, the threshold, the cache index."""
+    if cache is None:
+        index, segments_BT = jnp.zeros((), jnp.int32), segments_BL
+    else:
+        index = cache["index"]
+        segments_BT = _put(cache["segments"], segments_BL, index)
+    queries_L = index + jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    slots_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    visible_BLT = segments_BL[:, :, None] == segments_BT[:, None]
+    visible_BLT &= (queries_L[:, None] >= slots_T[None])[None]
+    # The number of earlier tokens of the same segment, wherever in the row and the cache they lie.
+    positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1
+    positions_BT = positions_BL if cache is None else _put(cache["positions"], positions_BL, index)
+    context = {
+        "visible_BLT": visible_BLT,
+        "angles_BLC": positions_BL[..., None].astype(jnp.float32)
+        * jnp.asarray(rope_frequencies(config))[None, None],
+        "threshold": jnp.asarray(threshold, jnp.float32),
+        "index": index,
+        "segments_BT": segments_BT,
+        "positions_BT": positions_BT,
+    }
+    if config.sliding_window is not None:
+        behind_BLT = positions_BL[:, :, None] - positions_BT[:, None]
+        context["near_BLT"] = behind_BLT < config.sliding_window
+    return context
+
+
+def _put(cache_BT, new_BL, index):
+    """The cache with new tokens from place `index` on; further axes are taken along."""
+    return jax.lax.dynamic_update_slice_in_dim(cache_BT, new_BL, index, axis=1)

@@ -1,0 +1,117 @@
+"""The one table of parameters: where each stands in the tree, its dimensions, when it exists.
+
+The Flax modules declare from it, sharding.py and the readers of decoding follow its letters, and
+hf/families/ says what a checkpoint calls each row. A new parameter is a new row here, its use in
+layers.py, and its name in a family.
+
+Dimension key: D model width  E experts  M neurons per expert  N layers  H heads  K kv heads
+               C head width  V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from lte_jax.config import LTEConfig, ModelConfig, num_experts
+
+LAYERS = "layers/"  # what lies under it has a leading axis N
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter."""
+
+    path: str  # in the parameter tree
+    letters: str  # a letter for each dimension
+    start: str  # "ones", "zeros", or normal with variance 1 / (the product of these dimensions)
+    exists: Callable[[ModelConfig, LTEConfig | None], bool] = lambda config, lte: True
+
+    @property
+    def layered(self) -> bool:
+        """Whether the array stacks all layers."""
+        return self.path.startswith(LAYERS)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies activations: what decoding reads in place, layers stacked."""
+        return self.start not in ("ones", "zeros")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Of the whole array."""
+        return tuple(sizes[letter] for letter in self.letters)
+
+    def initializer(self, sizes: Mapping[str, int]) -> jax.nn.initializers.Initializer:
+        """How it starts in a model that was not trained yet."""
+        if self.is_matrix:
+            return jax.nn.initializers.normal(math.prod(sizes[c] for c in self.start) ** -0.5)
+        return {"ones": jax.nn.initializers.ones, "zeros": jax.nn.initializers.zeros}[self.start]
+
+
+ROWS = (
+    Row("embed/embedding", "VD", "D"),
+    Row("layers/attn_norm/scale", "ND", "ones"),
+    Row("layers/attn/q/kernel", "NDHC", "D"),
+    Row("layers/attn/q/bias", "NHC", "zeros", lambda config, _: config.qkv_bias),
+    Row("layers/attn/k/kernel", "NDKC", "D"),
+    Row("layers/attn/k/bias", "NKC", "zeros", lambda config, _: config.qkv_bias),
+    Row("layers/attn/v/kernel", "NDKC", "D"),
+    Row("layers/attn/v/bias", "NKC", "zeros", lambda config, _: config.qkv_bias),
+    Row("layers/attn/q_norm/scale", "NC", "ones", lambda config, _: config.qk_norm),
+    Row("layers/attn/k_norm/scale", "NC", "ones", lambda config, _: config.qk_norm),
+    Row("layers/attn/o/kernel", "NHCD", "HC"),
+    Row("layers/attn/o/bias", "ND", "zeros", lambda config, _: config.out_bias),
+    Row("layers/ffn_norm/scale", "ND", "ones"),
+    Row("layers/ffn/gate", "NEMD", "D", lambda config, _: config.gated),
+    Row("layers/ffn/up", "NEMD", "D"),
+    Row("layers/ffn/down", "NEMD", "D"),
+    Row("layers/ffn/gate_bias", "NEM", "zeros", lambda c, _: c.mlp_bias and c.gated),
+    Row("layers/ffn/up_bias", "NEM", "zeros", lambda config, _: config.mlp_bias),
+    Row("layers/ffn/down_bias", "ND", "zeros", lambda config, _: config.mlp_bias),
+    Row("layers/ffn/router/kernel", "NDE", "D", lambda _, lte: lte is not None),
+    Row(
+        "layers/ffn/router/bias", "NE", "zeros", lambda _, lte: lte is not None and lte.router_bias
+    ),
+    Row("final_norm/scale", "D", "ones"),
+    Row("lm_head/kernel", "DV", "D", lambda config, _: not config.tie_embeddings),
+)
+BY_PATH: Mapping[str, Row] = {row.path: row for row in ROWS}
+
+
+def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
+    """All parameters of such a model; `lte` None: of the dense one."""
+    return tuple(row for row in ROWS if row.exists(config, lte))
+
+
+def dimension_sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
+    """The size that each dimension letter stands for."""
+    experts = num_experts(config, lte)
+    return {
+        "V": config.vocab_size,
+        "D": config.d_model,
+        "N": config.num_layers,
+        "H": config.num_heads,
+        "K": config.num_kv_heads,
+        "C": config.head_dim,
+        "E": experts,
+        "M": config.d_ff // experts,
+    }
+
+
+def abstract(config: ModelConfig, lte: LTEConfig | None) -> dict[str, Any]:
+    """The parameter tree as float32 ShapeDtypeStructs: shapes of any size at no cost."""
+    sizes = dimension_sizes(config, lte)
+    shapes = {row.path: row.shape(sizes) for row in table(config, lte)}
+    structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    return traverse_util.unflatten_dict(structs, sep="/")
+
+
+def is_router(path: str) -> bool:
+    """Whether a path is of the routers, which alone decide what runs."""
+    return path.startswith("layers/ffn/router/")
