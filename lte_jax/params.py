@@ -21,6 +21,17 @@ from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 
+# What each letter is called in a message: the model's key, where there is one.
+NAMES = {
+    "V": "vocab_size",
+    "D": "d_model",
+    "N": "num_layers",
+    "H": "num_heads",
+    "K": "num_kv_heads",
+    "C": "head_dim",
+    "E": "experts",
+    "M": "neurons",
+}
 LAYERS = "layers/"  # what lies under it has a leading axis N
 
 
@@ -92,16 +103,8 @@ def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
 def dimension_sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
     """The size that each dimension letter stands for."""
     experts = num_experts(config, lte)
-    return {
-        "V": config.vocab_size,
-        "D": config.d_model,
-        "N": config.num_layers,
-        "H": config.num_heads,
-        "K": config.num_kv_heads,
-        "C": config.head_dim,
-        "E": experts,
-        "M": config.d_ff // experts,
-    }
+    ffn = {"E": experts, "M": config.d_ff // experts}
+    return {letter: getattr(config, NAMES[letter]) for letter in "VDNHKC"} | ffn
 
 
 def abstract(config: ModelConfig, lte: LTEConfig | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lte_jax.config import MeshConfig
 from lte_jax.errors import UserError
-from lte_jax.params import BY_PATH
+from lte_jax.params import BY_PATH, NAMES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -115,7 +115,7 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     for size, letter, axis in zip(shape, letters, spec, strict=True):
         if axis and size % mesh.shape[axis]:
             raise UserError(
-                f"{path}: {letter}={size} does not divide over mesh axis {axis}="
+                f"{path}: {NAMES[letter]}={size} does not divide over mesh axis {axis}="
                 f"{mesh.shape[axis]}: choose a mesh.{axis} that divides it"
             )
     return NamedSharding(mesh, PartitionSpec(*spec))
