@@ -173,16 +173,10 @@ ACTIVE = jnp.array(
 REAL = jnp.array([[True, True, True], [True, True, False]])
 
 
-def test_sparsity_of_layers_counts_real_tokens():
+def test_active_fraction_of_layers_counts_real_tokens():
     """5 of 20 run in the first layer, all in the second."""
     both = jnp.concatenate([ACTIVE, jnp.ones_like(ACTIVE)])
-    found = sparsity.layer_sparsity(both, REAL)
-    np.testing.assert_allclose(found, [0.75, 0.0], atol=1e-6)
-
-
-def test_union_sparsity_is_of_experts_that_no_row_needs():
-    """Three places need 3, 1 and 0 of four experts."""
-    assert float(sparsity.union_sparsity(ACTIVE, REAL)) == pytest.approx(1 - 4 / 12)
+    np.testing.assert_allclose(losses.layer_means(both, REAL), [0.25, 1.0], atol=1e-6)
 
 
 def test_bytes_are_those_of_the_weights_that_are_read():
