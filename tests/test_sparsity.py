@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import data, sharding, sparsity, stages, trainer
+from lte_jax import data, losses, sharding, sparsity, stages, trainer
 from lte_jax.config import LTEConfig, MeshConfig, StageConfig, StagesConfig
 from lte_jax.sparsity import Control
 
