@@ -1,0 +1,120 @@
+"""The arithmetic of a block stands once: what is added there trains, prefills and decodes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lte_jax import generate, layers, params
+from lte_jax.generate import decode_config
+from lte_jax.generate import decoding as d
+from lte_jax.kernels import unavailable
+from lte_jax.model import Transformer
+from lte_jax.routing import Hard, Routing
+
+NORMS = ("layers/attn_norm", "layers/ffn_norm", "final_norm")
+IMPLEMENTATIONS = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]
+PROMPTS = [np.arange(5), np.arange(20, 31)]
+
+
+@pytest.fixture
+def layer_norm(monkeypatch):
+    """LayerNorm with a bias in place of RMSNorm: three rows of the table, one function."""
+
+    def norm(weights, x, eps):
+        y = x.astype(jnp.float32)
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        scale, bias = (
+            weights[name].astype(x.dtype).reshape(shape)
+            for name in ("scale", "bias")
+            if name in weights
+        )
+        return y.astype(x.dtype) * scale + bias
+
+    rows = [
+        params.Row(f"{path}/bias", "ND" if path.startswith("layers") else "D", "zeros")
+        for path in NORMS
+    ]
+    monkeypatch.setattr(params, "ROWS", (*params.ROWS, *rows))
+    for row in rows:
+        monkeypatch.setitem(params.BY_PATH, row.path, row)
+    monkeypatch.setattr(layers, "norm", norm)
+
+
+def random_params(model, seed=0):
+    rng = np.random.default_rng(seed)
+    abstract = params.abstract(model.config, model.lte)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), a.dtype), abstract)
+
+
+def test_a_new_norm_is_added_in_one_place(layer_norm):
+    model = Transformer(dataclasses.replace(tiny.CONFIG, max_length=64), tiny.LTE)
+    weights = random_params(model)
+    batch = tiny.batch(2)
+
+    def loss(weights):
+        out = model.apply({"params": weights}, batch["tokens"], mask=batch["segments"])
+        return jnp.sum(out.logits**2)
+
+    gradients = jax.grad(loss)(weights)
+    made = model.init(jax.random.key(0), batch["tokens"])["params"]
+    assert jax.tree.structure(made) == jax.tree.structure(gradients)
+    for norm in (gradients["layers"]["attn_norm"], gradients["final_norm"]):
+        assert float(jnp.abs(norm["bias"]).max()) > 0
+
+    config, sampling = decode_config(model, eos_ids=()), d.sampling_params(model)
+    state = d.prefill(model, weights, config, sampling, PROMPTS, room=8)
+    expected, _, _ = d.decode_step(model, weights, None, config, sampling, state)
+    stack = d.stack_for(model, weights, Hard())
+    for name in IMPLEMENTATIONS:
+        config = dataclasses.replace(config, implementation=name)
+        found, _, _ = d.decode_step(model, weights, stack, config, sampling, state)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class ByNeurons(Routing):
+    """An expert runs where its neurons are large: a choice by activations, not by router."""
+
+    reads_neurons = True
+
+    def scores(self, logits, h_BLEM):
+        """The mean magnitude, squashed; the router is never asked."""
+        size_BLE = jnp.mean(jnp.abs(h_BLEM.astype(jnp.float32)), axis=-1)
+        return size_BLE / (1 + size_BLE)
+
+
+def test_a_routing_by_activations_fits():
+    """It runs, chooses some experts and not others, and generation reads as the model does."""
+    model = Transformer(tiny.CONFIG, tiny.LTE)
+    weights, tokens = random_params(model), jnp.asarray(PROMPTS[1])[None]
+    apply = functools.partial(model.apply, routing=ByNeurons())
+    threshold = float(jnp.median(apply({"params": weights}, tokens, threshold=0.0).scores))
+    out = apply({"params": weights}, tokens, threshold=threshold)
+    assert 0.1 < float(out.sparsity) < 0.9
+    changed = jax.tree.map(lambda p: p, weights)
+    changed["layers"]["ffn"]["router"] = jax.tree.map(
+        jnp.zeros_like, weights["layers"]["ffn"]["router"]
+    )
+    again = apply({"params": changed}, tokens, threshold=threshold)
+    np.testing.assert_array_equal(out.active, again.active)
+
+    settings = {"routing": ByNeurons(), "threshold": threshold, "eos_ids": ()}
+    [new] = generate(model, weights, [PROMPTS[1]], max_new_tokens=6, **settings)
+    ids = PROMPTS[1].tolist()
+    for _ in range(6):
+        out = apply({"params": weights}, jnp.asarray([ids]), threshold=threshold)
+        ids.append(int(jnp.argmax(out.logits[0, -1])))
+    assert new == ids[-6:]
+
+
+def test_top_k_says_that_it_needs_a_sparsity():
+    lte = dataclasses.replace(tiny.LTE, target_sparsity=None)
+    model = Transformer(tiny.CONFIG, lte)
+    with pytest.raises(ValueError, match="routing='top_k' needs lte.target_sparsity.*found None"):
+        model.apply({"params": {}}, jnp.ones((1, 3), jnp.int32), routing="top_k")
