@@ -24,7 +24,8 @@ def main() -> None:
     add("--data", help="JSON-lines file, hub dataset, or python-stdlib")
     add("--column", default="text", help="of the rows of --data")
     add("--newline", default="\n", help="what replaces newlines in the text")
-    add("--length", type=flag(config.Length), default=256, help="tokens a row; the rest is cut")
+    add("--join", help="makes one text of all rows of --data, with this between them")
+    add("--length", type=flag(config.Length), default=256, help="tokens a row")
     add("--rows", type=flag(config.Count), default=64, help="texts, from the first one on")
     add("--batch-size", type=flag(config.Count), default=8)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
@@ -44,9 +45,10 @@ def main() -> None:
         model, params = lte_jax.load(flags.model, flags.dtype)
         baseline = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         tokenizer = lte_jax.load_tokenizer(flags.model)
-        texts = data.read_texts(flags.data, flags.column, flags.newline, flags.rows, "validation")
-        documents = data.tokenize(texts, tokenizer)
-        rows = data.pad_rows(documents, min(flags.length, max(map(len, documents))))
+        source = (flags.data, flags.column, flags.newline, flags.rows, "validation", flags.join)
+        documents = data.tokenize(data.read_texts(*source), tokenizer)
+        fill = data.pad_rows if flags.join is None else data.pack_rows  # or the rest is cut off
+        rows = fill(documents, min(flags.length, max(map(len, documents))))
         settings = ("name", "routing", "threshold", "batch_size", "prompt")
         chosen = {name: getattr(flags, name) for name in settings}
         chosen |= {"baseline": baseline, "tokenizer": tokenizer}

@@ -149,6 +149,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,21 +165,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here as well")
     flags = parser.parse_args()
-    with cli_errors():
-        if flags.model is None:
-            model, params = random_model(flags.layers, flags.dtype)
-        else:
-            model, params = lte_jax.load(flags.model)
-            if model.lte is None:
-                raise UserError(f"{flags.model} is a dense model: expected an LTE folder")
-            flags.sparsity = flags.sparsity[:1]  # its own
-        bytes_per_s = bandwidth(os.cpu_count() or 1)
-        rows = [
-            row
-            for batch in flags.batch
-            for prompt in flags.prompt
-            for row in measure(model, params, flags, batch, prompt, bytes_per_s)
-        ]
+    if flags.model is None:
+        model, params = random_model(flags.layers, flags.dtype)
+    else:
+        model, params = lte_jax.load(flags.model)
+        if model.lte is None:
+            raise UserError(f"{flags.model} is a dense model: expected an LTE folder")
+        flags.sparsity = flags.sparsity[:1]  # its own
+    bytes_per_s = bandwidth(os.cpu_count() or 1)
+    rows = [
+        row
+        for batch in flags.batch
+        for prompt in flags.prompt
+        for row in measure(model, params, flags, batch, prompt, bytes_per_s)
+    ]
     publish("decode", rows, table(rows), bytes_per_s, flags)
 
 

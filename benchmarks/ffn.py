@@ -243,6 +243,7 @@ def listed(kind):
     return lambda text: tuple(kind(word) for word in text.split(","))
 
 
+@cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -259,9 +260,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here as well")
     flags = parser.parse_args()
-    with cli_errors():
-        bytes_per_s = bandwidth(os.cpu_count() or 1)
-        rows = [row for dtype in flags.dtype for row in measure(flags, dtype, bytes_per_s)]
+    bytes_per_s = bandwidth(os.cpu_count() or 1)
+    rows = [row for dtype in flags.dtype for row in measure(flags, dtype, bytes_per_s)]
     publish("ffn", rows, table(rows), bytes_per_s, flags)
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from lte_jax.clustering import inertia, normalize
 from lte_jax.config import LTEConfig
-from lte_jax.errors import UserError
+from lte_jax.errors import UserError, cli_errors
 from lte_jax.moefy import group_neurons
 
 
@@ -99,6 +99,7 @@ def report(name: str, first_FD: np.ndarray, args: argparse.Namespace) -> None:
         measure(label, lambda: package_order(x_FD, experts, args.n_init), ours)
 
 
+@cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layer", action="append", default=[], metavar="FxD")
@@ -112,15 +113,14 @@ def main() -> None:
         try:
             importlib.metadata.version("k-means-constrained")
         except importlib.metadata.PackageNotFoundError:
-            sys.exit("error: --package needs k-means-constrained: pip install k-means-constrained")
+            raise UserError(
+                "--package needs k-means-constrained: pip install k-means-constrained"
+            ) from None
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, numpy {np.__version__}")
-    try:
-        for size in args.layer or ([] if args.tensor else ["2816x1024"]):
-            report(size, structured(*map(int, size.split("x"))), args)
-        for name in args.tensor:
-            report(name.partition(":")[2], read_tensor(name), args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    for size in args.layer or ([] if args.tensor else ["2816x1024"]):
+        report(size, structured(*map(int, size.split("x"))), args)
+    for name in args.tensor:
+        report(name.partition(":")[2], read_tensor(name), args)
 
 
 if __name__ == "__main__":

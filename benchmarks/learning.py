@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from lte_jax import optim, stages, trainer
 from lte_jax.config import PRESETS, LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
+from lte_jax.errors import cli_errors
 from lte_jax.model import Transformer
 from lte_jax.sparsity import Control
 
@@ -58,6 +59,7 @@ def prepare(name: str, lte: LTEConfig):
     return run
 
 
+@cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

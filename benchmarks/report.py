@@ -129,6 +129,7 @@ def figure(results: pathlib.Path, path: pathlib.Path) -> None:
     plt.savefig(path, dpi=150)
 
 
+@cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,20 +139,19 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--figure", type=pathlib.Path, default=FIGURE)
     flags = parser.parse_args()
-    with cli_errors():
-        if flags.merge:
-            print(f"wrote {merge(flags.merge, flags.results)}")
-        print(summary(flags.results, whole=True))
-        if flags.readme:
-            before, _, rest = flags.readme.read_text().partition(BEGIN)
-            _, mark, after = rest.partition(END)
-            if not mark:
-                raise UserError(f"{flags.readme}: expected the marks {BEGIN} and {END}")
-            text = summary(flags.results, whole=False)
-            atomic_write(flags.readme, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-            atomic_write(flags.results / "README.md", summary(flags.results, whole=True))
-            figure(flags.results, flags.figure)
-            print(f"wrote {flags.readme} and {flags.figure}")
+    if flags.merge:
+        print(f"wrote {merge(flags.merge, flags.results)}")
+    print(summary(flags.results, whole=True))
+    if flags.readme:
+        before, _, rest = flags.readme.read_text().partition(BEGIN)
+        _, mark, after = rest.partition(END)
+        if not mark:
+            raise UserError(f"{flags.readme}: expected the marks {BEGIN} and {END}")
+        text = summary(flags.results, whole=False)
+        atomic_write(flags.readme, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        atomic_write(flags.results / "README.md", summary(flags.results, whole=True))
+        figure(flags.results, flags.figure)
+        print(f"wrote {flags.readme} and {flags.figure}")
 
 
 if __name__ == "__main__":

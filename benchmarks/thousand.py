@@ -20,6 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from tinystories import one_core_each
 
+from lte_jax.errors import cli_errors
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ("demo.py", "tinystories.py", "tinystories.py:stories260k", "llama7b.py:smoke")
 OVERRIDES = {
@@ -53,6 +55,7 @@ def run(config: str, preset: str, out: pathlib.Path) -> str:
     return f"| {joined} | {len(numbers)} | {'all' if finite else 'NOT ALL'} |"
 
 
+@cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

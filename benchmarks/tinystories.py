@@ -30,6 +30,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lte_jax.errors import cli_errors
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "../shared/data/tinystories/validation.jsonl"
 TARGETS = (0.5, 0.75, 0.9)
@@ -202,6 +204,7 @@ def figure(results: list[dict], path: Path) -> None:
     plt.savefig(path, dpi=150)
 
 
+@cli_errors()
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     from lte_jax import report

@@ -71,6 +71,8 @@ def prepare(
     else:
         load = functools.partial(_load, folder, experiment, config, mesh) if folder else None
         end = data.end_token(experiment.data, tokenizer, config, load)
+    if folder is None and end is not None and not config.eos_ids:
+        config = dataclasses.replace(config, eos_ids=(end,))  # which it learns to end texts with
     rows = data.build(experiment.data, tokenizer, config, experiment.seed, end)
     inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), data.digest(part)]

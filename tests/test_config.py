@@ -311,3 +311,9 @@ def _complaint(spec: str, *overrides: str) -> str:
     line = str(error.value)
     assert "\n" not in line
     return line
+
+
+def test_sizes_that_divide_are_found_at_once():
+    wide = config.ModelConfig(d_model=1, d_ff=2 * 31_607 * 31_627, num_layers=1)
+    with pytest.raises(config.UserError, match=r"nearby sizes that do are 1, 2, 31607, 31627$"):
+        config.num_experts(wide, config.LTEConfig(expert_size=32))

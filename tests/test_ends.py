@@ -112,6 +112,7 @@ def test_a_run_records_its_end_token_and_keeps_to_it(texts, tmp_path, monkeypatc
     mesh = sharding.make_mesh(experiment.mesh)
     first = preflight.prepare(experiment, mesh, None, {})
     assert first.inputs["end_token"] == 257
+    assert first.config.eos_ids == (257,)  # so that `generate` ends where a text does
     ends = first.rows[0].tokens_RL == 257
     assert ends.sum() == 52  # of 54 documents in training: two fill their last row, without an end
 

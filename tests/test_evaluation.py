@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
+import lte_jax
 from lte_jax import evaluation, hf, report
 from lte_jax.data import Rows, byte_tokenizer, pack_rows, pad_rows, read_texts, tokenize
 from lte_jax.errors import UserError
@@ -273,6 +274,28 @@ def test_script_from_folders_to_table_and_figures(lte, tmp_path, monkeypatch, ca
         }
     )
     assert sparse_one["lte"]["expert_size"] == 8
+
+
+def test_script_joins_records_into_one_text(lte, tmp_path, monkeypatch):
+    lte_jax.save(tmp_path / "lte", *lte)
+    TOKENIZER.save_pretrained(tmp_path / "lte")
+    records = "".join(json.dumps({"text": t}) + "\n" for t in ("one", "", "two three", "four"))
+    (tmp_path / "lines.jsonl").write_text(records)
+    seen = []
+
+    def measure(model, params, rows, **chosen):
+        seen.append(rows)
+        raise UserError("enough")
+
+    monkeypatch.setattr(lte_jax, "evaluate", measure)
+    flags = {"model": tmp_path / "lte", "data": tmp_path / "lines.jsonl", "out": tmp_path / "out"}
+    flags |= {"join": "-", "length": 6, "rows": 3}
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, *(f"--{key}={value}" for key, value in flags.items()))
+    [rows] = seen
+    [text] = tokenize(["one--two three"], TOKENIZER)
+    np.testing.assert_array_equal(rows.tokens_RL[rows.segments_RL > 0], text)
+    assert rows.tokens_RL.shape == (3, 6)
 
 
 def test_script_bad_input(tmp_path, monkeypatch, capsys):

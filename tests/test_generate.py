@@ -217,7 +217,7 @@ def test_the_narrowest_sampling_is_greedy(limit):
 
 
 def test_top_k_and_top_p_keep_what_they_say():
-    logits_V = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.3, 0.15]))[None]
+    logits_V = jnp.log(jnp.asarray([[0.1, 0.4, 0.05, 0.3, 0.15]], jnp.float32))
     knobs = d.SamplingParams(*(jnp.float32(x) for x in (0.5, 1.0, 0.75)))
 
     def kept(**plan):

@@ -193,7 +193,7 @@ def test_exactly_k_experts(k):
 
 
 def test_exactly_k_tokens():
-    logits = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    logits = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]], jnp.float32)
     knobs = d.SamplingParams(*map(jnp.float32, (0.5, 1.0, 0.5)))
 
     def kept(**settings):

@@ -180,7 +180,7 @@ def test_products_of_routers_are_never_rounded():
     """Unless told otherwise, TPUs and recent GPUs round the operands of float32 products."""
     model, params = tiny.model_and_params()
     batch = tiny.batch(2)
-    place = (jnp.zeros((2, E)), jnp.ones((2, E)))
+    place = (jnp.zeros((2, E), jnp.float32), jnp.ones((2, E), jnp.float32))
     kernel = params["layers"]["ffn"]["router"]["kernel"]
     moments = router_init._moments.lower(model, 4, params, batch).as_text()
     histogram = router_init._histogram.lower(model, params, batch, kernel, *place).as_text()

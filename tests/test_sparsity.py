@@ -19,7 +19,8 @@ def scattered(model, params, seed=0):
     """Routers whose scores are spread out, other ones in each layer."""
     router = params["layers"]["ffn"]["router"]
     std = 2.0 / tiny.CONFIG.d_model**0.5
-    kernel = std * jax.random.normal(jax.random.key(seed), router["kernel"].shape)
+    shape = router["kernel"].shape
+    kernel = std * jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     ffn = params["layers"]["ffn"] | {"router": {"kernel": kernel, "bias": router["bias"] + 0.3}}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 

@@ -11,6 +11,7 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Literal
@@ -81,7 +82,7 @@ class ModelConfig(Checked):
     sliding_window: Count | None = None  # attend to this many latest positions (self included)
     sliding_layers: tuple[bool, ...] | None = None  # which layers slide; None: all of them
     bos_id: Whole | None = None
-    eos_ids: tuple[Whole, ...] = ()
+    eos_ids: tuple[Whole, ...] = ()  # (): what training appends to texts, once that is known
     pad_id: Whole | None = None
     dtype: str = "float32"  # of the stored weights
 
@@ -171,8 +172,9 @@ def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
     if lte is None:
         return 1
     if config.d_ff % lte.expert_size:
-        near = [m for m in range(1, config.d_ff + 1) if config.d_ff % m == 0]
-        near = sorted(sorted(near, key=lambda m: abs(m - lte.expert_size))[:4])
+        small = [m for m in range(1, math.isqrt(config.d_ff) + 1) if config.d_ff % m == 0]
+        sizes = {*small, *(config.d_ff // m for m in small)}
+        near = sorted(sorted(sizes, key=lambda m: abs(m - lte.expert_size))[:4])
         raise UserError(
             f"lte.expert_size={lte.expert_size} does not divide the FFN width {config.d_ff}: "
             f"nearby sizes that do are {', '.join(map(str, near))}"
