@@ -13,8 +13,8 @@ from lte_jax import config, data, errors, files, interrupt, pipeline, report
 
 
 def main() -> None:
-    """Flags to rows and models; the measuring is in lte_jax.evaluation.py."""
-    parser = argparse.ArgumentParser(
+    """Flags to rows and models; the measuring is in lte_jax/evaluation.py."""
+    parser = errors.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, flag = parser.add_argument, config.flag

@@ -6,20 +6,19 @@
 Started again with the same --workdir, it goes on where it stopped.
 """
 
-import argparse
 import logging
 
 import lte_jax
-from lte_jax import config
+from lte_jax import config, errors
 
 
 def main() -> None:
     """Flags to an experiment; all that is worth testing or importing is in the package."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = errors.Parser(description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of checkpoints, metrics, results")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lte_jax").setLevel(logging.INFO)  # what was chosen is said once
-    with config.cli_errors():
+    with errors.cli_errors():
         flags, experiment = config.parse_flags(parser)
         lte_jax.train(experiment, flags.workdir)
 

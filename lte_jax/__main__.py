@@ -1,16 +1,15 @@
 """`python -m lte_jax MODEL PROMPT`: a continuation of the prompt, streamed to the terminal."""
 
-import argparse
 import functools
 
 import lte_jax
 from lte_jax import config
-from lte_jax.errors import argument, cli_errors
+from lte_jax.errors import Parser, argument, cli_errors
 
 
 def main() -> None:
     """Flags to `lte_jax.generate_text`."""
-    parser = argparse.ArgumentParser(prog="python -m lte_jax", description=__doc__)
+    parser = Parser(prog="python -m lte_jax", description=__doc__)
     add, flag = parser.add_argument, config.flag
     add("model", help="HF or LTE folder, or hub id")
     add("prompt", type=argument)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 MAX_LENGTH = 499  # characters of a message
 
@@ -83,6 +85,14 @@ def _end_at_once_on_a_further_signal() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command line whose words, quoted in an error, may hold newlines and worse."""
+
+    def error(self, message: str) -> NoReturn:
+        """The usage and one line."""
+        super().error(str(UserError(message)))
 
 
 def argument(text: str) -> str:

@@ -8,7 +8,6 @@ make one table and one figure of quality against sparsity. No number is typed an
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import io
 import itertools
@@ -23,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lte_jax.errors import UserError, cli_errors
+from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.files import atomic_write, expand
 
 Results = Mapping[str, Any]
@@ -435,7 +434,7 @@ _FIGURES = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """One table and one set of figures out of one or more results.json."""
-    parser = argparse.ArgumentParser(prog="python -m lte_jax.report", description=main.__doc__)
+    parser = Parser(prog="python -m lte_jax.report", description=main.__doc__)
     parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--out", required=True, help="folder for table.md and the figures")
     parser.add_argument("--no-figures", action="store_true")

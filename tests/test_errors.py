@@ -144,6 +144,7 @@ def test_a_continuation(folder, dtype, monkeypatch, capfd):
         ("--seed=-1", "zero or more"),
         ("--threshold=7", "strictly between 0 and 1"),
         ("--dtype=float16", "invalid choice: 'float16'"),
+        ("--no-such=a\nb\x1b", r"error: unrecognized arguments: --no-such=a b\x1b"),
     ],
 )
 def test_bad_input_flags_are_found_before_a_model_is_loaded(flag, message, monkeypatch, capfd):

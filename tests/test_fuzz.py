@@ -9,8 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 FUZZ = pathlib.Path(__file__).parent / "fuzz"
-# Of those that are quick, all in which no fault is known: tokenizer and api are still to come.
-KINDS = "config weights lte texts settings flags".split()
+# Those that are quick.
+KINDS = "config weights lte tokenizer texts settings flags api".split()
 
 
 def fuzz(*flags):

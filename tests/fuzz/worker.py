@@ -93,6 +93,8 @@ class Guard:
                 beside = os.path.join(folder, f".{name}")  # where it is made whole, then renamed
                 if place == root or place.startswith((root + "/", beside)):
                     return
+                if event in ("os.mkdir", "os.rmdir") and root.startswith(place + "/"):
+                    return  # its parents; one that was made and stays is in the box afterwards
             self.noted.append(f"{event} {place}")
 
 
