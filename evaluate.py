@@ -6,17 +6,13 @@
 Prints a table and a sample text; writes results.json, table.md and figures into --out.
 """
 
-import argparse
-
 import lte_jax
 from lte_jax import config, data, errors, files, interrupt, pipeline, report
 
 
 def main() -> None:
     """Flags to rows and models; the measuring is in lte_jax/evaluation.py."""
-    parser = errors.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = errors.Parser(description=__doc__)
     add, flag = parser.add_argument, config.flag
     add("--workdir", help="of a finished train.py: measures it as it was set up to be, alone")
     add("--model", help="HF or LTE folder, or hub id")

@@ -88,7 +88,13 @@ def _end_at_once_on_a_further_signal() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command line whose words, quoted in an error, may hold newlines and worse."""
+    """Of a command line whose words, quoted in an error, may hold newlines and worse.
+
+    The description's own lines stay in `--help`.
+    """
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """The usage and one line."""
