@@ -246,6 +246,14 @@ def test_seed_and_place_decide_a_sampled_text():
     assert cold == generate(model, params, PROMPTS, max_new_tokens=20)
 
 
+def test_the_steps_of_a_text_are_sampled_apart():
+    """All 61 tokens equally likely, always: 40 draws have 29 different ones, give or take 3."""
+    model, params = make()
+    flat = params | {"lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
+    for row in generate(model, flat, PROMPTS, max_new_tokens=40, temperature=1.0):
+        assert 18 < len(set(row)) <= 40
+
+
 # ------------------------------------------------------------------------- ending and streaming
 
 

@@ -13,12 +13,166 @@ import tiny
 
 import lte_jax
 from lte_jax import data, kernels
-from lte_jax.config import UserError
+from lte_jax.config import LTEConfig, RopeScaling, UserError
 from lte_jax.generate import decoding as d
 from lte_jax.model import Transformer, init_cache
 from lte_jax.routing import Hard, TopK
 
+APPLY = jax.jit(lte_jax.apply, static_argnums=0, static_argnames="routing")
 SLIDING = {"sliding_window": 4, "sliding_layers": (True, False)}
+
+
+# --------------------------------------------------------------------------------------- by hand
+
+PLAIN = dataclasses.replace(tiny.CONFIG, d_ff=40)
+VARIANTS = {
+    "plain": PLAIN,
+    "everything": dataclasses.replace(
+        PLAIN, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True, tie_embeddings=True,
+        sliding_window=3, sliding_layers=(True, False), norm_eps=0.3, activation="relu",
+        rope_theta=100.0, rope_scaling=RopeScaling("linear", 2.0),
+    ),
+    "without gates": dataclasses.replace(PLAIN, gated=False, mlp_bias=True, sliding_window=4),
+}  # fmt: skip
+SEGMENTS = np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 0])  # one text in another, and padding
+
+
+def drawn(config, lte):
+    """A model all of whose parameters are random, norms and biases too."""
+    model, params = tiny.model_and_params(lte, config)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        std = 0.3 if path[-1].key == "scale" or path[-1].key.endswith("bias") else 0.25
+        return jnp.asarray(mean + std * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return model, jax.tree.map_with_path(draw, params)
+
+
+def by_hand(config, lte, params, tokens_L, routing, threshold):
+    """Logits [L, V], scores and active experts [N, L, E] in float64, a query at a time."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    layers, length = params["layers"], len(tokens_L)
+    place_L = [np.sum(SEGMENTS[:i] == SEGMENTS[i]) for i in range(length)]
+    pairs = config.head_dim // 2
+    stretch = config.rope_scaling.factor if config.rope_scaling else 1.0
+    angles_LC = np.outer(place_L, config.rope_theta ** (-np.arange(pairs) / pairs) / stretch)
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * scale
+
+    def heads(name, x_LD, n):
+        attn = layers["attn"]
+        y_LHC = np.einsum("LD,DHC->LHC", x_LD, attn[name]["kernel"][n])
+        y_LHC += attn[name]["bias"][n] if config.qkv_bias else 0.0
+        if name == "v":
+            return y_LHC
+        if config.qk_norm:
+            y_LHC = norm(y_LHC, attn[f"{name}_norm"]["scale"][n])
+        turn_L1C = np.exp(1j * angles_LC)[:, None]  # number c of a head and c + C/2 are a plane
+        turned = (y_LHC[..., :pairs] + 1j * y_LHC[..., pairs:]) * turn_L1C
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    def attention(x_LD, n):
+        q_LHC, k_LKC, v_LKC = (heads(name, x_LD, n) for name in "qkv")
+        slides = config.sliding_layers[n] if config.sliding_layers else config.sliding_window
+        y_LHC = np.zeros_like(q_LHC)
+        for i, h in np.ndindex(length, config.num_heads):
+            k = h // (config.num_heads // config.num_kv_heads)
+            seen = [j for j in range(i + 1) if SEGMENTS[j] == SEGMENTS[i]]
+            seen = seen[-config.sliding_window :] if slides else seen
+            weight = np.exp(k_LKC[seen, k] @ q_LHC[i, h] / config.head_dim**0.5)
+            y_LHC[i, h] = weight @ v_LKC[seen, k] / weight.sum()
+        out = layers["attn"]["o"]
+        y_LD = np.einsum("LHC,HCD->LD", y_LHC, out["kernel"][n])
+        return y_LD + (out["bias"][n] if config.out_bias else 0.0)
+
+    def ffn(x_LD, n):
+        w = {name: p[n] for name, p in layers["ffn"].items() if name != "router"}
+
+        def project(name):
+            y_LEM = np.einsum("LD,EMD->LEM", x_LD, w[name])
+            return y_LEM + w[f"{name}_bias"] if config.mlp_bias else y_LEM
+
+        act = {"relu": lambda z: np.maximum(z, 0), "silu": lambda z: z / (1 + np.exp(-z))}
+        act = act[config.activation]
+        h_LEM = act(project("gate")) * project("up") if config.gated else act(project("up"))
+        router = {name: p[n] for name, p in layers["ffn"]["router"].items()}
+        score_LE = 1 / (1 + np.exp(-(x_LD @ router["kernel"] + router["bias"])))
+        active_LE = score_LE > threshold
+        if routing == "top_k":  # two of five
+            active_LE = score_LE >= np.sort(score_LE)[:, -2:-1]
+        factor_LE = {"dense": np.ones_like(score_LE), "soft": score_LE}.get(routing, active_LE)
+        y_LD = np.einsum("LEM,LE,EMD->LD", h_LEM, factor_LE, w["down"])
+        return y_LD + (w["down_bias"] if config.mlp_bias else 0.0), score_LE, active_LE
+
+    x_LD, scores, active = params["embed"]["embedding"][tokens_L], [], []
+    for n in range(config.num_layers):
+        x_LD = x_LD + attention(norm(x_LD, layers["attn_norm"]["scale"][n]), n)
+        y_LD, score_LE, active_LE = ffn(norm(x_LD, layers["ffn_norm"]["scale"][n]), n)
+        x_LD, scores, active = x_LD + y_LD, [*scores, score_LE], [*active, active_LE]
+    tied = config.tie_embeddings
+    head_DV = params["embed"]["embedding"].T if tied else params["lm_head"]["kernel"]
+    logits_LV = norm(x_LD, params["final_norm"]["scale"]) @ head_DV
+    return logits_LV, np.stack(scores), np.stack(active)
+
+
+@pytest.mark.parametrize(
+    ("variant", "routing"),
+    [
+        *((variant, "hard") for variant in VARIANTS),
+        *(("plain", routing) for routing in ("dense", "soft", "straight_through", "top_k")),
+    ],
+)
+def test_a_forward_pass_by_hand(variant, routing):
+    """Every part of a block, for each kind of model and of routing, in float64 and plain loops."""
+    config, lte = VARIANTS[variant], LTEConfig(expert_size=8, target_sparsity=0.6)
+    model, params = drawn(config, lte)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, len(SEGMENTS))
+    out = APPLY(model, params, tokens[None], mask=SEGMENTS[None], routing=routing, threshold=0.45)
+    real = SEGMENTS > 0
+    logits, scores, active = by_hand(config, lte, params, tokens, routing, 0.45)
+    assert np.abs(logits).max() > 1
+    np.testing.assert_allclose(out.logits[0, real], logits[real], atol=2e-4)
+    if routing == "dense":
+        assert out.scores is None and out.active is None and out.sparsity == 0
+        return
+    np.testing.assert_allclose(out.scores[:, 0, real], scores[:, real], atol=1e-5)
+    np.testing.assert_array_equal(out.active[:, 0, real], active[:, real])
+    assert 0.2 < active.mean() < 0.8 and out.sparsity == pytest.approx(1 - active[:, real].mean())
+
+
+def test_a_score_on_the_threshold_is_not_above_it():
+    """Eq. 2: all scores are one half, so at one half no expert runs, and just below all do."""
+    model, params = drawn(PLAIN, tiny.LTE)
+    router = jax.tree.map(jnp.zeros_like, params["layers"]["ffn"]["router"])
+    params["layers"]["ffn"] = params["layers"]["ffn"] | {"router": router}
+    tokens = np.arange(6)[None]
+    for threshold, expected in ((0.5, 1.0), (0.4999, 0.0)):
+        out = APPLY(model, params, tokens, routing="hard", threshold=threshold)
+        assert float(out.sparsity) == pytest.approx(expected, abs=1e-6)
+
+
+@jax.numpy_dtype_promotion("standard")  # jax.nn.dot_product_attention promotes bfloat16
+def test_norms_are_computed_in_float32():
+    """Blocks that add nothing and a head that changes nothing: logits are the last norm alone.
+
+    In bfloat16 they are the exact values, rounded once.
+    """
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=tiny.CONFIG.d_model)
+    model, params = tiny.model_and_params(None, config, dtype="bfloat16")
+    layers = params["layers"]
+    layers["attn"]["o"]["kernel"] = jnp.zeros_like(layers["attn"]["o"]["kernel"])
+    layers["ffn"]["down"] = jnp.zeros_like(layers["ffn"]["down"])
+    params["lm_head"]["kernel"] = jnp.eye(config.d_model)
+    x_VD = np.asarray(3.0 * params["embed"]["embedding"].astype(jnp.bfloat16))
+    params["embed"]["embedding"] = jnp.asarray(x_VD, jnp.float32)
+    logits_VD = APPLY(model, params, np.arange(32)[None]).logits[0]
+    x_VD = x_VD.astype(np.float64)
+    exact_VD = x_VD / np.sqrt(np.mean(x_VD**2, axis=-1, keepdims=True) + config.norm_eps)
+    rounded_VD = exact_VD.astype(jnp.bfloat16).astype(np.float32)
+    assert np.mean(np.asarray(logits_VD) == rounded_VD) > 0.99
 
 
 # ------------------------------------------------------------------------------------- positions

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+import lte_jax
 from lte_jax import router_init
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError
@@ -121,6 +122,33 @@ def test_32_tokens_per_unknown_recover_a_linear_oracle():
     few, enough = agreement(2), agreement(32)
     assert few < 0.87
     assert enough > 0.93
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
+def test_ridge_keeps_the_wanted_share_at_any_threshold(threshold):
+    """In the first layer, whose input no router has a part in; on the calibration tokens."""
+    dense, params = tiny.model_and_params(None)
+    tokens = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (48, 24))
+    lte = {"expert_size": 8, "target_sparsity": 0.75, "threshold": threshold}
+    model, params = lte_jax.moefy(dense, params, tokens, grouping="random", **lte)
+    out = jax.jit(model.apply)({"params": params}, tokens)
+    assert float(np.mean(out.active[0])) == pytest.approx(0.25, abs=0.01)
+
+
+def test_random_routers_start_as_they_say():
+    """Normal ones with logits of a standard deviation of 2 about zero; open ones with all on."""
+    dense, params = tiny.model_and_params(None)
+    tokens = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (8, 24))
+    found = {}
+    for init in ("normal", "open"):
+        lte = {"expert_size": 8, "router_init": init, "router_init_std": 2.0}
+        model, sparse = lte_jax.moefy(dense, params, grouping="random", **lte)
+        scores = np.asarray(jax.jit(model.apply)({"params": sparse}, tokens).scores, np.float64)
+        found[init] = np.log(scores / (1 - scores))
+    assert np.std(found["normal"]) == pytest.approx(2.0, rel=0.15)
+    assert abs(np.mean(found["normal"])) < 0.3
+    assert np.std(found["open"]) == pytest.approx(0.2, rel=0.15)
+    assert np.mean(found["open"]) == pytest.approx(2.0, rel=0.05)
 
 
 def test_top_equal_contributions_choose_exactly_k():

@@ -117,8 +117,8 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     assert np.abs(gradient["layers"]["ffn"]["router"]["kernel"]).max() > 1e-4
 
 
-def test_where_scores_are_nearly_one_straight_through_has_the_gradient_of_soft_routing():
-    """There the two compute the same, and so the same slope: of its own size and sign."""
+def test_straight_through_has_the_slope_of_soft_routing():
+    """Where all scores are nearly one the two compute the same: the same slope, in its size too."""
     model, params = tiny.model_and_params()
     router = params["layers"]["ffn"]["router"]
     ffn = params["layers"]["ffn"] | {"router": router | {"bias": router["bias"] + 7.0}}

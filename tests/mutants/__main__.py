@@ -26,10 +26,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import faults
 import learning
+import running
 from mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MUTANTS = learning.MUTANTS + faults.MUTANTS
+MUTANTS = learning.MUTANTS + running.MUTANTS + faults.MUTANTS
 LIMIT = 180  # seconds for the tests of one mutant
 PASSED, FAILED = 0, 1  # exit codes of pytest; others say that it could not run the tests
 

@@ -30,3 +30,11 @@ class Mutant:
             raise LookupError(f"{self.old!r} stands {times} times in {self.file}: expected once")
         path.write_text(text.replace(self.old, self.new))
         return text
+
+
+def of(file: str, tests: str, *rows: tuple[str, str, str, str]) -> list[Mutant]:
+    """Mutants of one file: (name, test, old, new); a test is in `tests` unless it says where."""
+    return [
+        Mutant(name, file, old, new, test if "/" in test else f"{tests}::{test}")
+        for name, test, old, new in rows
+    ]

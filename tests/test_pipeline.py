@@ -1,0 +1,100 @@
+"""What a run hands from one arrow to the next, and what its LTE folder says."""
+
+import logging
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import lte_jax
+from lte_jax import hf, trainer
+
+
+def copied(tree):
+    """The arrays of a tree, safe from what is done with theirs later."""
+    return jax.tree.map(np.array, tree)
+
+
+def equal(one, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run: its folder, what each stage was given and made, and what was logged."""
+    folder = tmp_path_factory.mktemp("run")
+    calls, logged = {}, []
+    fit = trainer.fit
+
+    def watched(model, stage, params, control, *args, **kwargs):
+        given = {"control": control, "params": params, "teacher": kwargs.get("teacher")}
+        given = copied(given)
+        trained = fit(model, stage, params, control, *args, **kwargs)
+        made = {"params": trained.params, "control": trained.control}
+        calls[stage.name] = given, copied(made)
+        return trained
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            logged.append(record.getMessage())
+
+    handler, logger = Keep(), logging.getLogger("lte_jax")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "fit", watched)
+        lte_jax.train(tiny.experiment(folder / "texts"), folder / "run")
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    return folder / "run", calls, logged
+
+
+def params_of(folder):
+    return copied(lte_jax.load(folder)[1])
+
+
+def test_each_stage_goes_on_from_the_one_before(run):
+    """With its control too: the weight that it has found, and the sum of errors behind it."""
+    root, stages, _ = run
+    assert list(stages) == ["finetune", "router", "adapt"]
+    assert equal(stages["finetune"][1]["params"], params_of(root / "dense"))
+    assert equal(stages["router"][0]["params"], params_of(root / "experts"))
+    assert equal(stages["adapt"][0]["params"], stages["router"][1]["params"])
+    assert equal(stages["adapt"][1]["params"], params_of(root / "lte"))
+    start, found = stages["router"][0]["control"], stages["router"][1]["control"]
+    assert found.efficiency_weight != start.efficiency_weight and found.integral != start.integral
+    assert equal(stages["adapt"][0]["control"], found)
+
+
+def test_both_sparse_stages_learn_from_the_dense_model(run):
+    """Its neurons in the order of the experts: what the stages start from, before any training."""
+    root, stages, _ = run
+    teacher = params_of(root / "experts")
+    for name in ("router", "adapt"):
+        given, made = stages[name]
+        assert equal(given["teacher"], teacher)
+        assert not equal(made["params"], teacher)
+
+
+def test_the_lte_folder_says_which_threshold_was_found_last(run):
+    root, _, logged = run
+    [found] = [m[1] for line in logged if (m := re.match(r"threshold set to (\S+) on", line))]
+    (_, start), (_, lte) = (hf.read_config(root / name) for name in ("experts", "lte"))
+    assert lte.threshold == pytest.approx(float(found), abs=1e-4)
+    assert abs(lte.threshold - start.threshold) > 1e-3
+
+
+def test_the_lte_folder_says_where_each_neuron_was(run):
+    """The dense model's neurons in that order are those of the experts, before they learn."""
+    root, _, _ = run
+    order_NEM = hf.load_expert_order(root / "lte")
+    np.testing.assert_array_equal(order_NEM, hf.load_expert_order(root / "experts"))
+    dense, experts = (params_of(root / name)["layers"]["ffn"] for name in ("dense", "experts"))
+    for name in ("gate", "up", "down"):
+        for n, order_EM in enumerate(order_NEM):
+            np.testing.assert_array_equal(experts[name][n], dense[name][n, 0][order_EM])
+    assert len(np.unique(order_NEM[0])) == order_NEM[0].size
+    assert not np.array_equal(order_NEM[0].ravel(), np.arange(order_NEM[0].size))
