@@ -53,22 +53,22 @@ def pytest(tree: pathlib.Path, *tests: str, limit: float) -> tuple[int | None, s
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     # Bytecode is known by its file's size and second: that of one mutant would pass for another's.
-    here = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    here = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "160"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=tree, env=cache | os.environ | here, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=tree, env=cache | os.environ | here, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=limit)
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # and what it started
+        process.kill()
         return None, process.communicate()[0]
 
 
 def try_out(mutant: Mutant, trees: queue.Queue[pathlib.Path]) -> tuple[str, str]:
-    """("killed", by which test), ("survived", ...) or ("broken", why it says nothing)."""
+    """("killed", which test says what), ("survived", ...) or ("broken", why it says nothing)."""
     tree = trees.get()
     try:
         text = mutant.apply(tree)
@@ -81,8 +81,8 @@ def try_out(mutant: Mutant, trees: queue.Queue[pathlib.Path]) -> tuple[str, str]
     finally:
         trees.put(tree)
     if code == FAILED:
-        [test] = re.findall(r"^FAILED (\S+)", output, re.MULTILINE)[:1] or ["a fixture"]
-        return "killed", test.removeprefix("tests/")
+        [seen] = re.findall(r"^(?:FAILED|ERROR) tests?/?(.*)", output, re.MULTILINE)[:1] or [""]
+        return "killed", seen
     if code == PASSED:
         return "survived", mutant.tests
     return "broken", "its tests never end" if code is None else output[-1500:]

@@ -156,7 +156,7 @@ MUTANTS = [
         ("rows that have ended still read experts", "test_rows_that_have_ended_read_nothing",
          "active_BE &= ~state.done_B[:, None]",
          "active_BE &= True"),
-        ("padding of prompts is read", "test_ragged_batch_equals_each_alone[hard]",
+        ("padding of prompts is read", "test_equals_repeated_full_forward[llama-hard]",
          "real_BL[row, length - len(prompt) :] = 1",
          "real_BL[row] = 1"),
         ("decoding without the router's bias",
