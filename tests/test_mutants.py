@@ -42,7 +42,7 @@ def test_mutants_are_killed_survive_or_say_nothing(tool, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in tool.ROOT.glob("*.py")}
     assert tool.run(mutants, tmp_path / "copies") == 1
     out = capsys.readouterr().out
-    assert "killed   zero  (test_double.py::test_double)" in out
+    assert "killed   zero  (test_double.py::test_double - assert 0 == 6" in out
     assert "survived comment" in out and "\nsurvived: comment\n" in out
     assert "'x * 2' stands 0 times in double.py: expected once" in out
     assert "its tests never end" in out

@@ -81,7 +81,7 @@ def try_out(mutant: Mutant, trees: queue.Queue[pathlib.Path]) -> tuple[str, str]
     finally:
         trees.put(tree)
     if code == FAILED:
-        [seen] = re.findall(r"^(?:FAILED|ERROR) tests?/?(.*)", output, re.MULTILINE)[:1] or [""]
+        [seen] = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(.*)", output, re.MULTILINE)[:1] or [""]
         return "killed", seen
     if code == PASSED:
         return "survived", mutant.tests
