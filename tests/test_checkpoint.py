@@ -5,7 +5,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lte_jax.checkpoint import Checkpointer
+from lte_jax.checkpoint import Checkpointer, quiet_threads
 from lte_jax.errors import UserError
 from lte_jax.files import MANIFEST
 
@@ -311,6 +314,57 @@ def test_bad_input_full_disk(tmp_path, processes):
     assert left == ["1"]
     assert "Traceback" not in (tmp_path / "checkpoints.log").read_text()
     assert_is(restored(folder), 3)
+
+
+SAVING = """
+import sys
+import jax.numpy as jnp
+from lte_jax import interrupt
+from lte_jax.checkpoint import Checkpointer
+
+with interrupt.handled("all is saved"), Checkpointer(sys.argv[1]) as checkpointer:
+    for step in range(1, 10_000):
+        checkpointer.save(step, {"w": jnp.full((300, 300), step, jnp.float32)}, {})
+        print(step, flush=True)
+        interrupt.check(f"after step {step}")
+"""
+
+
+def test_ctrl_c_in_a_save_waits_for_its_end(tmp_path):
+    """Raised inside one, KeyboardInterrupt left two threads of Orbax waiting for each other."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(tmp_path)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout and [process.stdout.readline() for _ in range(3)][-1] == "3\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in err
+    last = int(out.split()[-1])
+    assert f"stopped by SIGINT after step {last}: all is saved" in err
+    assert finished(tmp_path) and max(finished(tmp_path)) == last  # whole, manifest and all
+
+
+@pytest.mark.parametrize("what", ["disk", "bug"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_threads_that_meet_a_full_disk_are_quiet(what, monkeypatch):
+    """Of a library's threads: the next write tells. A bug is told as ever."""
+    heard = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: heard.append(args.exc_value))
+
+    def work():
+        raise OSError(28, "No space left on device") if what == "disk" else ZeroDivisionError
+
+    with quiet_threads():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(heard) == (what == "bug")
 
 
 def test_what_a_killed_run_left_is_gone_before_anything_is_saved(tmp_path, monkeypatch):

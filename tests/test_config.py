@@ -39,6 +39,15 @@ def test_config_docstring_says_command_cost_and_score(file):
         assert part in text
 
 
+def test_wikitext_is_one_text():
+    """The set has a line a record: as a text each, perplexity would not be the paper's."""
+    for file in (ROOT / "configs").glob("*.py"):
+        data = config.load_config(str(file)).data
+        if "wikitext" in f"{data.train} {data.validation}":
+            assert data.join == "", file
+    assert "wikitext" in config.load_config(LLAMA).data.train
+
+
 @pytest.mark.parametrize(
     "override, expected",
     [
@@ -142,6 +151,8 @@ BAD_OVERRIDES = {
     "source.scratch.num_kv_heads=0": "config.source.scratch.num_kv_heads=0: expected a positive",
     "source.scratch.num_heads=0": "config.source.scratch.num_heads=0: expected a positive",
     "source.scratch.head_dim=0": "config.source.scratch.head_dim=0: expected a positive",
+    "source.scratch.d_model=0": "config.source.scratch.d_model=0: expected a positive",
+    "source.scratch.num_layers=0": "config.source.scratch.num_layers=0: expected a positive",
     "source.scratch.vocab_size=-1": "config.source.scratch.vocab_size=-1: expected a positive",
     "source.scratch.rope_theta=0": "rope_theta=0.0: expected a positive number",
     "source.scratch.norm_eps=-1e-5": "norm_eps=-1e-05: expected a positive number",

@@ -209,6 +209,19 @@ def test_results_are_json_or_say_where_not():
     assert json.loads(report.as_json({"a": [1.5, None]})) == {"a": [1.5, None]}
 
 
+def test_results_come_last(tmp_path, monkeypatch):
+    """A folder that has them has all: what was killed before is made anew."""
+    pytest.importorskip("matplotlib")
+
+    def full(*_):
+        raise UserError("no room")
+
+    monkeypatch.setattr(report, "draw", full)
+    with pytest.raises(UserError, match="no room"):
+        report.write([{"models": [DENSE, sparse(0.5, 4.4)]}], tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_quality_figure_shows_every_point(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     assert matplotlib

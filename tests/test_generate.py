@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from lte_jax import hf
 from lte_jax.__main__ import main
@@ -321,14 +323,31 @@ def test_no_half_character_is_streamed(monkeypatch):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("vocabulary", ["bytes", "stories260k"])
+def fallback_tokenizer():
+    """A tokenizer of a few letters that spells whatever else there is as bytes, as Llama's does."""
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdeZ"]
+    vocabulary = {token: i for i, token in enumerate(letters)}
+    model = models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "fallback", "stories260k"])
 def test_pieces_of_any_tokens_add_up(vocabulary, monkeypatch, request):
     """Byte fallback too, where one wrong byte turns the characters before it into replacements."""
     tokenizer, rng = byte_tokenizer(), np.random.default_rng(0)
     encoded = list("né日🎈".encode())
-    if vocabulary != "bytes":
+    if vocabulary == "fallback":
+        tokenizer = fallback_tokenizer()
+    elif vocabulary != "bytes":
         shared = request.getfixturevalue("shared")
         tokenizer = hf.load_tokenizer(shared / "models" / vocabulary)
+    if vocabulary != "bytes":
         encoded = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in encoded]
     prompt = tokenize(["Zoë "], tokenizer)[0].tolist()
     ends = 0

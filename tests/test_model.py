@@ -293,6 +293,14 @@ def test_float16_is_said_once_and_no_type_to_compute_in(caplog):
             make(dtype="float16")
 
 
+def test_float16_is_computed_in_bfloat16_on_an_accelerator(monkeypatch, caplog):
+    lte_jax._compute_dtype.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lte_jax._compute_dtype("float16") == "bfloat16"
+    assert "computing in bfloat16, on a gpu" in caplog.text
+    lte_jax._compute_dtype.cache_clear()
+
+
 def test_weights_are_converted_once():
     model, params = tiny.model_and_params(dtype="bfloat16")
     used = d.computed(model, params)

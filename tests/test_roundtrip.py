@@ -245,6 +245,23 @@ def test_an_lte_folder_of_an_earlier_version_loads(tmp_path):
     assert hf.read_config(tmp_path / "lte")[1] == dataclasses.replace(LTE, calibration_rows=None)
 
 
+def test_roundtrip_saves_what_was_trained_as_it_is(tmp_path):
+    """Loaded in float32 and trained: not rounded again to the type it was stored in before."""
+    raw = config_json("llama", torch_dtype="bfloat16")
+    folder = write_folder(tmp_path / "source", raw, dtype="bfloat16")
+    model, params = lte_jax.load(folder, "float32")
+    trained = jax.tree.map(lambda leaf: leaf * 1.001, params)
+    for source in (None, folder):
+        lte_jax.save(tmp_path / "new", model, trained, source=source)
+        again, loaded = lte_jax.load(tmp_path / "new")
+        assert again.config.dtype == again.dtype == "float32"
+        assert_bit_equal(flat(loaded), flat(trained))
+    lte_jax.save(tmp_path / "new", model, trained, source=folder, dtype="source")
+    assert {leaf.dtype.name for leaf in flat(lte_jax.load(tmp_path / "new")[1]).values()} == {
+        "bfloat16"
+    }
+
+
 def test_roundtrip_routers_stay_float32(tmp_path):
     raw = config_json("llama", torch_dtype="bfloat16")
     folder = write_folder(tmp_path / "dense", raw, dtype="bfloat16")

@@ -17,8 +17,19 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import checkpoint, evaluation, hf, pipeline, preflight, report, workdir
-from lte_jax.config import UserError
+from lte_jax import (
+    checkpoint,
+    data,
+    evaluation,
+    hf,
+    pipeline,
+    preflight,
+    report,
+    sharding,
+    sparsity,
+    workdir,
+)
+from lte_jax.config import SourceConfig, UserError
 from lte_jax.workdir import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +135,16 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     assert "has no locks (Function not implemented)" in caplog.text
 
 
+def test_train_takes_the_lock_of_the_directory_that_a_shell_would_mean(
+    experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(pipeline.trainer, "fit", lambda *_, **__: pytest.fail("it trains"))
+    with workdir.held(tmp_path / "run"):
+        for spelled in (str(tmp_path / "run"), "~/run", "~/run/"):
+            refused(experiment, spelled, f"workdir {tmp_path / 'run'} is in use by process")
+
+
 # --------------------------------------------------------------------- checks before, claim after
 
 
@@ -138,7 +159,11 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
         ({"source": {"path": "no/such-model"}}, ["no/such-model"]),
     ],
 )
-def test_bad_input_is_found_before_anything_is_claimed(experiment, tmp_path, changes, words):
+def test_bad_input_is_found_before_anything_is_claimed(
+    experiment, tmp_path, changes, words, monkeypatch
+):
+    monkeypatch.setattr(pipeline.trainer, "fit", lambda *_, **__: pytest.fail("it trains"))
+
     def changed(part, values):
         new = {
             k: changed(getattr(part, k), v) if isinstance(v, dict) else v for k, v in values.items()
@@ -192,10 +217,12 @@ def test_a_run_begun_with_keys_of_an_earlier_version_goes_on(experiment, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["experiment.json", "inputs.json"])
-def test_bad_input_damaged_records_of_a_run(experiment, copy, name):
-    shutil.rmtree(copy / "lte")
-    (copy / name).write_text('{"half": ')
-    refused(experiment, copy, f"{name} cannot be read", "backup", "remove it")
+def test_bad_input_damaged_records_of_a_run(experiment, tmp_path, name):
+    paths = Paths(tmp_path)
+    workdir.claim(paths, experiment, {"end_token": 257})
+    (paths.checkpoints("finetune") / "1").mkdir(parents=True)
+    (tmp_path / name).write_text('{"half": ')
+    refused(experiment, tmp_path, f"{name} cannot be read", "backup", "remove it")
 
 
 def test_bad_input_other_data_on_the_way(experiment, copy):
@@ -222,6 +249,33 @@ def test_inputs_name_every_file_that_changed(tmp_path):
     assert "source/model.safetensors: 10 (cdcdcdcd) before, 10 (efefefef) now" in str(caught.value)
 
 
+def test_inputs_are_of_the_source_model_and_its_tokenizer_too(experiment, tmp_path):
+    source = tmp_path / "source"
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=259)
+    lte_jax.save(source, *tiny.model_and_params(None, config))
+    data.byte_tokenizer().save_pretrained(source)
+    from_source = dataclasses.replace(experiment, source=SourceConfig(path=str(source)))
+    mesh = sharding.make_mesh(experiment.mesh)
+
+    def inputs():
+        return preflight.prepare(from_source, mesh, None, {"end_token": 257}).inputs
+
+    before = inputs()
+    assert before["source/model.safetensors"][0] == (source / "model.safetensors").stat().st_size
+    (source / "manifest.json").unlink()
+    for name, changed in {
+        "model.safetensors": {"source/model.safetensors"},
+        "config.json": {"source/config.json"},
+        "tokenizer.json": {"tokenizer/tokenizer.json"},
+    }.items():
+        kept = (source / name).read_bytes()
+        other = kept[:-1] + bytes([kept[-1] ^ 1]) if name.endswith("tensors") else kept + b" "
+        (source / name).write_bytes(other)
+        now = inputs()
+        assert {key for key in before if before[key] != now[key]} == changed
+        (source / name).write_bytes(kept)
+
+
 @pytest.mark.parametrize("folder", ["dense", "experts", "lte"])
 def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folder):
     if folder != "lte":
@@ -236,7 +290,50 @@ def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folde
     assert (copy / folder / "model.safetensors").read_bytes() != content
 
 
+# ------------------------------------------------------------------------------------- calibration
+
+
+def test_calibration_is_as_large_as_the_width_asks_for(experiment, tmp_path):
+    """32 real tokens for each of D + 1 = 33 unknowns, in rows of at most 16; or what is set."""
+    asked = dataclasses.replace(experiment, calibration_rows=None)
+    mesh = sharding.make_mesh(experiment.mesh)
+    rows = pipeline._Run(asked, Paths(tmp_path), mesh).calibration
+    assert 32 * 33 <= (rows.segments_RL > 0).sum() < 32 * 33 + 2 * 16
+    assert len(pipeline._Run(experiment, Paths(tmp_path), mesh).calibration) == 4
+
+
+def test_the_threshold_of_a_run_is_set_on_its_calibration_rows(experiment, copy, caplog):
+    caplog.set_level("INFO")
+    shutil.rmtree(copy / "lte")
+    model, params = lte_jax.train(experiment, copy)
+    mesh = sharding.make_mesh(experiment.mesh)
+    rows = pipeline._Run(experiment, Paths(copy), mesh).calibration
+    out = lte_jax.apply(model, params, rows.tokens_RL, mask=rows.segments_RL)
+    assert abs(float(out.sparsity) - 0.5) <= sparsity.SETTLED
+    assert f"threshold set to {model.lte.threshold:.4f} on 4 calibration records" in caplog.text
+
+
 # --------------------------------------------------------------------------------------- leftovers
+
+
+def test_what_is_half_done_is_cleared_and_said(tmp_path, caplog):
+    half = (
+        *(".lte.new-abc", ".dense.old-abc", ".results.json.half-written"),
+        "checkpoints/router/deleting-1",
+        "checkpoints/router/7.orbax-checkpoint-tmp",
+        f"checkpoints/router/{checkpoint.DAMAGED}",
+    )
+    whole = ("lte", "checkpoints/router/1", "tensorboard", ".of-the-user")
+    for name in (*half, *whole):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / ".lte.new-abc" / "model.safetensors").write_bytes(bytes(2_000_000))
+    workdir.put_right(Paths(tmp_path))
+    assert not [name for name in half if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in whole)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "cleared " in said and "and 1 more" in said and "(2.0 MB)" in said
+    workdir.put_right(Paths(tmp_path))
+    assert len(caplog.records) == 1
 
 
 def test_what_a_killed_run_left_is_put_right_and_said_once(experiment, copy, finished, caplog):

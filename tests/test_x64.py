@@ -63,6 +63,28 @@ def numbers() -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
+def test_generation_and_grouping_in_this_process():
+    """The same ids and experts; quick, as what is compiled differs by its index types alone."""
+    dense, params = tiny.model_and_params(lte=None)
+    tokens = np.asarray(tiny.batch(rows=2)["tokens"])
+
+    def made():
+        model, sparse = lte_jax.moefy(dense, params, tokens, expert_size=8)
+        texts = [
+            lte_jax.generate(
+                model, sparse, PROMPTS, max_new_tokens=6, routing=routing, implementation="xla"
+            )
+            for routing in ("hard", "dense")
+        ]
+        return texts, np.asarray(lte_jax.apply(model, sparse, tokens).scores)
+
+    texts, scores = made()
+    with jax.enable_x64(True):
+        same, close = made()
+    assert same == texts and scores.dtype == close.dtype
+    np.testing.assert_allclose(close, scores, rtol=2e-4, atol=2e-5)
+
+
 def _leaves(name, tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {f"{name} {jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}

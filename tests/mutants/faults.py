@@ -1,5 +1,23 @@
-"""Faults where users' files and habits are met."""
+"""Faults where users' files and habits are met.
 
-from mutant import Mutant
+Each was there once and came to light on real or hostile files. The numbers and letters that begin
+the names are those of the list in which they were filed.
+"""
 
-MUTANTS: list[Mutant] = []
+import clear_lines
+import hostile_files
+import lost_runs
+import quietly_worse
+import stops
+import strange_folders
+import wrong_numbers
+
+MUTANTS = [
+    *wrong_numbers.MUTANTS,
+    *lost_runs.MUTANTS,
+    *quietly_worse.MUTANTS,
+    *stops.MUTANTS,
+    *hostile_files.MUTANTS,
+    *strange_folders.MUTANTS,
+    *clear_lines.MUTANTS,
+]

@@ -1,0 +1,171 @@
+"""Faults of learning that is quietly worse than it should be: the letters of the list."""
+
+from mutant import Mutant
+
+_ROUTERS, _SPARSITY = "lte_jax/router_init.py", "lte_jax/sparsity.py"
+
+MUTANTS: list[Mutant] = [
+    Mutant(
+        "A the largest variance is the yardstick of the clustering",
+        "lte_jax/moefy.py",
+        "shorter_F = _shortening(np.sqrt(np.maximum(np.diag(gram_FF), 0.0))).astype(np.float32)",
+        "shorter_F = np.ones(len(gram_FF), np.float32)",
+        "tests/test_moefy.py::test_a_massive_neuron_disturbs_no_grouping[500]",
+    ),
+    Mutant(
+        "A the longest row is the yardstick of quantising",
+        "lte_jax/moefy.py",
+        "shorter_F = _shortening(_norms(x_FD)).astype(np.float32)",
+        "shorter_F = np.ones(len(x_FD), np.float32)",
+        "tests/test_moefy.py::test_a_long_row_disturbs_no_clusters",
+    ),
+    Mutant(
+        "B 10,000 tokens calibrate a model of any width",
+        _ROUTERS,
+        "        wanted = TOKENS_PER_UNKNOWN * (d_model + 1)",
+        "        wanted = 10_000",
+        "tests/test_router_init.py::test_rows_for_the_width_of_the_model",
+    ),
+    Mutant(
+        "B a run calibrates on 32 rows",
+        "lte_jax/pipeline.py",
+        "chosen = enough_rows(rows.segments_RL, d_model, asked, rng)",
+        "chosen = enough_rows(rows.segments_RL, d_model, asked or 32, rng)",
+        "tests/test_workdir.py::test_calibration_is_as_large_as_the_width_asks_for",
+    ),
+    Mutant(
+        "B two tokens are enough for an unknown",
+        _ROUTERS,
+        "TOKENS_PER_UNKNOWN = 32",
+        "TOKENS_PER_UNKNOWN = 2",
+        "tests/test_router_init.py::test_rows_for_the_width_of_the_model",
+    ),
+    Mutant(
+        "B nobody is told of too few tokens",
+        _ROUTERS,
+        "    if tokens < wanted:",
+        "    if False:",
+        "tests/test_router_init.py::test_few_tokens_are_warned_of_once",
+    ),
+    Mutant(
+        "B calibration keeps what it has read",
+        _ROUTERS,
+        "        part = _moments(model, top, params, batch)",
+        "        part = _moments(model, top, params, batch)\n"
+        '        log.__dict__.setdefault("kept", []).append(part)',
+        "tests/test_router_init.py::test_memory_does_not_grow_with_the_tokens",
+    ),
+    Mutant(
+        "C the router's product is rounded",
+        "lte_jax/moe.py",
+        'router["kernel"].astype(jnp.float32), precision=_HIGHEST',
+        'router["kernel"].astype(jnp.float32)',
+        "tests/test_model.py::test_routers_are_float32_products[float32]",
+    ),
+    Mutant(
+        "C the router's product is of the model's type",
+        "lte_jax/moe.py",
+        'x_BLD.astype(jnp.float32), router["kernel"].astype(jnp.float32)',
+        'x_BLD, router["kernel"].astype(x_BLD.dtype)',
+        "tests/test_model.py::test_routers_are_float32_products[bfloat16]",
+    ),
+    Mutant(
+        "C decoding rounds the router's product",
+        "kernels/xla.py",
+        "precision = jax.lax.Precision.HIGHEST if x_BK.dtype == jnp.float32 else None",
+        "precision = None",
+        "tests/test_model.py::test_routers_are_float32_products[float32]",
+    ),
+    Mutant(
+        "C decoding takes the router's input in the model's type",
+        "lte_jax/generate/decoding.py",
+        "        h_BD.astype(jnp.float32),",
+        "        h_BD.astype(jnp.bfloat16),",
+        "tests/test_model.py::test_routers_are_float32_products[bfloat16]",
+    ),
+    Mutant(
+        "C the regression of routers is rounded",
+        _ROUTERS,
+        "einsum = partial(jnp.einsum, precision=_HIGHEST)",
+        "einsum = jnp.einsum",
+        "tests/test_router_init.py::test_products_of_routers_are_never_rounded",
+    ),
+    Mutant(
+        "D top_k keeps ties",
+        "lte_jax/moe.py",
+        "(equal_BE & (jnp.cumsum(equal_BE, axis=-1, dtype=jnp.int32) <= room_B1))",
+        "equal_BE",
+        "tests/test_model.py::test_exactly_k_experts[2]",
+    ),
+    Mutant(
+        "D the ridge oracle keeps ties",
+        _ROUTERS,
+        "chosen_NTE = moe.largest(jax.vmap(moe.contribution)(h_NTEM, down_NEMD), top)",
+        "chosen_NTE = (lambda x: x >= jax.lax.top_k(x, top)[0][..., -1:])"
+        "(jax.vmap(moe.contribution)(h_NTEM, down_NEMD))",
+        "tests/test_router_init.py::test_top_equal_contributions_choose_exactly_k",
+    ),
+    Mutant(
+        "D sampling keeps ties",
+        "lte_jax/generate/decoding.py",
+        "kept_BV = first_largest(logits_BV, least_B1, count_B1)",
+        "kept_BV = logits_BV >= least_B1",
+        "tests/test_model.py::test_exactly_k_tokens",
+    ),
+    Mutant(
+        "E the last threshold is that of the last batch",
+        "lte_jax/pipeline.py",
+        'if model.lte.target_sparsity is not None and model.lte.routing != "top_k":',
+        "if False:",
+        "tests/test_workdir.py::test_the_threshold_of_a_run_is_set_on_its_calibration_rows",
+    ),
+    Mutant(
+        "E the quantile under the first threshold is the last threshold",
+        _SPARSITY,
+        "while edge not in tried and len(tried) < _SETTLING_PASSES:",
+        "while not tried:",
+        "tests/test_sparsity.py::test_the_last_threshold_is_that_of_the_calibration_records",
+    ),
+    Mutant(
+        "E gains are the same at any learning rate",
+        _SPARSITY,
+        "return INTEGRAL_GAIN * router_rate / _REFERENCE_RATE",
+        "return INTEGRAL_GAIN",
+        "tests/test_sparsity.py::test_the_controller_is_damped_alike_at_any_learning_rate",
+    ),
+    Mutant(
+        "E nobody is told of a target out of reach",
+        "lte_jax/trainer.py",
+        "logging.INFO if abs(reached - target) <= sparsity.SETTLED else logging.WARNING",
+        "logging.INFO",
+        "tests/test_sparsity.py::test_a_target_out_of_reach_is_said",
+    ),
+    Mutant(
+        "F records are not joined",
+        "lte_jax/data/texts.py",
+        "return texts if join is None else [join.join(texts)]",
+        "return texts",
+        "tests/test_data.py::test_records_joined_to_one_text",
+    ),
+    Mutant(
+        "F empty records vanish from a joined text",
+        "lte_jax/data/texts.py",
+        "if text or join is not None:",
+        "if text:",
+        "tests/test_data.py::test_records_joined_to_one_text",
+    ),
+    Mutant(
+        "F the task forgets to say how records are joined",
+        "lte_jax/data/rows.py",
+        "data.max_documents, split, data.join)",
+        "data.max_documents, split)",
+        "tests/test_data.py::test_joined_validation_is_one_text_too",
+    ),
+    Mutant(
+        "F the lines of WikiText-103 are texts of their own",
+        "configs/llama7b.py",
+        'c.data.join = ""',
+        "c.data.join = None",
+        "tests/test_config.py::test_wikitext_is_one_text",
+    ),
+]
