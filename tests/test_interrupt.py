@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import checkpoint, data, evaluation, interrupt, sharding, trainer, writers
+from lte_jax import checkpoint, clustering, data, evaluation, interrupt, sharding, trainer, writers
 from lte_jax.config import CheckpointConfig, MeshConfig, StageConfig
 
 moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
@@ -123,7 +123,7 @@ def test_a_signal_in_the_last_save_of_a_stage_ends_the_run(tmp_path, monkeypatch
 
 LOOPS = {
     "tokenising": lambda: data.tokenize(["a", "b"], data.byte_tokenizer()),
-    "grouping": lambda: moefy.balanced_kmeans(np.eye(8, dtype=np.float32), 2),
+    "grouping": lambda: clustering.balanced_kmeans(np.eye(8, dtype=np.float32), 2),
     "reading for grouping": lambda: next(
         moefy.coactivations(*tiny.model_and_params(None), rows(2).tokens_RL)
     ),

@@ -29,7 +29,7 @@ from lte_jax import (
     sparsity,
     workdir,
 )
-from lte_jax.config import SourceConfig, UserError
+from lte_jax.config import LTEConfig, SourceConfig, UserError
 from lte_jax.workdir import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,7 +295,7 @@ def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folde
 
 def test_calibration_is_as_large_as_the_width_asks_for(experiment, tmp_path):
     """32 real tokens for each of D + 1 = 33 unknowns, in rows of at most 16; or what is set."""
-    asked = dataclasses.replace(experiment, calibration_rows=None)
+    asked = dataclasses.replace(experiment, lte=LTEConfig(expert_size=8))
     mesh = sharding.make_mesh(experiment.mesh)
     rows = pipeline._Run(asked, Paths(tmp_path), mesh).calibration
     assert 32 * 33 <= (rows.segments_RL > 0).sum() < 32 * 33 + 2 * 16
@@ -437,6 +437,11 @@ def test_the_report_alone(copy):
         (copy / name).unlink()
     pipeline.report_again(copy)
     assert (copy / "results.json").exists() and (copy / "table.md").exists()
+    measured = json.loads((copy / "results.json").read_text())
+    old = measured | {"tokens": 1}
+    (copy / "results.json").write_text(json.dumps(old))
+    pipeline.report_again(copy)  # anew, whatever is there
+    assert json.loads((copy / "results.json").read_text())["tokens"] == measured["tokens"] > 1
     shutil.rmtree(copy / "lte")
     with pytest.raises(UserError, match="has not come to its end"):
         pipeline.report_again(copy)

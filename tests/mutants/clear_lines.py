@@ -92,13 +92,6 @@ MUTANTS: list[Mutant] = [
         "tests/test_data.py::test_text_files_as_editors_write_them",
     ),
     Mutant(
-        "25 indices of the cache are of two types",
-        "lte_jax/generate/decoding.py",
-        "indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)",
-        "indices_N = jnp.arange(config.num_layers)",
-        "tests/test_x64.py::test_generation_and_grouping_in_this_process",
-    ),
-    Mutant(
         "25 positions are of two types",
         "lte_jax/model.py",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",

@@ -7,17 +7,17 @@ _ROUTERS, _SPARSITY = "lte_jax/router_init.py", "lte_jax/sparsity.py"
 MUTANTS: list[Mutant] = [
     Mutant(
         "A the largest variance is the yardstick of the clustering",
-        "lte_jax/moefy.py",
+        "lte_jax/clustering.py",
         "shorter_F = _shortening(np.sqrt(np.maximum(np.diag(gram_FF), 0.0))).astype(np.float32)",
         "shorter_F = np.ones(len(gram_FF), np.float32)",
         "tests/test_moefy.py::test_a_massive_neuron_disturbs_no_grouping[500]",
     ),
     Mutant(
         "A the longest row is the yardstick of quantising",
-        "lte_jax/moefy.py",
+        "lte_jax/clustering.py",
         "shorter_F = _shortening(_norms(x_FD)).astype(np.float32)",
         "shorter_F = np.ones(len(x_FD), np.float32)",
-        "tests/test_moefy.py::test_a_long_row_disturbs_no_clusters",
+        "tests/test_clustering.py::test_a_long_row_disturbs_no_clusters",
     ),
     Mutant(
         "B 10,000 tokens calibrate a model of any width",

@@ -15,7 +15,7 @@ MUTANTS: list[Mutant] = [
         _RENAMING,
         "            if name == TIED_HEAD:",
         "            if False:",
-        f"{_NAMES}",
+        _NAMES,
     ),
     *(
         Mutant(f"21 names {what}", _RENAMING, pattern, 'r"^never\\."', _NAMES)
@@ -83,14 +83,14 @@ MUTANTS: list[Mutant] = [
         "lte_jax/hf/config_json.py",
         "        if named is not None and set(named) != {window is not None}:",
         "        if named is not None and set(named) != {False}:",
-        f"{_KEYS}",
+        _KEYS,
     ),
     Mutant(
         "21 bos_token_id and pad_token_id as lists of one",
         "lte_jax/hf/fields.py",
         "if isinstance(value, list) and len(value) == 1:",
         "if False:",
-        f"{_KEYS}",
+        _KEYS,
     ),
     Mutant(
         "21 max_window_layers of null",
