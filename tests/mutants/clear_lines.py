@@ -93,7 +93,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "25 positions are of two types",
-        "lte_jax/model.py",
+        "lte_jax/layers.py",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.sum(visible_BLT, axis=-1) - 1",
         "tests/test_x64.py::test_generation_and_grouping_in_this_process",
@@ -163,9 +163,9 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "28 a dense model takes any name of a routing",
-        "lte_jax/model.py",
-        "        checks.routing(routing)",
-        "        pass",
+        "lte_jax/routing.py",
+        "    kind(routing)\n    if lte is None:",
+        "    if lte is None:",
         "tests/test_checks.py::test_routings",
     ),
     Mutant(

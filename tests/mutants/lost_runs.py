@@ -149,7 +149,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "9 router weights may be NaN",
         "lte_jax/hf/weights.py",
-        "if names.is_router(row.path) and not np.isfinite(slot).all():",
+        "if is_router(row.path) and not np.isfinite(slot).all():",
         "if False:",
         "tests/test_hf_hostile.py::test_bad_input_router_weights[weight-nan]",
     ),

@@ -57,16 +57,16 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "C the router's product is rounded",
-        "lte_jax/moe.py",
-        'router["kernel"].astype(jnp.float32), precision=_HIGHEST',
-        'router["kernel"].astype(jnp.float32)',
+        "lte_jax/layers.py",
+        "(jnp.float32, _HIGHEST) if exact else",
+        "(jnp.float32, None) if exact else",
         "tests/test_model.py::test_routers_are_float32_products[float32]",
     ),
     Mutant(
         "C the router's product is of the model's type",
-        "lte_jax/moe.py",
-        'x_BLD.astype(jnp.float32), router["kernel"].astype(jnp.float32)',
-        'x_BLD, router["kernel"].astype(x_BLD.dtype)',
+        "lte_jax/layers.py",
+        'w.linear("router", x_BLD, exact=True)',
+        'w.linear("router", x_BLD)',
         "tests/test_model.py::test_routers_are_float32_products[bfloat16]",
     ),
     Mutant(
@@ -77,22 +77,22 @@ MUTANTS: list[Mutant] = [
         "tests/test_model.py::test_routers_are_float32_products[float32]",
     ),
     Mutant(
-        "C decoding takes the router's input in the model's type",
-        "lte_jax/generate/decoding.py",
-        "        h_BD.astype(jnp.float32),",
-        "        h_BD.astype(jnp.bfloat16),",
+        "C decoding reads routers in the model's type",
+        "lte_jax/layers.py",
+        "array.astype(jnp.float32 if is_router(path) else dtype)",
+        "array.astype(dtype)",
         "tests/test_model.py::test_routers_are_float32_products[bfloat16]",
     ),
     Mutant(
         "C the regression of routers is rounded",
         _ROUTERS,
-        "einsum = partial(jnp.einsum, precision=_HIGHEST)",
-        "einsum = jnp.einsum",
+        "    einsum = partial(jnp.einsum, precision=_HIGHEST)\n    return {",
+        "    einsum = jnp.einsum\n    return {",
         "tests/test_router_init.py::test_products_of_routers_are_never_rounded",
     ),
     Mutant(
         "D top_k keeps ties",
-        "lte_jax/moe.py",
+        "lte_jax/routing.py",
         "(equal_BE & (jnp.cumsum(equal_BE, axis=-1, dtype=jnp.int32) <= room_B1))",
         "equal_BE",
         "tests/test_model.py::test_exactly_k_experts[2]",
@@ -100,9 +100,9 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "D the ridge oracle keeps ties",
         _ROUTERS,
-        "chosen_NTE = moe.largest(jax.vmap(moe.contribution)(h_NTEM, down_NEMD), top)",
+        "chosen_NTE = largest(jax.vmap(contribution)(h_NTEM, down_NEMD), top)",
         "chosen_NTE = (lambda x: x >= jax.lax.top_k(x, top)[0][..., -1:])"
-        "(jax.vmap(moe.contribution)(h_NTEM, down_NEMD))",
+        "(jax.vmap(contribution)(h_NTEM, down_NEMD))",
         "tests/test_router_init.py::test_top_equal_contributions_choose_exactly_k",
     ),
     Mutant(
@@ -115,7 +115,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "E the last threshold is that of the last batch",
         "lte_jax/pipeline.py",
-        'if model.lte.target_sparsity is not None and model.lte.routing != "top_k":',
+        "if model.lte.target_sparsity is not None and kind(model.lte.routing).by_threshold:",
         "if False:",
         "tests/test_workdir.py::test_the_threshold_of_a_run_is_set_on_its_calibration_rows",
     ),

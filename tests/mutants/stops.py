@@ -121,8 +121,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "13 an expert size that does not divide is found after the pretraining",
         _PREFLIGHT,
-        "    num_experts(config, sparse)\n    for lte in (None, sparse):",
-        "    for lte in (None,):",
+        "sparse = experiment.lte if is_sparse(experiment) else None",
+        "sparse = None",
         f"{_FOUND_BEFORE}[changes1-words1]",
     ),
     Mutant(
@@ -227,8 +227,8 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "14 an LTE model may be told to route densely",
-        _SCHEMA,
-        'if self.lte.routing == "dense":',
+        "lte_jax/stages.py",
+        "if not kind(served).routed:",
         "if False:",
         f"{_OVERRIDE}[lte.routing=dense]",
     ),

@@ -2,7 +2,7 @@
 
 from mutant import Mutant
 
-_CHECKS, _MODEL = "lte_jax/checks.py", "lte_jax/model.py"
+_CHECKS, _LAYERS = "lte_jax/checks.py", "lte_jax/layers.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -29,8 +29,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "1 saving turns float16 into float32",
         "lte_jax/hf/export.py",
-        "kept = own if names.is_router(row.path) else kept",
-        'kept = own if names.is_router(row.path) else kept.replace("float16", "float32")',
+        "kept = own if is_router(row.path) else kept",
+        'kept = own if is_router(row.path) else kept.replace("float16", "float32")',
         "tests/test_hf_hostile.py::test_float16_is_a_type_to_store_in",
     ),
     Mutant(
@@ -56,14 +56,14 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "3 positions count padding",
-        _MODEL,
+        _LAYERS,
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.broadcast_to(queries_L[None], segments_BL.shape)",
         "tests/test_model.py::test_a_text_is_the_same_wherever_its_padding_lies[hole-full]",
     ),
     Mutant(
         "3 positions after a right-padded prefill count its padding",
-        _MODEL,
+        _LAYERS,
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1 if cache is None else "
         "jnp.broadcast_to(queries_L[None], segments_BL.shape)",
@@ -71,7 +71,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "3 a new position count wherever the segment changes",
-        _MODEL,
+        _LAYERS,
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.sum(visible_BLT & (jnp.cumsum(jnp.diff(segments_BT, prepend=0) != 0, 1)"
         "[:, None] == jnp.cumsum(jnp.diff(segments_BL, prepend=0) != 0, 1)[..., None]), -1) - 1",
@@ -79,16 +79,16 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "3 windows count padding",
-        _MODEL,
+        _LAYERS,
         "behind_BLT = positions_BL[:, :, None] - positions_BT[:, None]",
         "behind_BLT = (queries_L[:, None] - slots_T[None])[None]",
         "tests/test_model.py::test_a_text_is_the_same_wherever_its_padding_lies[hole-sliding]",
     ),
     Mutant(
-        "3 decoding forgets the positions of new tokens",
-        "lte_jax/generate/decoding.py",
+        "3 the cache forgets the positions of new tokens",
+        _LAYERS,
         '"positions": context["positions_BT"]',
-        '"positions": state.cache["positions"]',
+        '"positions": cache["positions"]',
         "tests/test_model.py::test_a_text_is_the_same_wherever_its_padding_lies[left-sliding]",
     ),
     Mutant(
