@@ -67,12 +67,13 @@ def _read(path: pathlib.Path) -> dict:
 
 
 def brief(row: dict) -> bool:
-    """Whether a row is for the README: one token's, and larger batches as trained models have them.
+    """Whether a row is one of the README's few: bfloat16, one token at a time.
 
     All rows are in benchmarks/results/README.md.
     """
-    usual = round(row["sparsity"], 2) in (0.5, 0.75, 0.9)
-    return "layers" in row or usual and (row["batch"] == 1 or row["routing"] == "skewed")
+    one = row["dtype"] == "bfloat16" and row["batch"] == 1
+    wanted = (0.5, 0.74, 0.9) if "layers" in row else (0.5, 0.9)
+    return one and round(row["sparsity"], 2) in wanted
 
 
 def summary(results: pathlib.Path, whole: bool) -> str:
