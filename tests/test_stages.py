@@ -18,6 +18,7 @@ from lte_jax.config import (
     StageConfig,
     StagesConfig,
 )
+from lte_jax.errors import UserError
 from lte_jax.sparsity import Control, flops_per_token
 
 PRESET_NAMES = ["ours", pytest.param("paper", marks=pytest.mark.slow)]
@@ -316,3 +317,10 @@ def test_flops_are_those_of_table_1():
     assert flops_per_token(llama, LTEConfig(), 0.839) / 2**30 == pytest.approx(5.38, abs=0.01)
     router = flops_per_token(llama, LTEConfig()) - flops_per_token(llama)
     assert router / 2**30 == pytest.approx(0.084, abs=1e-3)
+
+
+@pytest.mark.parametrize("routing", ["dense"])
+def test_a_model_that_would_be_served_dense_is_refused(routing):
+    lte = dataclasses.replace(tiny.LTE, routing=routing)
+    with pytest.raises(UserError, match="lte.routing='dense' runs all experts: expected 'hard'"):
+        stages.make(tiny.STAGES, lte)

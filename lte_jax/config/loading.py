@@ -10,10 +10,14 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import inspect
+import io
 import os
 import pathlib
 import re
 import runpy
+import textwrap
+import tokenize
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -182,9 +186,33 @@ def parse_flags(
 
 
 def _describe_keys() -> Iterator[str]:
-    """One line for each key that --config.KEY=VALUE can replace."""
+    """Each key that --config.KEY=VALUE can replace, with its default, type and documentation."""
+    documented = _documentation(Experiment)
     for key, hint in _leaves(Experiment).items():
         default: Any = Experiment()
         for name in key.split("."):
             default = getattr(default, name, None)
         yield f"  {key} = {default!r}  ({spell(hint)})"
+        yield from textwrap.wrap(
+            documented[key], 80, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+
+
+def _documentation(cls: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> the comment beside it, or on the lines above it, in schema.py."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
+    alone = {line for line, token in comments.items() if token.line.lstrip().startswith("#")}
+    found = {}
+    [definition] = ast.parse(source).body
+    for field in filter(lambda node: isinstance(node, ast.AnnAssign), definition.body):
+        first = field.lineno
+        while first - 1 in alone:
+            first -= 1
+        lines = [line for line in range(first, field.end_lineno + 1) if line in comments]
+        found[prefix + field.target.id] = " ".join(comments[n].string.lstrip("# ") for n in lines)
+    for name, hint in typing.get_type_hints(cls).items():
+        for section in filter(dataclasses.is_dataclass, options(hint)):
+            found |= _documentation(section, f"{prefix}{name}.")
+    return found

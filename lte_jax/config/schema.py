@@ -42,11 +42,11 @@ MAX_PARAMS = 10**12  # of a model: more is a slip of the pen
 class RopeScaling(Checked):
     """Stretching of the rotary frequencies (`rope_scaling` of an HF config)."""
 
-    kind: Literal["linear", "llama3"]
-    factor: Positive
-    low_freq_factor: Positive = 1.0  # llama3 only
-    high_freq_factor: Positive = 4.0  # llama3 only
-    original_max_length: Count = 8192  # llama3 only
+    kind: Literal["linear", "llama3"]  # all frequencies alike, or as Llama 3.1
+    factor: Positive  # by which wavelengths grow
+    low_freq_factor: Positive = 1.0  # llama3 only: longest waves are stretched in full
+    high_freq_factor: Positive = 4.0  # llama3 only: shortest waves stay
+    original_max_length: Count = 8192  # llama3 only: positions before stretching
 
     def _check_together(self):
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -61,29 +61,29 @@ class ModelConfig(Checked):
     """The dense Transformer: everything its forward pass needs besides the weights."""
 
     vocab_size: Count = 259  # V; of the byte tokenizer
-    d_model: Count = 64  # D
-    d_ff: Count = 192  # F
-    num_layers: Layers = 2  # N
-    num_heads: Count = 4  # H
-    num_kv_heads: Count = 4  # K; H for multi-head, 1 for multi-query attention
-    head_dim: Count = 16  # C
+    d_model: Count = 64  # D; width of the residual stream
+    d_ff: Count = 192  # F; neurons of an FFN
+    num_layers: Layers = 2  # N; blocks
+    num_heads: Count = 4  # H; query heads
+    num_kv_heads: Count = 4  # K; = num_heads: multi-head attention, 1: multi-query
+    head_dim: Count = 16  # C; width of a head
     max_length: Count = 256  # longest sequence the positions were trained for
     family: str = "llama"  # HF model_type
-    activation: Activation = "silu"
-    gated: bool = True  # gate and up matrices (SwiGLU), or up alone
-    norm_eps: Positive = 1e-5
-    rope_theta: Positive = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False  # attention output projection
-    mlp_bias: bool = False
+    activation: Activation = "silu"  # of the FFN
+    gated: bool = True  # True: gate and up matrices (SwiGLU), False: up alone
+    norm_eps: Positive = 1e-5  # added to the mean square of a norm
+    rope_theta: Positive = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None = None  # how the rotary frequencies are stretched
+    tie_embeddings: bool = False  # True: the embedding is the output head, too
+    qkv_bias: bool = False  # of the query, key and value projections
+    out_bias: bool = False  # of the attention output projection
+    mlp_bias: bool = False  # of all matrices of the FFN
     qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
     sliding_window: Count | None = None  # attend to this many latest positions (self included)
     sliding_layers: tuple[bool, ...] | None = None  # which layers slide; None: all of them
-    bos_id: Whole | None = None
-    eos_ids: tuple[Whole, ...] = ()  # (): what training appends to texts, once that is known
-    pad_id: Whole | None = None
+    bos_id: Whole | None = None  # token that begins a text
+    eos_ids: tuple[Whole, ...] = ()  # tokens that end a text; (): what training appends
+    pad_id: Whole | None = None  # token that fills up rows
     dtype: str = "float32"  # of the stored weights
 
     def _check_together(self):
@@ -131,23 +131,29 @@ class LTEConfig(Checked):
     """Experts, routers and the losses that teach them. Defaults are the preset `ours`."""
 
     expert_size: Count = 32  # M; must divide F. The paper: 32 for every model
+    # What puts neurons into one expert: similar rows of the first matrix ("kmeans", as the paper),
+    # being large on the same tokens ("coactivation"), or nothing ("random").
     grouping: Literal["kmeans", "coactivation", "random"] = "coactivation"
-    router_bias: bool = True  # the paper's Eq. 1 has none
+    router_bias: bool = True  # of a router's logits; the paper's Eq. 1 has none
+    # How routers start: regressed on the choice of an oracle ("ridge"), at random ("normal"), or at
+    # random with a bias that turns all experts on ("open").
     router_init: Literal["ridge", "normal", "open"] = "ridge"
-    router_init_std: NotNegative = 2.0  # of the logits at the start
+    router_init_std: NotNegative = 2.0  # standard deviation of a router's logits at the start
     # Rows of text that group neurons, start routers and, in training, set the last threshold. None:
     # training takes at least 32, and 32 real tokens for each of a router's D + 1 inputs; `moefy`
     # all that it is given.
     calibration_rows: Count | None = None
     threshold: Inside = 0.5  # tau of Eq. 2: an expert runs where score > tau
-    routing: RoutingName = "hard"  # what `apply` uses unless told otherwise
-    stage1_routing: Literal["soft", "straight_through"] = "straight_through"
-    target_sparsity: Target | None = 0.5  # None: fixed efficiency_weight and threshold
-    efficiency_weight: Finite = 0.0  # eta of Eq. 6; where the controller starts if there is one
-    efficiency_power: Literal[1, 2] = 2  # Eq. 4 prints the square, its text says the mean
-    separability_weight: NotNegative = 0.0  # lambda of Eq. 6
+    routing: RoutingName = "hard"  # what `apply` and `generate` use unless told otherwise
+    stage1_routing: Literal["soft", "straight_through"] = "straight_through"  # the paper: "soft"
+    target_sparsity: Target | None = 0.5  # share of experts to skip; None: fixed weight, threshold
+    efficiency_weight: Finite = 0.0  # eta of Eq. 6; with a target_sparsity, its start
+    efficiency_power: Literal[1, 2] = (
+        2  # of a score in the efficiency loss; Eq. 4 prints the square
+    )
+    separability_weight: NotNegative = 0.0  # lambda of Eq. 6; the paper: 0.5
     separability_eps: Positive = 1e-2  # guard of Eq. 5, which divides by zero as printed
-    distill_weight: Share = 1.0  # 1: only KL to the dense model, 0: only the task loss
+    distill_weight: Share = 1.0  # 1: only the KL to the dense model, 0: only the task loss
 
     def wanted_sparsity(self, who: str) -> float:
         """`target_sparsity`, for `who` cannot do without one.
@@ -208,14 +214,14 @@ class SourceConfig(Checked):
 
     path: str = ""  # HF or LTE folder, or hub id; "" starts from random weights
     scratch: ModelConfig = ModelConfig()  # the model to make where path is ""
-    tokenizer: str = ""  # folder or hub id; "": the model's own, or bytes where path is ""
+    tokenizer: str = ""  # folder or hub id; "": the model's own, or bytes if path is ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Checked):
     """How the model computes; parameters in training and optimizer states are float32."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products
     remat: bool = False  # recompute activations in the backward pass: less memory, a third slower
 
 
@@ -225,15 +231,15 @@ class DataConfig(Checked):
 
     train: str = ""  # JSON-lines file, hub id ("name" or "name:config"), or "python-stdlib"
     validation: str = ""  # likewise; "": a part of the training text is held out
-    column: str = "text"
-    join: str | None = None  # None: a record is a document; "" or " " ...: records make one text
+    column: str = "text"  # of the records
+    join: str | None = None  # None: a record is a document; "" or " ": records make one text
     # Appended to each training document: what the pretrained model expects there of its tokenizer's
     # eos and bos, measured ("auto"; from scratch: eos), one of them, or nothing.
     end_token: Literal["auto", "eos", "bos", "none"] = "auto"
-    length: Length = 256  # L
+    length: Length = 256  # L; tokens in a row of a batch
     batch_size: Count = 16  # sequences a step, over all hosts and microbatches
     pack: bool = True  # fill rows with several documents (attention stays within each), or pad
-    newline: str = "\n"  # what replaces newlines: some character models never saw one
+    newline: str = "\n"  # what replaces newlines, which some character models never saw
     max_documents: Count | None = None  # of each source; None: all of them
     max_validation_rows: Count = 64  # rows of `length`
 
@@ -251,9 +257,9 @@ class StageConfig(Checked):
 
     steps: Whole = 0  # 0 skips the stage
     learning_rate: NotNegative = 1e-4  # of the model, at the peak
-    router_lr_multiplier: NotNegative = 1.0
-    warmup_ratio: Share = 0.06
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    router_lr_multiplier: NotNegative = 1.0  # routers learn at this many times learning_rate
+    warmup_ratio: Share = 0.06  # share of the steps in which the rate grows linearly
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate after that
     final_lr_ratio: Share = 0.1  # of the peak, at the last step
 
 
@@ -270,37 +276,37 @@ class StagesConfig(Checked):
 class OptimConfig(Checked):
     """AdamW, the same in every stage."""
 
-    b1: Decay = 0.9
-    b2: Decay = 0.99
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0  # the paper: 0
-    clip_norm: NotNegative = 1.0  # of routers and model apart; 0: no clipping
-    microbatches: Count = 1  # gradient accumulation: the batch is cut into this many parts
+    b1: Decay = 0.9  # decay of the mean gradient
+    b2: Decay = 0.99  # decay of the mean squared gradient
+    eps: Positive = 1e-8  # added to the root of the latter
+    weight_decay: NotNegative = 0.0  # decoupled, times the learning rate; the paper: 0
+    clip_norm: NotNegative = 1.0  # norm of the gradient, routers and model apart; 0: no clipping
+    microbatches: Count = 1  # parts that a batch is cut into: gradient accumulation
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
     """Devices along each mesh axis; their product is the number of devices. -1: all the rest."""
 
-    data: Axis = -1
-    fsdp: Axis = 1
-    tensor: Axis = 1
+    data: Axis = -1  # copies of the model, each with its part of the batch
+    fsdp: Axis = 1  # parts of the batch, the width of all parameters being cut as well
+    tensor: Axis = 1  # heads, experts and vocabulary are cut
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Checked):
     """How often, and how many, training states are kept."""
 
-    every: Count = 200  # steps
-    keep_last: Count = 2
-    keep_best: Whole = 1  # by validation loss
+    every: Count = 200  # steps between two
+    keep_last: Count = 2  # the newest
+    keep_best: Whole = 1  # those of least validation loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Checked):
     """One run of train.py: what `get_config()` of a file in configs/ describes."""
 
-    seed: Whole = 0  # of whatever is random
+    seed: Whole = 0  # of everything random: order of data, initial weights, grouping
     source: SourceConfig = SourceConfig()
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
@@ -309,12 +315,12 @@ class Experiment(Checked):
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    eval_every: Count = 100  # steps
-    log_every: Count = 10  # steps
-    report: bool = True  # measure the result at the end, beside the dense model
-    sample_prompt: str = "Once upon a time"
-    sample_tokens: Whole = 100  # of the text that the report shows
-    sample_temperature: NotNegative = 0.0  # 0: the likeliest token each time
+    eval_every: Count = 100  # steps between two validations
+    log_every: Count = 10  # steps between two lines of metrics
+    report: bool = True  # measure the result at the end, beside the dense baseline
+    sample_prompt: str = "Once upon a time"  # of the text that the report shows
+    sample_tokens: Whole = 100  # length of that text; 0: none
+    sample_temperature: NotNegative = 0.0  # of that text; 0: the likeliest token each time
 
     def _check_together(self):
         parts, size = self.optim.microbatches, self.data.batch_size
