@@ -11,7 +11,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-sources lint format bench tinystories thousand resume \
+.PHONY: help env demo test check test-sources lint format bench tinystories thousand resume \
   fuzz mutants clean
 
 help:  ## this list
@@ -31,11 +31,11 @@ env: $(READY)  ## the environment alone: .venv
 demo: $(READY)  ## a small dense model becomes a sparse one, before your eyes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
-test: $(READY)  ## the whole suite
-	$(BIN)/pytest $(PARALLEL)
-
-test-fast: $(READY)  ## the suite without the tests marked slow
+test: $(READY)  ## the fast tests, nearly all there are
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+check: $(READY)  ## the slow tests: whole runs, killed runs, fuzzing
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 test-sources: $(READY)  ## tests that read models, these stored in float16, then in bfloat16
 	LTE_JAX_SOURCE_DTYPE=float16 $(BIN)/pytest $(PARALLEL) $(READING)
