@@ -156,13 +156,6 @@ MUTANTS: list[Mutant] = [
         f"{_HOSTILE}::test_bad_input_no_regular_file[pipe-tokenizer.json]",
     ),
     Mutant(
-        "18 texts may be a pipe",
-        "lte_jax/data/texts.py",
-        "        if not stat.S_ISREG(mode):",
-        "        if stat.S_ISDIR(mode):",
-        "tests/test_bad_input_data.py::test_pipe_or_device_instead_of_file",
-    ),
-    Mutant(
         "19 a model may have 10^9 layers",
         "lte_jax/hf/config_json.py",
         'fields.size("num_hidden_layers", most=MAX_LAYERS)',
