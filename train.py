@@ -6,8 +6,6 @@
 Started again with the same --workdir, it goes on where it stopped.
 """
 
-import logging
-
 import lte_jax
 from lte_jax import config, errors
 
@@ -16,11 +14,14 @@ def main() -> None:
     """Flags to an experiment; all that is worth testing or importing is in the package."""
     parser = errors.Parser(description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of checkpoints, metrics, results")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lte_jax").setLevel(logging.INFO)  # what was chosen is said once
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="trace a few steps of each stage into WORKDIR/profile",
+    )
     with errors.cli_errors():
         flags, experiment = config.parse_flags(parser)
-        lte_jax.train(experiment, flags.workdir)
+        lte_jax.train(experiment, flags.workdir, profile=flags.profile)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from lte_jax import optim, stages, trainer
+from lte_jax import optim, stages, training_step
 from lte_jax.config import PRESETS, LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
 from lte_jax.errors import cli_errors
 from lte_jax.model import Transformer
@@ -43,8 +43,8 @@ def prepare(name: str, lte: LTEConfig):
     batch = {"tokens": tokens, "segments": jnp.ones_like(tokens)}
     params = jax.jit(model.init)(jax.random.key(1), tokens[:1])["params"]
     teacher = jax.tree.map(jnp.copy, params) if stage.distill_weight else None
-    step = jax.jit(trainer.make_train_step(model, stage, optimizer), donate_argnums=0)
-    state = trainer.TrainState(
+    step = jax.jit(training_step.make_train_step(model, stage, optimizer), donate_argnums=0)
+    state = training_step.TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(lte)
     )
 

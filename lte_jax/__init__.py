@@ -209,7 +209,9 @@ def apply(
     return model.apply({"params": params}, tokens, routing=routing, mask=mask, threshold=threshold)
 
 
-def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dict[str, Any]]:
+def train(
+    experiment: Experiment, workdir: str | Path, *, profile: bool = False
+) -> tuple[Transformer, dict[str, Any]]:
     """Runs an experiment, dense model to LTE folder; called again, it goes on where it stopped.
 
         from lte_jax import config
@@ -217,7 +219,8 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dic
         model, params = lte_jax.train(experiment, "runs/demo")
 
     Leaves in `workdir` the folders dense/, experts/ and lte/, checkpoints/, metrics.jsonl,
-    tensorboard/, and the report: results.json, table.md and figures.
+    tensorboard/, and the report: results.json, table.md and figures. With `profile` also
+    profile/<stage>/, a trace of a few steps of each stage (`tensorboard --logdir` shows it).
 
     Raises:
       UserError: on bad configuration, data, models or folders, and where the loss is not finite.
@@ -226,4 +229,4 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, dic
     """
     from lte_jax import pipeline  # with Orbax and Optax: only training needs them
 
-    return pipeline.train(experiment, workdir)
+    return pipeline.train(experiment, workdir, profile=profile)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import logging
 import os
 import signal
 import sys
@@ -53,14 +54,19 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def cli_errors() -> Iterator[None]:
-    """Around the main function of each script: how a program ends.
+    """Around the main function of each script: how a program speaks and ends.
 
     What the user can mend is one line `error: ...` on stderr and exit code 2. Ctrl-C ends it with
     code 130 and a reader that has gone (`| head`) with 141, as shells count them, without a word.
-    What the terminal's encoding lacks is printed as `?`.
+    What the terminal's encoding lacks is printed as `?`. What the package chooses by itself, such
+    as the kernels, is said on stderr.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    logging.basicConfig(format="%(message)s")
+    log = logging.getLogger("lte_jax")
+    level = log.level
+    log.setLevel(logging.INFO)
     try:
         yield
         sys.stdout.flush()
@@ -78,6 +84,8 @@ def cli_errors() -> Iterator[None]:
     except (UserError, OSError) as error:
         print(f"error: {UserError(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        log.setLevel(level)
 
 
 def _end_at_once_on_a_further_signal() -> None:

@@ -87,54 +87,75 @@ def evaluate(
     if not isinstance(name, str | None):
         raise UserError(f"name={name!r}: expected a text, or None")
     _check(model, params, baseline, batch_size, latency_rounds)
-    entrants = [] if baseline is None else [("dense", *baseline, None, None)]
-    name = name or ("dense" if model.lte is None else "LTE")
-    entrants.append((name, model, params, routing, threshold))
     checks.integer("sample_tokens", sample_tokens, 0)
-    for _, entrant, _, how, tau in entrants:
-        _check_rows(entrant, rows, how, tau)
-        if tokenizer is not None and sample_tokens:
-            _check_prompt(entrant, tokenizer, prompt)
+    entrants = [] if baseline is None else [_Entrant("dense", *baseline)]
+    name = name or ("dense" if model.lte is None else "LTE")
+    entrants.append(_Entrant(name, model, params, routing, threshold))
+    sampled = tokenizer is not None and sample_tokens
+    for entrant in entrants:
+        _check_rows(entrant.model, rows, entrant.routing, entrant.threshold)
+        if sampled:
+            _check_prompt(entrant.model, tokenizer, prompt)
     num_bytes = None if tokenizer is None else scored_bytes(rows, tokenizer)
-    tokens = int(jnp.sum(predicted(jnp.asarray(rows.segments_RL))))
-    entries = []
-    for name, entrant, weights, how, tau in entrants:
-        entry = {"name": name} | describe(entrant)
-        entry |= perplexity(
-            entrant,
-            weights,
-            rows,
-            routing=how,
-            threshold=tau,
-            batch_size=batch_size,
-            num_bytes=num_bytes,
-            label=name,
-        )
-        entry |= cost(entrant, entry["sparsity"])
-        if tokenizer is not None and sample_tokens:
-            room = entrant.config.max_length - len(tokenize([prompt], tokenizer)[0])
-            text = generate_text(
-                entrant,
-                weights,
-                tokenizer,
-                prompt,
-                max_new_tokens=min(sample_tokens, room),
-                temperature=sample_temperature,
-                routing=how,
-                threshold=tau,
-            )
+    entries = [_measured(entrant, rows, batch_size, num_bytes) for entrant in entrants]
+    if sampled:
+        for entry, entrant in zip(entries, entrants, strict=True):
+            text = _sample(entrant, tokenizer, prompt, sample_tokens, sample_temperature)
             entry["sample"] = {"prompt": prompt, "text": text}
-        entries.append(entry)
     if latency_rounds:
-        runs = [(m, p, how, tau) for _, m, p, how, tau in entrants]
+        runs = [(e.model, e.params, e.routing, e.threshold) for e in entrants]
         if baseline is None and model.lte is not None:
             runs.insert(0, (model, params, "dense", None))
         first = rows.tokens_RL[0][rows.segments_RL[0] == 1]
         times = decode_latency(runs, first, rounds=latency_rounds)
         for entry, milliseconds in zip(entries, times[-len(entries) :], strict=True):
-            entry["latency_ms"] = milliseconds
-            entry["latency_ratio"] = milliseconds / times[0]
+            entry |= {"latency_ms": milliseconds, "latency_ratio": milliseconds / times[0]}
+    tokens = int(jnp.sum(predicted(jnp.asarray(rows.segments_RL))))
     return {"tokens": tokens, "bytes": num_bytes, "models": entries}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entrant:
+    """A model to be measured, and how it routes; None: as it does by itself."""
+
+    name: str
+    model: Transformer
+    params: Mapping[str, Any]
+    routing: Routing | str | None = None
+    threshold: float | Any = None
+
+
+def _measured(
+    entrant: _Entrant, rows: Rows, batch_size: int, num_bytes: int | None
+) -> dict[str, Any]:
+    """What is known of a model without text or time."""
+    quality = perplexity(
+        entrant.model,
+        entrant.params,
+        rows,
+        routing=entrant.routing,
+        threshold=entrant.threshold,
+        batch_size=batch_size,
+        num_bytes=num_bytes,
+        label=entrant.name,
+    )
+    known = {"name": entrant.name} | describe(entrant.model) | quality
+    return known | cost(entrant.model, quality["sparsity"])
+
+
+def _sample(entrant: _Entrant, tokenizer: Any, prompt: str, tokens: int, temperature: float) -> str:
+    """What it writes after the prompt, in `tokens` and no more than it has positions for."""
+    room = entrant.model.config.max_length - len(tokenize([prompt], tokenizer)[0])
+    return generate_text(
+        entrant.model,
+        entrant.params,
+        tokenizer,
+        prompt,
+        max_new_tokens=min(tokens, room),
+        temperature=temperature,
+        routing=entrant.routing,
+        threshold=entrant.threshold,
+    )
 
 
 def perplexity(

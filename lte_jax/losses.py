@@ -1,7 +1,8 @@
 """The losses: task, distillation, efficiency, separability. Each is one short function.
 
 All are sums over real tokens divided by a given `count`, so that microbatches and devices add up
-to the mean over the whole batch; padding counts in none. All compute in float32.
+to the mean over the whole batch; padding counts in none. All compute in float32; in a trace each
+has a scope of its own.
 
 Dimension key: B batch  L length  E experts  N layers  V vocabulary
 """
@@ -19,6 +20,7 @@ def predicted(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
     return (segments_BL == next_BL) & (segments_BL > 0)
 
 
+@jax.named_scope("task_loss")
 def cross_entropy(
     logits_BLV: Float[Array, "B L V"],
     tokens_BL: Int[Array, "B L"],
@@ -32,6 +34,7 @@ def cross_entropy(
     return -jnp.sum(jnp.where(predicted_BL, logp_BL, 0.0)) / count
 
 
+@jax.named_scope("distillation")
 def distillation(
     logits_BLV: Float[Array, "B L V"],
     teacher_BLV: Float[Array, "B L V"],
@@ -49,6 +52,7 @@ def distillation(
     return jnp.sum(jnp.where(real_BL, kl_BL, 0.0)) / count
 
 
+@jax.named_scope("efficiency")
 def efficiency(
     scores_NBLE: Float[Array, "N B L E"],
     real_BL: Bool[Array, "B L"],
@@ -59,6 +63,7 @@ def efficiency(
     return jnp.mean(layer_means(scores_NBLE.astype(jnp.float32) ** power, real_BL, count))
 
 
+@jax.named_scope("separability")
 def separability(
     scores_NBLE: Float[Array, "N B L E"],
     real_BL: Bool[Array, "B L"],

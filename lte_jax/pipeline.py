@@ -52,10 +52,13 @@ log = logging.getLogger(__name__)
 _GO_ON = "what was finished is saved, and the same command goes on from there"
 
 
-def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any]:
+def train(
+    experiment: Experiment, workdir: str | Path, *, profile: bool = False
+) -> tuple[Transformer, Any]:
     """Runs an experiment from its dense model to its LTE folder and the report on it.
 
     Without steps for the sparse stages it ends with the dense model: a control to compare with.
+    With `profile`, a few steps of each stage are traced into profile/<stage>/.
 
     Returns:
       The last model and its parameters, as its folder holds them.
@@ -73,7 +76,7 @@ def train(experiment: Experiment, workdir: str | Path) -> tuple[Transformer, Any
     with _alone(paths):
         _on_first(functools.partial(work.check_same, paths, experiment))
         _on_first(functools.partial(work.put_right, paths))
-        run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh))
+        run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh), profile)
         if not run.finished():
             run.prepare()
             run.train()
@@ -104,6 +107,7 @@ class _Run:
     experiment: Experiment
     paths: Paths
     mesh: jax.sharding.Mesh
+    profile: bool = False
 
     def finished(self) -> bool:
         """Whether the last model stands."""
@@ -261,6 +265,7 @@ class _Run:
             self.writer,
             mesh=self.mesh,
             teacher=teacher,
+            profile=self.paths.profile(stage.name) if self.profile else None,
         )
 
     def _model(self, config, lte) -> Transformer:

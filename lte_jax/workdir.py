@@ -5,6 +5,7 @@
     dense/ experts/ lte/     models, each whole or absent
     checkpoints/<stage>/     training states
     metrics.jsonl tensorboard/ results.json table.md *.png
+    profile/<stage>/         traces, where they are asked for
     .lock                    held by the process that works here
 
 The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so
@@ -86,6 +87,10 @@ class Paths:
     def checkpoints(self, stage: str) -> Path:
         """Training states of a stage."""
         return self.root / "checkpoints" / stage
+
+    def profile(self, stage: str) -> Path:
+        """A trace of some steps of a stage, for TensorBoard or Perfetto."""
+        return self.root / "profile" / stage
 
     @property
     def models(self) -> tuple[Path, ...]:

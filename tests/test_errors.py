@@ -112,6 +112,13 @@ def run(monkeypatch, *flags):
     main()
 
 
+def test_what_is_chosen_is_said_once(folder):
+    command = [sys.executable, "-m", "lte_jax", folder, "abc", "--max-new-tokens=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("abc")
+    assert sum(line.startswith("kernels: ") for line in done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_an_error_begins_on_a_line_of_its_own(folder, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         run(monkeypatch, folder, "abc", "--max-new-tokens=1000")

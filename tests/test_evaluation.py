@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import evaluation, hf, report
+from lte_jax import evaluation, figures, hf, report
 from lte_jax.data import Rows, byte_tokenizer, pack_rows, pad_rows, read_texts, tokenize
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
@@ -226,11 +226,11 @@ def test_quality_figure_shows_every_point(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     assert matplotlib
     results = [{"models": [DENSE, sparse(0.5, 4.4), sparse(0.75, 5.0)]}]
-    [axes] = report._quality(results).axes
+    [axes] = figures._quality(results).axes
     [line, *_] = axes.lines
     np.testing.assert_allclose(line.get_xdata(), [50, 75])
     np.testing.assert_allclose(line.get_ydata(), [10, 25])
-    assert report.draw([{"models": [DENSE]}], tmp_path) == []  # nothing is sparse: no figure
+    assert figures.draw([{"models": [DENSE]}], tmp_path) == []  # nothing is sparse: no figure
     assert report.absent([{"models": [DENSE]}], tmp_path) == ["table.md", "results.json"]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lte_jax import optim, sharding, stages, trainer
+from lte_jax import optim, sharding, stages, training_step
 from lte_jax.config import load_config
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.sparsity import Control
@@ -48,7 +48,7 @@ def test_llama7b_train_step_lowers_on_a_mesh(name):
     optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
     def start(params):
-        return trainer.TrainState(
+        return training_step.TrainState(
             jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(experiment.lte)
         )
 
@@ -60,10 +60,10 @@ def test_llama7b_train_step_lowers_on_a_mesh(name):
     params = abstract_params(model)
     state = jax.eval_shape(start, params)
     with jax.set_mesh(mesh):
-        shardings = trainer.state_shardings(state, mesh)
+        shardings = training_step.state_shardings(state, mesh)
         rows = jax.ShapeDtypeStruct((16, 2048), jnp.int32, sharding=sharding.batch_sharding(mesh))
         step = jax.jit(
-            trainer.make_train_step(model, stage, optimizer),
+            training_step.make_train_step(model, stage, optimizer),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
-from lte_jax import losses, optim, sharding, trainer
+from lte_jax import losses, optim, sharding, training_step
 from lte_jax.config import MeshConfig, UserError
 
 MESHES = [
@@ -25,7 +25,7 @@ CONFIG = tiny.dataclasses.replace(tiny.CONFIG, num_heads=8, num_kv_heads=8, head
 @functools.cache  # one device is what every mesh is compared with
 def loss_and_gradients(lte, stage, mesh):
     model, params = tiny.model_and_params(lte, CONFIG)
-    batch, loss = tiny.batch(8), trainer.make_loss(model, stage)
+    batch, loss = tiny.batch(8), training_step.make_loss(model, stage)
     teacher = jax.tree.map(lambda p: p * 1.1, params)
 
     def whole(params, teacher, batch):
@@ -79,15 +79,15 @@ def test_mesh_leaves_carry_their_declared_shardings():
     optimizer = optim.make(tiny.OPTIM, stage.config, stage.rules)
 
     def start(params):
-        return trainer.TrainState(
+        return training_step.TrainState(
             jnp.zeros((), jnp.int32), params, optimizer.init(params), tiny.control()
         )
 
     with jax.set_mesh(mesh):
-        shardings = trainer.state_shardings(jax.eval_shape(start, params), mesh)
+        shardings = training_step.state_shardings(jax.eval_shape(start, params), mesh)
         state = jax.jit(start, out_shardings=shardings)(params)
         step = jax.jit(
-            trainer.make_train_step(model, stage, optimizer),
+            training_step.make_train_step(model, stage, optimizer),
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         batch = jax.device_put(tiny.batch(8), sharding.batch_sharding(mesh))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
-from lte_jax import losses, optim, stages, trainer
+from lte_jax import losses, optim, stages, training_step
 from lte_jax.config import (
     PRESETS,
     LTEConfig,
@@ -26,9 +26,11 @@ PRESET_NAMES = ["ours", pytest.param("paper", marks=pytest.mark.slow)]
 
 def steps(stage, model, params, count, optim_config=tiny.OPTIM, rows=8):
     optimizer = optim.make(optim_config, stage.config, stage.rules)
-    step = jax.jit(trainer.make_train_step(model, stage, optimizer, optim_config.microbatches))
+    step = jax.jit(
+        training_step.make_train_step(model, stage, optimizer, optim_config.microbatches)
+    )
     lte = model.lte or tiny.LTE
-    state = trainer.TrainState(
+    state = training_step.TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(lte)
     )
     metrics = {}
@@ -158,7 +160,7 @@ def test_padding_counts_in_no_loss_and_no_statistic():
     fill = {"tokens": 7, "segments": 0}
     longer = {k: jnp.pad(v, ((0, 3), (0, 5)), constant_values=fill[k]) for k, v in batch.items()}
     stage = tiny.stage("router", PRESETS["paper"], task_weight=1.0, distill_weight=0.5)
-    loss = trainer.make_loss(model, stage)
+    loss = training_step.make_loss(model, stage)
 
     def parts(batch):
         segments = batch["segments"]
@@ -186,7 +188,7 @@ def test_distillation_acts_on_the_last_token_of_a_text():
     }
     assert float(counts["real"]) == float(counts["predicted"]) + 4  # two texts in each of two rows
     stage = tiny.stage("router", task_weight=0.5, distill_weight=0.5)
-    parts = trainer.make_loss(model, stage)(params, teacher, batch, tiny.control(), counts)[1]
+    parts = training_step.make_loss(model, stage)(params, teacher, batch, tiny.control(), counts)[1]
     logp, teacher_logp = (
         np.asarray(
             jax.nn.log_softmax(
@@ -259,7 +261,7 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
     }
     control = tiny.control(lte).replace(efficiency_weight=jnp.float32(2.0))
     stage = tiny.stage(name, lte)
-    total, parts = trainer.make_loss(model, stage)(params, teacher, batch, control, count)
+    total, parts = training_step.make_loss(model, stage)(params, teacher, batch, control, count)
 
     def out(params, routing):
         return model.apply({"params": params}, batch["tokens"], routing=routing, mask=segments)

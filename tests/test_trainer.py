@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import data, sharding, stages, trainer, writers
+from lte_jax import data, optim, sharding, stages, trainer, training_step, writers
 from lte_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -36,7 +36,7 @@ class Recorder(writers.MultiWriter):
             self.losses[step] = values["loss"]
 
 
-def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None):
+def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None, profile=None):
     """A stage of a few steps, all of them saved: what it ends with, and the loss of each step."""
     steps = StageConfig(steps=STEPS, learning_rate=rate)
     made = {s.name: s for s in stages.make(StagesConfig(steps, steps, steps), lte)}
@@ -54,6 +54,7 @@ def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None)
         recorder,
         mesh=sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
         teacher=params,
+        profile=profile,
     )
     return trained, recorder.losses
 
@@ -125,3 +126,43 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     assert losses == {}
     assert dataclasses.replace(again, params=None) == dataclasses.replace(whole, params=None)
     jax.tree.map(np.testing.assert_array_equal, whole.params, again.params)
+
+
+def test_the_loop_moves_nothing_between_host_and_devices_unseen(tmp_path, monkeypatch):
+    """Batches go there and metrics come back by calls that say so."""
+    guarded = []
+
+    def guard(name, part):
+        def run(*args):
+            guarded.append(name)
+            with jax.transfer_guard("disallow"):
+                part(*args)
+
+        monkeypatch.setattr(trainer._Loop, name, run)
+
+    for name in ("advance", "validate", "save"):
+        guard(name, getattr(trainer._Loop, name))
+    fit(tmp_path)
+    assert guarded.count("advance") == STEPS
+
+
+def test_a_trace_of_a_few_steps(tmp_path):
+    fit(tmp_path / "run", profile=tmp_path / "trace")
+    [trace] = (tmp_path / "trace").rglob("*.xplane.pb")
+    seen = trace.read_bytes()
+    assert b"step_num" in seen and b"jit_step" in seen
+
+
+def test_each_part_of_a_step_has_a_scope():
+    lte = dataclasses.replace(tiny.LTE, separability_weight=0.1, distill_weight=0.5)
+    model, params = tiny.model_and_params(lte)
+    [_, stage, _] = stages.make(tiny.STAGES, lte)
+    optimizer = optim.make(tiny.OPTIM, stage.config, stage.rules)
+    state = training_step.TrainState(
+        jnp.int32(0), params, optimizer.init(params), Control.start(lte)
+    )
+    step = training_step.make_train_step(model, stage, optimizer)
+    text = jax.jit(step).lower(state, tiny.batch(4), params).as_text(debug_info=True)
+    parts = "embed attention router experts head task_loss teacher distillation efficiency"
+    for part in [*parts.split(), "separability", "optimizer"]:
+        assert f"{part}/" in text or f"{part})/" in text, part

@@ -43,9 +43,11 @@ ORDER = {
     "lte_jax.stages": 17.5,
     "lte_jax.data": 17.8,  # asks a model where texts end
     "lte_jax.writers": 19,
+    "lte_jax.training_step": 19.5,
     "lte_jax.trainer": 20,
     "lte_jax.generate": 21,
     "lte_jax.evaluation": 22,
+    "lte_jax.figures": 22.5,
     "lte_jax.report": 23,
     "lte_jax.workdir": 23.2,
     "lte_jax.preflight": 23.4,

@@ -1,0 +1,220 @@
+"""Figures of results: quality against sparsity, the layers, the scores. matplotlib draws them.
+
+Results are what `evaluation.evaluate` returns, as in report.py.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lte_jax.files import atomic_write
+
+Results = Mapping[str, Any]
+_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
+_INK, _FAINT, _DASHES = "#333333", "#8a8a8a", (0, (4, 3))
+_STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+}
+
+
+def label(entry: Results) -> str:
+    """A model's name with its sparsity, where it has any."""
+    return f"{entry['name']} {entry['sparsity']:.0%}" if entry["sparsity"] else entry["name"]
+
+
+def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
+    """Each model with the dense model of its results; one that several results share comes once."""
+    entries: list[tuple[Results, Results | None]] = []
+    for result in results:
+        models = result["models"]
+        dense = next((m for m in models if not (m.get("lte") or m["sparsity"])), None)
+        for entry in models:
+            known = [(old["name"], old["token_ppl"], old["sparsity"]) for old, _ in entries]
+            if (entry["name"], entry["token_ppl"], entry["sparsity"]) not in known:
+                entries.append((entry, dense))
+    return sorted(entries, key=lambda pair: pair[0]["sparsity"])
+
+
+def draw(results: Sequence[Results], out: Path) -> list[Path]:
+    """Draws the figures that the results have numbers for; returns their files.
+
+    quality.png: perplexity against sparsity. layers.png: sparsity of each layer. scores.png: how
+    router scores are spread.
+    """
+    import matplotlib
+
+    made = []
+    with matplotlib.rc_context(_STYLE):
+        for name, (make, entries) in _FIGURES.items():
+            if entries(results):
+                image = io.BytesIO()
+                figure = make(results)
+                figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
+                atomic_write(out / f"{name}.png", image.getvalue())
+                made.append(out / f"{name}.png")
+    return made
+
+
+def _sparse_entries(results: Sequence[Results], key: str = "sparsity") -> list[Results]:
+    """The models that leave experts out and have numbers under `key`."""
+    return [entry for entry, _ in with_dense(results) if entry["sparsity"] and entry.get(key)]
+
+
+def _panels(count: int, columns: int = 3, height: float = 2.4):
+    """A figure of `count` panels with common axes, and the panels; one alone is larger."""
+    from matplotlib.figure import Figure
+
+    if count == 1:
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        return figure, [figure.subplots()]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.0 * columns, height * rows + 1.0), layout="constrained")
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for unused in grid[count:]:
+        unused.remove()
+    return figure, grid[:count]
+
+
+def _colours(entries: Sequence[Results]) -> dict[str, str]:
+    """A colour for each name, the same in all figures."""
+    names = dict.fromkeys(entry["name"] for entry in entries if entry["sparsity"])
+    return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places, in ascending order, moved up where they are closer than `gap`."""
+    spread: list[float] = []
+    for place in places:
+        spread.append(max(place, spread[-1] + gap) if spread else place)
+    return spread
+
+
+def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
+    """Names beside the right ends of lines, at the fraction `x` of the axes' width."""
+    low, high = axes.get_ylim()
+    names = sorted(places, key=lambda name: places[name])
+    for name, y in zip(names, _spread(sorted(places.values()), 0.065 * (high - low)), strict=True):
+        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(name, (x, y), (8, 0), va="center", color=colours[name], **where)
+
+
+def _quality(results: Sequence[Results]):
+    """Perplexity against FFN sparsity, one line for each name."""
+    entries = [(e, dense) for e, dense in with_dense(results) if e["sparsity"]]
+    relative = all(dense is not None for _, dense in entries)
+    figure, [axes] = _panels(1)
+    colours, ends = _colours([entry for entry, _ in entries]), {}
+    for name, colour in colours.items():
+        mine = [(e, dense) for e, dense in entries if e["name"] == name]
+        x = [100 * e["sparsity"] for e, _ in mine]
+        y = [
+            100 * (e["token_ppl"] / dense["token_ppl"] - 1)
+            if relative and dense
+            else e["token_ppl"]
+            for e, dense in mine
+        ]
+        axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
+        if relative:
+            axes.plot([0, x[0]], [0, y[0]], color=colour, linewidth=1, linestyle=_DASHES, zorder=1)
+        ends[name] = y[-1]
+    if relative:
+        axes.plot(0, 0, "o", color=_FAINT, markersize=8, clip_on=False, zorder=3)
+        axes.annotate("dense", (0, 0), (9, -12), textcoords="offset points", color=_FAINT)
+    axes.set_xlim(0, 100)
+    axes.margins(y=0.15)
+    _label_right(axes, ends, colours, max(e["sparsity"] for e, _ in entries))
+    axes.set_xlabel("FFN sparsity, %")
+    axes.set_ylabel("perplexity over dense, %" if relative else "perplexity per token")
+    axes.set_title("What sparsity costs")
+    return figure
+
+
+def _layers(results: Sequence[Results]):
+    """Sparsity of each layer: a panel for each name, a line for each model of that name."""
+    entries = _sparse_entries(results, "sparsity_per_layer")
+    colours = _colours(entries)
+    figure, panels = _panels(len(colours), height=3.4)
+    for (name, colour), axes in zip(colours.items(), panels, strict=True):
+        means = {}
+        for entry in (entry for entry in entries if entry["name"] == name):
+            share = [100 * value for value in entry["sparsity_per_layer"]]
+            axes.plot(
+                range(1, len(share) + 1), share, "o-", color=colour, markeredgecolor="white",
+                clip_on=False,
+            )  # fmt: skip
+            mean = 100 * entry["sparsity"]
+            axes.axhline(mean, color=colour, linestyle=_DASHES, linewidth=1, alpha=0.7)
+            means[f"mean {mean:.0f}%"] = mean
+        axes.set_ylim(0, 100)
+        _label_right(axes, means, dict.fromkeys(means, colour), 1.0)
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("layer")
+        axes.set_title(f"Sparsity of each layer: {name}" if len(panels) == 1 else name)
+    panels[0].set_ylabel("experts skipped, %")
+    return figure
+
+
+def _scores(results: Sequence[Results]):
+    """The spread of router scores, one panel a model."""
+    entries = _sparse_entries(results, "score_histogram")
+    colours = _colours(entries)
+    figure, panels = _panels(len(entries), columns=len(colours) if len(colours) > 1 else 3)
+    for i, (entry, axes) in enumerate(zip(entries, panels, strict=True)):
+        counts = entry["score_histogram"]
+        total, width = sum(counts), 1 / len(counts)
+        centres = [(bin + 0.5) * width for bin in range(len(counts))]
+        heights = [100 * count / total for count in counts]
+        axes.bar(centres, heights, width * 0.9, color=colours[entry["name"]])
+        threshold = (entry.get("lte") or {}).get("threshold", 0.5)
+        axes.axvline(threshold, color=_INK, linestyle=_DASHES, linewidth=1.2)
+        axes.annotate(
+            "threshold" if i == 0 else "",
+            (threshold, 1),
+            (5, -4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+        )
+        axes.grid(axis="x", visible=False)
+        axes.set_xlim(0, 1)
+        axes.set_title(label(entry) if len(panels) > 1 else f"Router scores: {label(entry)}")
+    figure.supxlabel("router score", size="medium")
+    figure.supylabel("share of scores, %", size="medium")
+    return figure
+
+
+# Name -> what draws it, and the models it shows: none, no figure.
+_FIGURES = {
+    "quality": (_quality, _sparse_entries),
+    "layers": (_layers, partial(_sparse_entries, key="sparsity_per_layer")),
+    "scores": (_scores, partial(_sparse_entries, key="score_histogram")),
+}
+
+
+def drawable(results: Sequence[Results]) -> list[str]:
+    """Names of the files that `draw` makes."""
+    return [f"{name}.png" for name, (_, entries) in _FIGURES.items() if entries(results)]

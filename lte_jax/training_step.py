@@ -1,0 +1,172 @@
+"""What one step of training computes: the loss of a stage, its gradient, the update.
+
+Pure functions, to be jitted; the loop around them is in trainer.py.
+
+Dimension key: B batch  L length  N layers  E experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from lte_jax import losses, sharding
+from lte_jax.model import Transformer
+from lte_jax.routing import kind
+from lte_jax.sparsity import Control
+from lte_jax.stages import Stage
+
+Batch = dict[str, Array | np.ndarray]  # tokens [B, L] and segments [B, L], int32
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes."""
+
+    step: Any  # of this stage, int32
+    params: Any
+    opt_state: Any
+    control: Control
+
+
+def make_loss(model: Transformer, stage: Stage) -> Callable:
+    """The loss of a stage: (params, teacher, batch, control, counts) -> (loss, its parts).
+
+    `counts` are the predicted and the real tokens of the whole batch, of which this may be a part.
+    `teacher` is the parameter tree of the dense model, in expert order, for distillation.
+    """
+
+    def loss(params, teacher, batch, control, counts):
+        tokens, segments = batch["tokens"], batch["segments"]
+        predicted, real = losses.predicted(segments), segments > 0
+        out = model.apply(
+            {"params": params},
+            tokens,
+            routing=stage.routing,
+            mask=segments,
+            threshold=control.threshold,
+        )
+        task = losses.cross_entropy(out.logits, tokens, predicted, counts["predicted"])
+        total, parts = stage.task_weight * task, {"task": task}
+        if stage.distill_weight:
+            with jax.named_scope("teacher"):
+                dense = model.apply({"params": teacher}, tokens, routing="dense", mask=segments)
+            parts["distill"] = losses.distillation(out.logits, dense.logits, real, counts["real"])
+            total += stage.distill_weight * parts["distill"]
+        if out.scores is not None:
+            power = model.lte.efficiency_power
+            parts["kept"] = jnp.mean(losses.layer_means(out.active, real, counts["real"]))
+            parts["efficiency"] = losses.efficiency(out.scores, real, counts["real"], power)
+            if stage.efficiency:
+                total += control.efficiency_weight * parts["efficiency"]
+            if stage.separability_weight:
+                parts["separability"] = losses.separability(
+                    out.scores,
+                    real,
+                    counts["real"],
+                    control.threshold,
+                    model.lte.separability_eps,
+                )
+                total += stage.separability_weight * parts["separability"]
+        return total, parts | {"loss": total}
+
+    return loss
+
+
+def make_train_step(
+    model: Transformer,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics)."""
+    gradient = jax.grad(make_loss(model, stage), has_aux=True)
+
+    def step(state: TrainState, batch: Batch, teacher: Any = None):
+        counts = {
+            "predicted": _count(losses.predicted(batch["segments"])),
+            "real": _count(batch["segments"] > 0),
+        }
+
+        def accumulate(total, part):
+            return jax.tree.map(
+                jnp.add, total, gradient(state.params, teacher, part, state.control, counts)
+            ), None
+
+        if microbatches == 1:
+            grads, parts = gradient(state.params, teacher, batch, state.control, counts)
+        else:
+            cut = jax.tree.map(lambda x: _interleave(x, microbatches), batch)
+            first = jax.tree.map(lambda x: x[0], cut)
+            start = jax.eval_shape(gradient, state.params, teacher, first, state.control, counts)
+            start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), start)
+            (grads, parts), _ = jax.lax.scan(accumulate, start, cut)
+
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        control = state.control
+        if stage.steer == "weight":
+            control = control.steer_weight(parts["kept"], stage.integral_gain)
+        elif stage.steer == "threshold":
+            control = control.steer_threshold(parts["kept"])
+        metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
+        if "kept" in parts:
+            metrics["sparsity"] = 1.0 - metrics.pop("kept")
+            metrics |= {"eta": state.control.efficiency_weight, "tau": state.control.threshold}
+        return TrainState(state.step + 1, params, opt_state, control), metrics
+
+    return step
+
+
+def _count(mask: Array) -> Float[Array, ""]:
+    return jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+
+
+def _interleave(x: Array, parts: int) -> Array:
+    """[B, ...] as [parts, B/parts, ...]: rows i, i + parts, ... so that no row moves device."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Array]]:
+    """Sums over a batch: (params, batch, threshold) -> sums; routing is as it will be served."""
+    routing = kind(stage.routing).served
+
+    def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
+        tokens, segments = batch["tokens"], batch["segments"]
+        predicted, one = losses.predicted(segments), jnp.ones((), jnp.float32)
+        out = model.apply(
+            {"params": params}, tokens, routing=routing, mask=segments, threshold=threshold
+        )
+        real = jnp.sum((segments > 0).astype(jnp.float32))
+        return {
+            "loss": losses.cross_entropy(out.logits, tokens, predicted, one),
+            "predicted": jnp.sum(predicted.astype(jnp.float32)),
+            "skipped": out.sparsity * real,
+            "real": real,
+        }
+
+    return step
+
+
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shardings of a whole (abstract) state: optimizer moments lie as their parameters do."""
+    params = sharding.param_shardings(state.params, mesh)
+    by_path = traverse_util.flatten_dict(params)
+    replicated = sharding.replicated(mesh)
+
+    def of(path, _) -> jax.sharding.NamedSharding:
+        keys = tuple(getattr(key, "key", None) for key in path)
+        # The path of a moment ends in the path of its parameter.
+        ends = (by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path)
+        return next(ends, replicated)
+
+    return jax.tree_util.tree_map_with_path(of, state).replace(params=params)
