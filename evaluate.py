@@ -43,7 +43,7 @@ def main() -> None:
         tokenizer = lte_jax.load_tokenizer(flags.model)
         source = (flags.data, flags.column, flags.newline, flags.rows, "validation", flags.join)
         documents = data.tokenize(data.read_texts(*source), tokenizer)
-        fill = data.pad_rows if flags.join is None else data.pack_rows  # or the rest is cut off
+        fill = data.pad if flags.join is None else data.pack  # or the rest is cut off
         rows = fill(documents, min(flags.length, max(map(len, documents))))
         settings = ("name", "routing", "threshold", "batch_size", "prompt")
         chosen = {name: getattr(flags, name) for name in settings}

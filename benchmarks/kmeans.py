@@ -35,7 +35,7 @@ from lte_jax.moefy import group_neurons
 
 
 def structured(rows: int, width: int, seed: int = 0) -> np.ndarray:
-    """Rows [F, D] around one centre for each 32 of them, in dimensions of falling variance."""
+    """Records [F, D] around one centre for each 32 of them, in dimensions of falling variance."""
     rng = np.random.default_rng(seed)
     spread_D = (np.arange(1, width + 1) ** -0.5).astype(np.float32)
     noise_FD = rng.standard_normal((rows, width), dtype=np.float32) * spread_D

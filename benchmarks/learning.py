@@ -25,7 +25,7 @@ from lte_jax import optim, stages, training_step
 from lte_jax.config import PRESETS, LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
 from lte_jax.errors import cli_errors
 from lte_jax.model import Transformer
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 
 CONFIG = ModelConfig(
     vocab_size=4096, d_model=512, d_ff=2048, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64,
@@ -45,7 +45,7 @@ def prepare(name: str, lte: LTEConfig):
     teacher = jax.tree.map(jnp.copy, params) if stage.distill_weight else None
     step = jax.jit(training_step.make_train_step(model, stage, optimizer), donate_argnums=0)
     state = training_step.TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(lte)
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), SparsityController.start(lte)
     )
 
     def run() -> float:

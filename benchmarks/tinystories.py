@@ -1,10 +1,10 @@
-"""LTE against a dense control and two frozen routers, on real pretrained models and real text.
+"""LTE against a dense baseline and two frozen routers, on real pretrained models and real text.
 
     python benchmarks/tinystories.py --out=runs/tinystories-table            (or: make tinystories)
 
 Every row is one run of train.py on configs/tinystories.py, all with the same steps and data:
 
-  dense control   the dense model, fine-tuned
+  dense baseline   the dense model, fine-tuned
   LTE             the preset `ours`: router stage, then adapt
   ridge, frozen   the same experts and the routers LTE starts from, never trained; all steps adapt
   random, frozen  random routers and the best k experts of each token (paper, Fig. 12); likewise
@@ -68,7 +68,7 @@ def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Ru
         control = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
         yield Run(
             model,
-            "dense control",
+            "dense baseline",
             None,
             None,
             (*control, "stages.router.steps=0", "stages.adapt.steps=0"),
@@ -121,8 +121,8 @@ def train(run: Run, out: Path) -> None:
         f"--config=configs/tinystories.py{variant}",
         f"--workdir={folder.absolute()}",
     ]
-    # Rows are many: no report on each, and little validation, at the end of a stage only.
-    spared = ("report=False", "eval_every=1000", "data.max_validation_rows=16")
+    # Records are many: no report on each, and little validation, at the end of a stage only.
+    spared = ("report=False", "eval_every=1000", "data.max_validation_records=16")
     command += [f"--config.{o}" for o in (*run.overrides, *spared)]
     # Two runs on one core each are faster than one after the other on two.
     flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
@@ -143,7 +143,7 @@ def measure(run: Run, out: Path) -> dict:
     folder = out / run.name / ("dense" if run.target is None else "lte")
     model, params = lte_jax.load(folder)
     tokenizer = lte_jax.load_tokenizer(folder)
-    rows = data.pad_rows(data.tokenize(data.read_texts(DATA, newline=" "), tokenizer), 256)
+    rows = data.pad(data.tokenize(data.read_texts(DATA, newline=" "), tokenizer), 256)
     measured = evaluation.perplexity(model, params, rows, batch_size=27)
     return {
         "model": run.model,
@@ -156,7 +156,7 @@ def measure(run: Run, out: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown; the change is against the dense control of the same model."""
+    """Markdown; the change is against the dense baseline of the same model."""
     lines = [
         "| model | method | experts of | target | FFN sparsity | perplexity | against control |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -189,7 +189,7 @@ def figure(results: list[dict], path: Path) -> None:
     for axis, (model, size) in zip(axes, panels, strict=True):
         mine = [r for r in results if r["model"] == model]
         control = next(r["perplexity"] for r in mine if r["target"] is None)
-        axis.axhline(control, color="0.6", linestyle="--", label="dense control")
+        axis.axhline(control, color="0.6", linestyle="--", label="dense baseline")
         for method, style in (("LTE", "o-"), ("ridge, frozen", "s:"), ("random, frozen", "^:")):
             points = [r for r in mine if r["method"] == method and r["expert_size"] == size]
             axis.plot(

@@ -32,7 +32,7 @@ def get_config(arg=""):
     c.data.train = c.data.validation = "python-stdlib"
     c.data.length = 128  # L
     c.data.batch_size = 16
-    c.data.max_validation_rows = 128
+    c.data.max_validation_records = 128
 
     c.lte.expert_size = 16  # M
     if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
@@ -52,7 +52,7 @@ def get_config(arg=""):
         c.source.scratch.d_model, c.source.scratch.d_ff, c.source.scratch.num_layers = 32, 64, 2
         c.source.scratch.head_dim = 8
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8
-        c.data.max_validation_rows, c.lte.calibration_rows = 8, 4
+        c.data.max_validation_records, c.lte.calibration_records = 8, 4
         for stage in c.stages.values():
             stage.steps = 4
         c.log_every = c.eval_every = c.checkpoint.every = 2

@@ -47,7 +47,7 @@ def get_config(arg=""):
     c.data.join = ""  # that set is one line a record, newline included: perplexity is of the text
     c.data.length = 2048
     c.data.batch_size = 16
-    c.data.max_validation_rows = 256  # all of it
+    c.data.max_validation_records = 256  # all of it
 
     c.lte.expert_size = 32  # 344 experts a layer
     c.stages.finetune.steps = 3 * EPOCH
@@ -75,7 +75,7 @@ def _shrink(c):
     c.source.scratch = config.to_config_dict(config.ModelConfig(vocab_size=259))  # bytes, specials
     c.data.train = c.data.validation = "python-stdlib"
     c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8
-    c.data.max_validation_rows, c.lte.calibration_rows = 8, 4
+    c.data.max_validation_records, c.lte.calibration_records = 8, 4
     for stage in c.stages.values():
         stage.steps = 2
     c.log_every = c.eval_every = c.checkpoint.every = 1

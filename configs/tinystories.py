@@ -9,7 +9,7 @@ from ../shared; on other machines name a Llama folder or hub id and a data set, 
 --config.source.path=... --config.data.train=roneneldan/TinyStories.
 
 Cost:   three to five minutes on two cores.
-Expect: validation perplexity within 12%, 28% and 55% of a dense control at target_sparsity 0.5,
+Expect: validation perplexity within 12%, 28% and 55% of a dense baseline at target_sparsity 0.5,
         0.75 and 0.9: docs/log.md has the table, which `make tinystories` makes.
 
 Variants, joined by commas: ":stories260k", ":paper" (the paper's losses), ":smoke" (a test).
@@ -29,7 +29,7 @@ def get_config(arg=""):
     c.data.newline = " "  # neither model ever saw a newline
     c.data.length = 256  # L
     c.data.batch_size = 8
-    c.data.max_validation_rows = 128
+    c.data.max_validation_records = 128
 
     c.lte.expert_size = 32  # M
     if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
@@ -48,7 +48,7 @@ def get_config(arg=""):
         c.lte.expert_size = 4
     if "smoke" in words:  # every part of it, in seconds
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 64, 4
-        c.data.max_validation_rows, c.lte.calibration_rows = 8, 4
+        c.data.max_validation_records, c.lte.calibration_records = 8, 4
         for stage in (c.stages.router, c.stages.adapt):
             stage.steps = 4
         c.log_every = c.eval_every = c.checkpoint.every = 2

@@ -1,4 +1,4 @@
-"""The sparse expert feed-forward network in plain jnp: the truth all other kernels are held to.
+"""The sparse expert feed-forward network in plain jnp: the reference for all other kernels.
 
 One row of the input is one token; it uses only the experts its own row of the mask names:
 

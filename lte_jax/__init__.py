@@ -32,7 +32,7 @@ from lte_jax.evaluation import evaluate
 from lte_jax.generate import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
-from lte_jax.router_init import enough_rows as _enough_rows
+from lte_jax.router_init import enough_records as _enough_rows
 from lte_jax.routing import Routing
 
 __version__ = "0.1.0"
@@ -148,7 +148,7 @@ def moefy(
         router inputs (a warning says where there are fewer); any number fits into memory. Needed
         for the default settings grouping="coactivation" and router_init="ridge".
       mask: True (or > 0) where `calibration` is not padding; None: everywhere.
-      seed: of the grouping, of random router starts, and of the choice of `calibration_rows`.
+      seed: of the grouping, of random router starts, and of the choice of `calibration_records`.
       settings: fields of `LTEConfig`.
 
     Raises:
@@ -163,9 +163,9 @@ def moefy(
         calibration = _checks.array(calibration, "calibration")
         mask = None if mask is None else _checks.array(mask, "mask")
         _checks.batch(model.config, calibration, mask, name="calibration")
-        if lte.calibration_rows is not None:
+        if lte.calibration_records is not None:
             rng = np.random.default_rng(seed)
-            asked, d_model = lte.calibration_rows, model.config.d_model
+            asked, d_model = lte.calibration_records, model.config.d_model
             chosen = _enough_rows(np.asarray(calibration), d_model, asked, rng)
             calibration, mask = calibration[chosen], None if mask is None else mask[chosen]
     _checks.finite_params(params, "to be moefied")

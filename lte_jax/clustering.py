@@ -24,7 +24,7 @@ def balanced_kmeans(
 ) -> Int[np.ndarray, "E M"]:
     """Clusters of exactly F/E rows with a small sum of squared distances to their means.
 
-    Rows longer than LONGEST medians count as that long: they are quantised by the longest (see
+    Records longer than LONGEST medians count as that long: they are quantised by the longest (see
     `exact_gram`). Same input and seed, same clusters: on any number of threads and any machine.
 
     Raises:
@@ -138,7 +138,7 @@ def _shortening(length_F: np.ndarray) -> np.ndarray:
 
 
 def normalize(x_FD: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
-    """Rows scaled to L2 norm 1, float32; rows of zeros stay."""
+    """Records scaled to L2 norm 1, float32; rows of zeros stay."""
     x_FD = x_FD.astype(np.float32)
     return x_FD / np.maximum(_norms(x_FD), np.finfo(np.float32).tiny)[:, None].astype(np.float32)
 

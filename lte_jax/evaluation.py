@@ -3,7 +3,7 @@
 `evaluate` measures a model, and beside it the dense model it came from where one is given, and
 returns plain data: what report.py turns into tables and figures.
 
-Dimension key: B batch  L length  R rows  E experts  N layers  V vocabulary
+Dimension key: B batch  L length  R records  E experts  N layers  V vocabulary
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks, interrupt
-from lte_jax.data import Rows, eval_batches, tokenize
+from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import UserError
 from lte_jax.generate import decode, decode_config, generate_text
 from lte_jax.generate.decoding import computed, extend, prefill, sampling_params
-from lte_jax.losses import cross_entropy, layer_means, predicted
+from lte_jax.losses import cross_entropy, layer_means, loss_mask
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
@@ -40,7 +40,7 @@ _LATENCY_TOKENS = 32  # of the prompt, and of the text timed
 def evaluate(
     model: Transformer,
     params: Mapping[str, Any],
-    rows: Rows | Any,
+    records: Records | Any,
     *,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
@@ -55,20 +55,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Quality, sparsity and cost of a model, and of its dense model.
 
-        rows = data.pad_rows(data.tokenize(texts, tokenizer), length=256)
-        results = lte_jax.evaluate(model, params, rows, tokenizer=tokenizer)
+        records = data.pad(data.tokenize(texts, tokenizer), length=256)
+        results = lte_jax.evaluate(model, params, records, tokenizer=tokenizer)
         print(report.table([results]))
 
     Args:
       model: dense or LTE.
       params: its parameters.
-      rows: the text to predict, see `data.pad_rows`.
+      records: the text to predict, see `data.pad`.
       baseline: the dense model to compare with, and its parameters.
       tokenizer: for figures per byte and a sample text; without it there are none.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
       name: of `model` in the results; None: "LTE" or "dense".
-      batch_size: rows at a time.
+      batch_size: records at a time.
       prompt: of the sample text.
       sample_tokens: its length, and no more than the model has positions for.
       sample_temperature: 0 takes the likeliest token each time.
@@ -93,11 +93,11 @@ def evaluate(
     entrants.append(_Entrant(name, model, params, routing, threshold))
     sampled = tokenizer is not None and sample_tokens
     for entrant in entrants:
-        _check_rows(entrant.model, rows, entrant.routing, entrant.threshold)
+        _check_records(entrant.model, records, entrant.routing, entrant.threshold)
         if sampled:
             _check_prompt(entrant.model, tokenizer, prompt)
-    num_bytes = None if tokenizer is None else scored_bytes(rows, tokenizer)
-    entries = [_measured(entrant, rows, batch_size, num_bytes) for entrant in entrants]
+    num_bytes = None if tokenizer is None else scored_bytes(records, tokenizer)
+    entries = [_measured(entrant, records, batch_size, num_bytes) for entrant in entrants]
     if sampled:
         for entry, entrant in zip(entries, entrants, strict=True):
             text = _sample(entrant, tokenizer, prompt, sample_tokens, sample_temperature)
@@ -106,11 +106,11 @@ def evaluate(
         runs = [(e.model, e.params, e.routing, e.threshold) for e in entrants]
         if baseline is None and model.lte is not None:
             runs.insert(0, (model, params, "dense", None))
-        first = rows.tokens_RL[0][rows.segments_RL[0] == 1]
+        first = records.tokens_RL[0][records.segments_RL[0] == 1]
         times = decode_latency(runs, first, rounds=latency_rounds)
         for entry, milliseconds in zip(entries, times[-len(entries) :], strict=True):
             entry |= {"latency_ms": milliseconds, "latency_ratio": milliseconds / times[0]}
-    tokens = int(jnp.sum(predicted(jnp.asarray(rows.segments_RL))))
+    tokens = int(jnp.sum(loss_mask(jnp.asarray(records.segments_RL))))
     return {"tokens": tokens, "bytes": num_bytes, "models": entries}
 
 
@@ -126,13 +126,13 @@ class _Entrant:
 
 
 def _measured(
-    entrant: _Entrant, rows: Rows, batch_size: int, num_bytes: int | None
+    entrant: _Entrant, records: Records, batch_size: int, num_bytes: int | None
 ) -> dict[str, Any]:
     """What is known of a model without text or time."""
     quality = perplexity(
         entrant.model,
         entrant.params,
-        rows,
+        records,
         routing=entrant.routing,
         threshold=entrant.threshold,
         batch_size=batch_size,
@@ -161,7 +161,7 @@ def _sample(entrant: _Entrant, tokenizer: Any, prompt: str, tokens: int, tempera
 def perplexity(
     model: Transformer,
     params: Mapping[str, Any],
-    rows: Rows | Any,
+    records: Records | Any,
     *,
     routing: Routing | str | None = None,
     threshold: float | Any = None,
@@ -169,15 +169,15 @@ def perplexity(
     num_bytes: int | None = None,
     label: str = "evaluating",
 ) -> dict[str, Any]:
-    """How well the model predicts `rows`, and what its routers do meanwhile.
+    """How well the model predicts `records`, and what its routers do meanwhile.
 
     Args:
       model: dense or LTE.
       params: its parameters.
-      rows: token t + 1 is predicted wherever it is of the same text as token t.
+      records: token t + 1 is predicted wherever it is of the same text as token t.
       routing: as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
-      batch_size: rows at a time.
+      batch_size: records at a time.
       num_bytes: of the predicted text in UTF-8, for the figures per byte.
       label: of the progress bar, which shows on terminals; names the model in errors.
 
@@ -185,21 +185,21 @@ def perplexity(
       loss (nats per token), token_ppl; with `num_bytes` also bits_per_byte and byte_ppl; sparsity
       and sparsity_per_layer (0 and None where all experts run); score_histogram, the number of
       router scores in each of 64 equal parts of [0, 1]; union_sparsity, the share of experts that
-      none of so many rows needs, by number of rows.
+      none of so many records needs, by number of records.
 
     Raises:
-      UserError: on rows, routing or threshold that do not fit the model, and where parameters or
+      UserError: on records, routing or threshold that do not fit the model, and where parameters or
         the loss are not finite.
     """
     from tqdm import tqdm
 
-    _check_rows(model, rows, routing, threshold)
+    _check_records(model, records, routing, threshold)
     checks.finite_params(params, label)
     routing = model.lte.routing if routing is None and model.lte is not None else routing
-    batch_size = min(batch_size, len(rows))
+    batch_size = min(batch_size, len(records))
     totals: Any = None
-    with tqdm(total=len(rows), desc=label, unit=" rows", disable=None, leave=False) as bar:
-        for batch in eval_batches(rows, batch_size):
+    with tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar:
+        for batch in eval_batches(records, batch_size):
             interrupt.check("while measuring")
             sums = _measure(
                 model, params, batch["tokens"], batch["segments"], threshold, routing=routing
@@ -210,8 +210,8 @@ def perplexity(
     loss = float(totals["nll"] / totals["predicted"])
     if not math.isfinite(loss):
         raise UserError(
-            f"model {label!r}: the loss over these rows is {loss}, though all its parameters are "
-            f"finite: logits overflow in {model.dtype}; is this the text and the type it is for?"
+            f"model {label!r}: the loss over these records is {loss}, though all its parameters "
+            f"are finite: logits overflow in {model.dtype}; is this the text and the type for it?"
         )
     return _summary(totals, num_bytes, label)
 
@@ -222,27 +222,27 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     out = model.apply(
         {"params": params}, tokens_BL, routing=routing, mask=segments_BL, threshold=threshold
     )
-    predicted_BL, real_BL = predicted(segments_BL), segments_BL > 0
+    loss_mask_BL, token_mask_BL = loss_mask(segments_BL), segments_BL > 0
     one = jnp.ones((), jnp.float32)
     sums = {
-        "nll": cross_entropy(out.logits, tokens_BL, predicted_BL, one),
-        "predicted": jnp.sum(predicted_BL),
+        "nll": cross_entropy(out.logits, tokens_BL, loss_mask_BL, one),
+        "predicted": jnp.sum(loss_mask_BL),
     }
     if out.scores is None:
         return sums
     bins_NBLE = jnp.clip(out.scores * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
-    bins_NBLE = jnp.where(real_BL[None, :, :, None], bins_NBLE, HISTOGRAM_BINS)
+    bins_NBLE = jnp.where(token_mask_BL[None, :, :, None], bins_NBLE, HISTOGRAM_BINS)
     sums["histogram"] = jnp.bincount(bins_NBLE.ravel(), length=HISTOGRAM_BINS + 1)[:-1]
     if not make_routing(routing, model.config, model.lte).skips:  # all experts run
         return sums
-    real = jnp.sum(real_BL, dtype=jnp.float32)
+    real = jnp.sum(token_mask_BL, dtype=jnp.float32)
     sums["real"] = real
-    sums["skipped_N"] = (1.0 - layer_means(out.active, real_BL)) * real
+    sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * real
     sums["union"] = {}
-    for size in UNION_SIZES:  # what a kernel that serves so many rows at once can skip (Fig. 15)
+    for size in UNION_SIZES:  # what a kernel that serves so many records at once can skip (Fig. 15)
         if size > tokens_BL.shape[0]:
             break
-        together_1L = jnp.all(real_BL[:size], axis=0, keepdims=True)
+        together_1L = jnp.all(token_mask_BL[:size], axis=0, keepdims=True)
         needed_N1LE = jnp.any(out.active[:, :size], axis=1, keepdims=True)
         weight = jnp.sum(together_1L, dtype=jnp.float32)
         skipped = (1.0 - jnp.mean(layer_means(needed_N1LE, together_1L))) * weight
@@ -298,10 +298,10 @@ def cost(model: Transformer, sparsity: float) -> dict[str, float]:
     }
 
 
-def scored_bytes(rows: Rows, tokenizer: Any) -> int:
+def scored_bytes(records: Records, tokenizer: Any) -> int:
     """UTF-8 bytes of the text that `perplexity` predicts: each text but its first token."""
     total = 0
-    for tokens_L, segments_L in zip(rows.tokens_RL, rows.segments_RL, strict=True):
+    for tokens_L, segments_L in zip(records.tokens_RL, records.segments_RL, strict=True):
         for segment in range(1, int(segments_L.max()) + 1):
             ids = tokens_L[segments_L == segment].tolist()
             given, whole = decode(tokenizer, ids[:1]), decode(tokenizer, ids)
@@ -346,18 +346,18 @@ def decode_latency(
     return [statistics.median(seconds) / tokens * 1e3 for seconds in times]
 
 
-def _check_rows(model: Transformer, rows: Any, routing: Any, threshold: Any) -> None:
-    if not isinstance(rows, Rows):
+def _check_records(model: Transformer, records: Any, routing: Any, threshold: Any) -> None:
+    if not isinstance(records, Records):
         raise UserError(
-            f"rows is {type(rows).__name__}: expected data.Rows, as data.pad_rows makes them of "
-            "lists of token ids"
+            f"records is {type(records).__name__}: expected data.Records, as data.pad makes them "
+            "of lists of token ids"
         )
-    checks.batch(model.config, rows.tokens_RL, rows.segments_RL, name="rows.tokens_RL")
+    checks.batch(model.config, records.tokens_RL, records.segments_RL, name="records.tokens_RL")
     make_routing(routing, model.config, model.lte)
     checks.threshold(threshold)
-    if not jnp.any(predicted(jnp.asarray(rows.segments_RL))):
+    if not jnp.any(loss_mask(jnp.asarray(records.segments_RL))):
         raise UserError(
-            "there is no token to predict: expected rows with texts of 2 tokens or more"
+            "there is no token to predict: expected records with texts of 2 tokens or more"
         )
 
 

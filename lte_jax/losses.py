@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def predicted(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+def loss_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
     """Where the next token is of the same text: the positions that carry a task loss."""
     next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
     return (segments_BL == next_BL) & (segments_BL > 0)
@@ -24,21 +24,21 @@ def predicted(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
 def cross_entropy(
     logits_BLV: Float[Array, "B L V"],
     tokens_BL: Int[Array, "B L"],
-    predicted_BL: Bool[Array, "B L"],
+    loss_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Negative log-likelihood of the next token, nats per predicted token: L_task of Eq. 6."""
     targets_BL = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
     logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
     logp_BL = jnp.take_along_axis(logp_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(predicted_BL, logp_BL, 0.0)) / count
+    return -jnp.sum(jnp.where(loss_mask_BL, logp_BL, 0.0)) / count
 
 
 @jax.named_scope("distillation")
 def distillation(
     logits_BLV: Float[Array, "B L V"],
     teacher_BLV: Float[Array, "B L V"],
-    real_BL: Bool[Array, "B L"],
+    token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
     """KL(teacher || model), nats per real token (Hinton et al. 2015, temperature 1).
@@ -49,24 +49,24 @@ def distillation(
     logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
     teacher_logp_BLV = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32))
     kl_BL = jnp.sum(jnp.exp(teacher_logp_BLV) * (teacher_logp_BLV - logp_BLV), axis=-1)
-    return jnp.sum(jnp.where(real_BL, kl_BL, 0.0)) / count
+    return jnp.sum(jnp.where(token_mask_BL, kl_BL, 0.0)) / count
 
 
 @jax.named_scope("efficiency")
 def efficiency(
     scores_NBLE: Float[Array, "N B L E"],
-    real_BL: Bool[Array, "B L"],
+    token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
     power: int = 2,
 ) -> Float[Array, ""]:
     """Mean score to the `power` over layers, real tokens and experts (Eq. 4 prints the square)."""
-    return jnp.mean(layer_means(scores_NBLE.astype(jnp.float32) ** power, real_BL, count))
+    return jnp.mean(layer_means(scores_NBLE.astype(jnp.float32) ** power, token_mask_BL, count))
 
 
 @jax.named_scope("separability")
 def separability(
     scores_NBLE: Float[Array, "N B L E"],
-    real_BL: Bool[Array, "B L"],
+    token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
     threshold: Float[Array, ""] | float,
     eps: float,
@@ -77,22 +77,22 @@ def separability(
     expectation over any continuous density of scores there is infinite.
     """
     distance_NBLE = scores_NBLE.astype(jnp.float32) - threshold
-    return jnp.mean(layer_means(1.0 / (distance_NBLE**2 + eps), real_BL, count))
+    return jnp.mean(layer_means(1.0 / (distance_NBLE**2 + eps), token_mask_BL, count))
 
 
 def layer_means(
     values_NBLE: Float[Array, "N B L E"] | Bool[Array, "N B L E"],
-    real_BL: Bool[Array, "B L"],
+    token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, " N"]:
     """Means over the real tokens and experts of each layer; of active experts, the active fraction.
 
     Args:
       values_NBLE: scores, or which experts are active.
-      real_BL: the tokens that count.
+      token_mask_BL: the tokens that count.
       count: of real tokens in the whole batch, where this is a part of it; None: of these.
     """
     if count is None:
-        count = jnp.maximum(jnp.sum(real_BL, dtype=jnp.float32), 1.0)
+        count = jnp.maximum(jnp.sum(token_mask_BL, dtype=jnp.float32), 1.0)
     per_token_NBL = jnp.mean(values_NBLE.astype(jnp.float32), axis=3)
-    return jnp.sum(jnp.where(real_BL[None], per_token_NBL, 0.0), axis=(1, 2)) / count
+    return jnp.sum(jnp.where(token_mask_BL[None], per_token_NBL, 0.0), axis=(1, 2)) / count

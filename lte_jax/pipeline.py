@@ -43,9 +43,9 @@ from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefy import add_routers, to_experts
-from lte_jax.router_init import enough_rows
+from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
 
 log = logging.getLogger(__name__)
@@ -141,17 +141,17 @@ class _Run:
 
     @functools.cached_property
     def parts(self) -> preflight.Parts:
-        """Tokenizer, rows and the dense model's description; checked when first asked for."""
+        """Tokenizer, records and the dense model's description; checked when first asked for."""
         done = self.paths.dense if self.paths.has(self.paths.dense) else None
         return preflight.prepare(self.experiment, self.mesh, done, work.recorded(self.paths))
 
     @functools.cached_property
-    def calibration(self) -> data.Rows:
-        """Training rows that group neurons, start routers and set the last threshold."""
-        rows, rng = self.parts.rows[0], np.random.default_rng(self.experiment.seed)
-        asked, d_model = self.experiment.lte.calibration_rows, self.parts.config.d_model
-        chosen = enough_rows(rows.segments_RL, d_model, asked, rng)
-        return data.Rows(rows.tokens_RL[chosen], rows.segments_RL[chosen])
+    def calibration(self) -> data.Records:
+        """Training records that group neurons, start routers and set the last threshold."""
+        records, rng = self.parts.records[0], np.random.default_rng(self.experiment.seed)
+        asked, d_model = self.experiment.lte.calibration_records, self.parts.config.d_model
+        chosen = enough_records(records.segments_RL, d_model, asked, rng)
+        return data.Records(records.tokens_RL[chosen], records.segments_RL[chosen])
 
     def dense(self) -> None:
         """The dense model, trained on the task where the experiment has a finetune stage."""
@@ -167,7 +167,7 @@ class _Run:
             params = init()
         for stage in self.stages():
             if not stage.sparse:
-                control = Control.start(self.experiment.lte)
+                control = SparsityController.start(self.experiment.lte)
                 params = self._fit(model, stage, params, control, None).params
         self._save(self.paths.dense, model, params, source)
 
@@ -187,7 +187,7 @@ class _Run:
         """The stages that make it sparse, and the LTE folder."""
         model = self._model(*hf.read_config(self.paths.experts))
         assert model.lte is not None
-        params, control = self._load(self.paths.experts, model), Control.start(model.lte)
+        params, control = self._load(self.paths.experts, model), SparsityController.start(model.lte)
         distils = any(stage.distill_weight for stage in self.stages())
         teacher = jax.tree.map(jnp.copy, params) if distils else None
         for stage in self.stages():
@@ -238,7 +238,7 @@ class _Run:
         results = evaluation.evaluate(
             model,
             params,
-            self.parts.rows[1],
+            self.parts.records[1],
             baseline=baseline,
             tokenizer=self.parts.tokenizer,
             batch_size=self.experiment.data.batch_size,
@@ -259,7 +259,7 @@ class _Run:
             stage,
             params,
             control,
-            self.parts.rows,
+            self.parts.records,
             self.experiment,
             self.paths.checkpoints(stage.name),
             self.writer,

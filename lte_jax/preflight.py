@@ -37,7 +37,7 @@ class Parts:
     config: ModelConfig  # of the dense model
     source: Path | None  # folder of the model that the dense one starts from; None: random weights
     tokenizer: Any
-    rows: tuple[data.Rows, data.Rows]  # to train on, to validate on
+    records: tuple[data.Records, data.Records]  # to train on, to validate on
     inputs: dict[str, Any]  # name -> [number, digest] of all that was read
 
 
@@ -73,16 +73,16 @@ def prepare(
         end = data.end_token(experiment.data, tokenizer, config, load)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which it learns to end texts with
-    rows = data.build(experiment.data, tokenizer, config, experiment.seed, end)
+    records = data.build(experiment.data, tokenizer, config, experiment.seed, end)
     inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), data.digest(part)]
-        for name, part in zip(("train", "validation"), rows, strict=True)
+        for name, part in zip(("train", "validation"), records, strict=True)
     }
     if named:
         inputs |= _fingerprints("tokenizer", hf.resolve(named), COMPANIONS)
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
-    return Parts(config, source, tokenizer, rows, inputs)
+    return Parts(config, source, tokenizer, records, inputs)
 
 
 def is_sparse(experiment: Experiment) -> bool:

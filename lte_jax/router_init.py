@@ -51,7 +51,7 @@ def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: 
     return router
 
 
-def enough_rows(
+def enough_records(
     segments_RL: Int[np.ndarray, "R L"], d_model: int, asked: int | None, rng: np.random.Generator
 ) -> Int[np.ndarray, " C"]:
     """A random choice of rows to calibrate on, ascending.
@@ -212,7 +212,7 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
         log.warning(
             "calibration: %d tokens are %.1f for each of the d_model + 1 = %d unknowns of a "
             "router's logit; with fewer than %d routers start worse: give %d tokens "
-            "(lte.calibration_rows, where an experiment sets it)",
+            "(lte.calibration_records, where an experiment sets it)",
             *(tokens, tokens / (d_model + 1), d_model + 1, TOKENS_PER_UNKNOWN, wanted),
         )
 

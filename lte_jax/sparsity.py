@@ -23,12 +23,12 @@ from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.model import Transformer
 from lte_jax.routing import kind
 
-# Signed PI on e = kept - wanted, per step: weight = P e + (sum of I e). Found in trials at a peak
-# learning rate of routers of 2e-3: within a point at 50, 75 and 90%. Learning is an integrator,
-# e' = -g weight, and g is proportional to the rate (Adam). So e'' + g P e' + g I e = 0, damped by
-# (P / 2) sqrt(g / I): 0.49 in those trials, g = 1.2e-3. With I proportional to the rate as well
-# the damping is that of the trials at any rate, but where one step of P overshoots (g P > 2, some
-# 40 times the rate).
+# A signed PI controller of e = active fraction - wanted fraction: in each step, weight = P e +
+# (sum of I e). The gains are from trials with a peak learning rate of routers of 2e-3, where the
+# sparsity came within a point of 50, 75 and 90%. Learning is an integrator, e' = -g weight, and g
+# is proportional to the rate (Adam). So e'' + g P e' + g I e = 0, with damping (P / 2) sqrt(g / I):
+# 0.49 in those trials, where g = 1.2e-3. If I is proportional to the rate as well, the damping is
+# the same at any rate, until one step of P overshoots (g P > 2, some 40 times the rate).
 INTEGRAL_GAIN, _PROPORTIONAL_GAIN = 2.0, 40.0
 _REFERENCE_RATE = 2e-3
 _WEIGHT_RANGE = (-5.0, 50.0)
@@ -44,7 +44,7 @@ _BINS = 2**14  # edges are exact in float32
 
 
 @flax.struct.dataclass
-class Control:
+class SparsityController:
     """What decides the sparsity of the next step; part of every checkpoint. Scalars, float32."""
 
     # Not annotated by shape: shardings and abstract values take the arrays' places at times.
@@ -54,22 +54,24 @@ class Control:
     target_sparsity: Any  # a value, so that one compiled step serves every target; 0: none
 
     @classmethod
-    def start(cls, lte: LTEConfig) -> Control:
+    def start(cls, lte: LTEConfig) -> SparsityController:
         """The control before the first step."""
         weight = lte.efficiency_weight
         values = (weight, weight, lte.threshold, lte.target_sparsity or 0.0)
         return cls(*(jnp.asarray(value, jnp.float32) for value in values))
 
-    def steer_weight(self, kept: Float[Array, ""], integral_gain: float = INTEGRAL_GAIN) -> Control:
-        """After a step that kept a share `kept` of the experts: the next efficiency weight."""
-        error = kept - (1.0 - self.target_sparsity)
+    def steer_weight(
+        self, active_fraction: Float[Array, ""], integral_gain: float = INTEGRAL_GAIN
+    ) -> SparsityController:
+        """The next efficiency weight, after a step that ran this share of the experts."""
+        error = active_fraction - (1.0 - self.target_sparsity)
         integral = jnp.clip(self.integral + integral_gain * error, *_WEIGHT_RANGE)
         weight = jnp.clip(integral + _PROPORTIONAL_GAIN * error, *_WEIGHT_RANGE)
         return self.replace(integral=integral, efficiency_weight=weight)
 
-    def steer_threshold(self, kept: Float[Array, ""]) -> Control:
-        """After a step that kept a share `kept` of the experts: the next threshold."""
-        error = kept - (1.0 - self.target_sparsity)
+    def steer_threshold(self, active_fraction: Float[Array, ""]) -> SparsityController:
+        """The next threshold, after a step that ran this share of the experts."""
+        error = active_fraction - (1.0 - self.target_sparsity)
         threshold = self.threshold + _THRESHOLD_GAIN * error
         return self.replace(threshold=jnp.clip(threshold, *_THRESHOLD_RANGE))
 
@@ -113,7 +115,7 @@ def score_histogram(
     model: Transformer, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
 ) -> Int[Array, " S"]:
     """How many scores of real tokens lie in each bin of (0, 1], routed as served; to be jitted."""
-    real_BL = batch["segments"] > 0
+    token_mask_BL = batch["segments"] > 0
     out = model.apply(
         {"params": params},
         batch["tokens"],
@@ -123,7 +125,7 @@ def score_histogram(
     )
     # A score on an edge is not above it: it belongs to the bin below.
     bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
-    real_NBLE = jnp.broadcast_to(real_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)
+    real_NBLE = jnp.broadcast_to(token_mask_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)
     return jnp.zeros(_BINS, jnp.int32).at[bin_NBLE].add(real_NBLE)
 
 

@@ -27,7 +27,7 @@ from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
 from lte_jax.training_step import Batch, TrainState
 from lte_jax.writers import Writer
@@ -42,7 +42,7 @@ class Trained:
     """What a stage ends with."""
 
     params: Any
-    control: Control
+    control: SparsityController
     validation_loss: float  # nats per predicted token, hard routing
     validation_sparsity: float
 
@@ -51,8 +51,8 @@ def fit(
     model: Transformer,
     stage: Stage,
     params: Any,
-    control: Control,
-    rows: tuple[data.Rows, data.Rows],
+    control: SparsityController,
+    records: tuple[data.Records, data.Records],
     experiment: Experiment,
     folder: str | Path,
     writer: Writer,
@@ -68,7 +68,7 @@ def fit(
       stage: what to train and how, see stages.py.
       params: where the stage starts; copied.
       control: likewise.
-      rows: to train on, and to validate on.
+      records: to train on, and to validate on.
       experiment: batch size, optimizer, seed, and how often to log, validate and save.
       folder: of this stage's checkpoints.
       writer: of metrics.
@@ -87,7 +87,7 @@ def fit(
         Checkpointer(folder, keep_last=keep.keep_last, keep_best=keep.keep_best) as checkpointer,
         _Trace(profile) as trace,
     ):
-        loop = _Loop(model, stage, experiment, rows, mesh, writer, checkpointer)
+        loop = _Loop(model, stage, experiment, records, mesh, writer, checkpointer)
         loop.begin(params, control)
         while True:
             loop.validate()
@@ -113,18 +113,20 @@ class _Loop:
         model: Transformer,
         stage: Stage,
         experiment: Experiment,
-        rows: tuple[data.Rows, data.Rows],
+        records: tuple[data.Records, data.Records],
         mesh: jax.sharding.Mesh,
         writer: Writer,
         checkpointer: Checkpointer,
     ):
         self._model, self._stage, self._experiment, self._mesh = model, stage, experiment, mesh
-        self._writer, self._checkpointer, self._held_out = writer, checkpointer, rows[1]
+        self._writer, self._checkpointer, self._held_out = writer, checkpointer, records[1]
         seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
-        self._batches = data.train_iterator(rows[0], experiment.data.batch_size, seed, **_share())
+        self._batches = data.train_iterator(
+            records[0], experiment.data.batch_size, seed, **_share()
+        )
         self._unchecked: tuple[int, Any, Any] | None = None  # a step, its metrics and its batch
 
-    def begin(self, params: Any, control: Control) -> None:
+    def begin(self, params: Any, control: SparsityController) -> None:
         """Compiles; takes up the newest checkpoint, or starts from `params`."""
         experiment, stage = self._experiment, self._stage
         optimizer = optim.make(experiment.optim, stage.config, stage.rules)
@@ -152,7 +154,7 @@ class _Loop:
         self._writer.start(stage.name, self.step, stage.config.steps)
 
     def validate(self) -> None:
-        """Means over the validation rows, where they are due and no signal cuts them short."""
+        """Means over the validation records, where they are due and no signal cuts them short."""
         due = self.step % self._experiment.eval_every == 0 or self.step == self._stage.config.steps
         if not (self.step and due) or self.validation:
             return
@@ -226,12 +228,12 @@ class _Trace(contextlib.ExitStack):
 def settle_threshold(
     model: Transformer,
     params: Any,
-    control: Control,
-    rows: data.Rows,
+    control: SparsityController,
+    records: data.Records,
     batch_size: int,
     mesh: jax.sharding.Mesh,
-) -> Control:
-    """The control with the threshold that gives the wanted sparsity on `rows`, hard routing.
+) -> SparsityController:
+    """The control with the threshold that gives the wanted sparsity on `records`, hard routing.
 
     Where scores crowd at one value it may be out of reach: a warning says what was reached.
     """
@@ -242,7 +244,7 @@ def settle_threshold(
 
     def histogram(threshold: float) -> np.ndarray:
         total = np.zeros((), np.int64)
-        for batch in data.eval_batches(rows, batch_size, **_share()):
+        for batch in data.eval_batches(records, batch_size, **_share()):
             interrupt.check("while setting the threshold")
             total = total + np.asarray(count(params, _to_mesh(batch, mesh), np.float32(threshold)))
         return total
@@ -253,7 +255,7 @@ def settle_threshold(
     log.log(
         logging.INFO if abs(reached - target) <= sparsity.SETTLED else logging.WARNING,
         "threshold set to %.4f on %d calibration records: sparsity %.4f (target %.4f)",
-        *(threshold, len(rows), reached, target),
+        *(threshold, len(records), reached, target),
     )
     return control.replace(threshold=jnp.asarray(threshold, jnp.float32))
 
@@ -282,6 +284,6 @@ def _with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def _to_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """This process's rows of a batch as its part of the global arrays."""
+    """This process's records of a batch as its part of the global arrays."""
     place = sharding.batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}

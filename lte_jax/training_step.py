@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from lte_jax import losses, sharding
 from lte_jax.model import Transformer
 from lte_jax.routing import kind
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
 
 Batch = dict[str, Array | np.ndarray]  # tokens [B, L] and segments [B, L], int32
@@ -34,7 +34,7 @@ class TrainState:
     step: Any  # of this stage, int32
     params: Any
     opt_state: Any
-    control: Control
+    control: SparsityController
 
 
 def make_loss(model: Transformer, stage: Stage) -> Callable:
@@ -46,7 +46,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
 
     def loss(params, teacher, batch, control, counts):
         tokens, segments = batch["tokens"], batch["segments"]
-        predicted, real = losses.predicted(segments), segments > 0
+        loss_mask, real = losses.loss_mask(segments), segments > 0
         out = model.apply(
             {"params": params},
             tokens,
@@ -54,7 +54,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             mask=segments,
             threshold=control.threshold,
         )
-        task = losses.cross_entropy(out.logits, tokens, predicted, counts["predicted"])
+        task = losses.cross_entropy(out.logits, tokens, loss_mask, counts["predicted"])
         total, parts = stage.task_weight * task, {"task": task}
         if stage.distill_weight:
             with jax.named_scope("teacher"):
@@ -63,7 +63,9 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
             power = model.lte.efficiency_power
-            parts["kept"] = jnp.mean(losses.layer_means(out.active, real, counts["real"]))
+            parts["active_fraction"] = jnp.mean(
+                losses.layer_means(out.active, real, counts["real"])
+            )
             parts["efficiency"] = losses.efficiency(out.scores, real, counts["real"], power)
             if stage.efficiency:
                 total += control.efficiency_weight * parts["efficiency"]
@@ -92,7 +94,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = {
-            "predicted": _count(losses.predicted(batch["segments"])),
+            "predicted": _count(losses.loss_mask(batch["segments"])),
             "real": _count(batch["segments"] > 0),
         }
 
@@ -115,13 +117,16 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         control = state.control
         if stage.steer == "weight":
-            control = control.steer_weight(parts["kept"], stage.integral_gain)
+            control = control.steer_weight(parts["active_fraction"], stage.integral_gain)
         elif stage.steer == "threshold":
-            control = control.steer_threshold(parts["kept"])
+            control = control.steer_threshold(parts["active_fraction"])
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
-        if "kept" in parts:
-            metrics["sparsity"] = 1.0 - metrics.pop("kept")
-            metrics |= {"eta": state.control.efficiency_weight, "tau": state.control.threshold}
+        if "active_fraction" in parts:
+            metrics["sparsity"] = 1.0 - metrics.pop("active_fraction")
+            metrics |= {
+                "efficiency_weight": state.control.efficiency_weight,
+                "threshold": state.control.threshold,
+            }
         return TrainState(state.step + 1, params, opt_state, control), metrics
 
     return step
@@ -132,7 +137,7 @@ def _count(mask: Array) -> Float[Array, ""]:
 
 
 def _interleave(x: Array, parts: int) -> Array:
-    """[B, ...] as [parts, B/parts, ...]: rows i, i + parts, ... so that no row moves device."""
+    """[B, ...] as [parts, B/parts, ...]: records i, i + parts, ... so that no row moves device."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
@@ -142,14 +147,14 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
         tokens, segments = batch["tokens"], batch["segments"]
-        predicted, one = losses.predicted(segments), jnp.ones((), jnp.float32)
+        loss_mask, one = losses.loss_mask(segments), jnp.ones((), jnp.float32)
         out = model.apply(
             {"params": params}, tokens, routing=routing, mask=segments, threshold=threshold
         )
         real = jnp.sum((segments > 0).astype(jnp.float32))
         return {
-            "loss": losses.cross_entropy(out.logits, tokens, predicted, one),
-            "predicted": jnp.sum(predicted.astype(jnp.float32)),
+            "loss": losses.cross_entropy(out.logits, tokens, loss_mask, one),
+            "predicted": jnp.sum(loss_mask.astype(jnp.float32)),
             "skipped": out.sparsity * real,
             "real": real,
         }

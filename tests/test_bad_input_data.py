@@ -214,7 +214,7 @@ def test_padding_would_keep_one_row_of_a_joined_text():
 
 
 def test_batch_that_processes_cannot_share():
-    rows = data.pad_rows([], 4)
+    rows = data.pad([], 4)
     with pytest.raises(UserError) as error:
         data.train_iterator(rows, batch_size=6, seed=0, shard_index=0, shard_count=4)
     told(error, "data.batch_size=6", "4 processes")

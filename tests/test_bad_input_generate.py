@@ -11,7 +11,7 @@ import tiny
 from lte_jax import evaluation, report
 from lte_jax.__main__ import main
 from lte_jax.config import UserError
-from lte_jax.data import pad_rows
+from lte_jax.data import pad
 from lte_jax.generate import generate
 from lte_jax.model import Transformer, abstract_params
 
@@ -72,14 +72,14 @@ def test_bad_input_of_other_types(wrong, message, monkeypatch):
     test_bad_input_of_generate(wrong, message, False, monkeypatch)
 
 
-ROWS = pad_rows([np.arange(1, 20)], 16)
+ROWS = pad([np.arange(1, 20)], 16)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: evaluation.perplexity(MODEL, PARAMS, pad_rows([np.ones(1, int)], 8)),
+            lambda: evaluation.perplexity(MODEL, PARAMS, pad([np.ones(1, int)], 8)),
             "no token to",
         ),
         (lambda: evaluation.evaluate(MODEL, PARAMS, ROWS, batch_size=0), "batch_size=0"),

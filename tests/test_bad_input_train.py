@@ -43,8 +43,8 @@ def experiment(texts):
     one = StageConfig(steps=1)
     return Experiment(
         source=SourceConfig(scratch=scratch),
-        data=DataConfig(train=texts, length=16, batch_size=8, max_validation_rows=8),
-        lte=LTEConfig(expert_size=8, calibration_rows=4),
+        data=DataConfig(train=texts, length=16, batch_size=8, max_validation_records=8),
+        lte=LTEConfig(expert_size=8, calibration_records=4),
         stages=StagesConfig(one, one, one),
         sample_tokens=0,
     )
@@ -149,7 +149,7 @@ def test_bad_input_on_the_command_line_ends_with_code_2(override, words, tmp_pat
 def test_bad_input_weights_that_are_not_finite_stop_and_save_the_batch(experiment, tmp_path):
     model, params = tiny.model_and_params()
     params = jax.tree.map(lambda p: p.at[..., 0].set(jnp.nan), params)
-    rows = data.Rows(*(np.asarray(tiny.batch(16)[k]) for k in ("tokens", "segments")))
+    rows = data.Records(*(np.asarray(tiny.batch(16)[k]) for k in ("tokens", "segments")))
     stage = tiny.stage("adapt", distill_weight=0.0, task_weight=1.0)
     with pytest.raises(UserError) as caught:
         trainer.fit(

@@ -21,7 +21,7 @@ PARAMS, DENSE_PARAMS = (
     abstract_params(DENSE),
 )  # no check may come so late that it needs numbers
 TOKENS = np.arange(12).reshape(2, 6)
-ROWS = data.pad_rows([np.arange(1, 20)], 16)
+ROWS = data.pad([np.arange(1, 20)], 16)
 APPLY = functools.partial(lte_jax.apply, MODEL, PARAMS)
 
 WRONG_TOKENS = [
@@ -66,8 +66,8 @@ def test_tokens(change, message):
     refused(f"tokens .*{message}", APPLY, wrong)
     refused(f"calibration .*{message}", lte_jax.moefy, DENSE, DENSE_PARAMS, wrong)
     if not isinstance(wrong, list | str):
-        rows = data.Rows(wrong, np.ones(wrong.shape, int))
-        refused(f"rows.tokens_RL .*{message}", evaluation.perplexity, MODEL, PARAMS, rows)
+        rows = data.Records(wrong, np.ones(wrong.shape, int))
+        refused(f"records.tokens_RL .*{message}", evaluation.perplexity, MODEL, PARAMS, rows)
 
 
 def test_tokens_of_other_kinds():
@@ -143,7 +143,7 @@ def test_prompts_of_texts():
     refused("prompt 'o+' has 41 tokens: expected 1 to 31", evaluate, prompt="o" * 40)
     refused("prompt is NoneType", evaluate, prompt=None)
     refused("sample_tokens=-1", evaluate, sample_tokens=-1)
-    refused("rows is list: expected data.Rows", lte_jax.evaluate, model, params, [[1, 2]])
+    refused("records is list: expected data.Records", lte_jax.evaluate, model, params, [[1, 2]])
     refused("batch_size=2.0", evaluate, batch_size=2.0)
 
 
@@ -198,7 +198,7 @@ def test_logits_that_are_not_finite():
     model, params = tiny.model_and_params(lte=None)
     params["lm_head"] = {"kernel": jnp.full_like(params["lm_head"]["kernel"], 3e38)}
     refused(
-        "model 'dense': the loss over these rows is (nan|inf)",
+        "model 'dense': the loss over these records is (nan|inf)",
         lte_jax.evaluate,
         model,
         params,

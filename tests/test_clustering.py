@@ -107,7 +107,7 @@ def test_same_clusters_on_any_number_of_threads_and_any_machine(settings):
 
 
 def test_a_long_row_disturbs_no_clusters():
-    """Rows are quantised by the longest: with one of 5,000 the others all were zeros."""
+    """Records are quantised by the longest: with one of 5,000 the others all were zeros."""
     rng = np.random.default_rng(0)
     planted_F = rng.permutation(np.repeat(np.arange(20), 16))
     x_FD = rng.standard_normal((20, 64))[planted_F] + rng.standard_normal((320, 64))

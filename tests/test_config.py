@@ -136,7 +136,7 @@ BAD_OVERRIDES = {
     "source.compute_dtype=bfloat16": "config.source.compute_dtype is no more: set "
     "config.compute.dtype",
     "source.remat=True": "config.source.remat is no more: set config.compute.remat",
-    "calibration_rows=4": "config.calibration_rows is no more: set config.lte.calibration_rows",
+    "calibration_rows=4": "config.calibration_rows is no more: set config.lte.calibration_records",
     "lte.seed=-1": "config.lte.seed is no more: set config.seed",
     "name=mine": "config.name is no more: leave it out",
     "lte.separability_weight=-1": "config.lte.separability_weight=-1.0: expected zero or more",
@@ -213,7 +213,7 @@ def test_numbers_are_checked_wherever_a_dataclass_is_made():
     for wrong in (
         {"threshold": 7.0},
         {"threshold": math.nan},
-        {"calibration_rows": 0},
+        {"calibration_records": 0},
         {"expert_size": 0},
     ):
         with pytest.raises(config.UserError, match=next(iter(wrong))):

@@ -19,8 +19,8 @@ from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.errors import UserError
 
 
-def write_rows(path: Path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_rows(path: Path, records) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
     return str(path)
 
 
@@ -34,8 +34,8 @@ def random_documents(seed: int, count: int, longest: int) -> list[np.ndarray]:
 
 
 def test_json_lines(tmp_path):
-    rows = [{"text": "one\ntwo"}, {"text": ""}, {"text": "three", "id": 3}, {"text": "four"}]
-    path = write_rows(tmp_path / "a.jsonl", rows)
+    records = [{"text": "one\ntwo"}, {"text": ""}, {"text": "three", "id": 3}, {"text": "four"}]
+    path = write_rows(tmp_path / "a.jsonl", records)
     assert data.read_texts(path) == ["one\ntwo", "three", "four"]
     assert data.read_texts(path, newline=" ", limit=2) == ["one two", "three"]
 
@@ -112,21 +112,21 @@ def test_standard_library_is_deterministic_and_split():
     assert len(everything) > 300 and not any("Copyright (c) pip" in text for text in everything)
 
 
-# ------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------ records
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 64])
 def test_packing_has_every_token_once_with_right_segments(length):
     documents = random_documents(seed=length, count=200, longest=40)
-    rows = data.pack_rows(documents, length)
-    assert rows.tokens_RL.shape[1] == length and rows.tokens_RL.dtype == np.int32
-    real = rows.segments_RL > 0
-    tokens = np.sort(rows.tokens_RL[real])
+    records = data.pack(documents, length)
+    assert records.tokens_RL.shape[1] == length and records.tokens_RL.dtype == np.int32
+    real = records.segments_RL > 0
+    tokens = np.sort(records.tokens_RL[real])
     np.testing.assert_array_equal(tokens, np.arange(1, len(np.concatenate(documents)) + 1))
-    assert not rows.tokens_RL[~real].any()
+    assert not records.tokens_RL[~real].any()
 
     pieces = {tuple(d[i : i + length]) for d in documents for i in range(0, len(d), length)}
-    for row in (rows[i] for i in range(len(rows))):
+    for row in (records[i] for i in range(len(records))):
         segments = row["segments"]
         count = segments.max()
         # 1, 2, ... in runs, then padding.
@@ -139,45 +139,45 @@ def test_packing_has_every_token_once_with_right_segments(length):
 
 def test_packing_is_tight_and_keeps_short_documents_whole():
     documents = random_documents(seed=0, count=2000, longest=60)
-    rows = data.pack_rows(documents, 128)
-    assert (rows.segments_RL > 0).mean() > 0.98
+    records = data.pack(documents, 128)
+    assert (records.segments_RL > 0).mean() > 0.98
     first = {d[0]: len(d) for d in documents}
-    for tokens, segments in zip(rows.tokens_RL, rows.segments_RL, strict=True):
+    for tokens, segments in zip(records.tokens_RL, records.segments_RL, strict=True):
         for segment in range(1, segments.max() + 1):
             own = tokens[segments == segment]
             assert first[own[0]] == len(own)
 
 
 def test_padding_lays_one_document_a_row():
-    rows = data.pad_rows([np.array([5, 6], np.int32), np.array([7, 8, 9, 10], np.int32)], 3)
-    assert rows.tokens_RL.tolist() == [[5, 6, 0], [7, 8, 9]]
-    assert rows.segments_RL.tolist() == [[1, 1, 0], [1, 1, 1]]
+    records = data.pad([np.array([5, 6], np.int32), np.array([7, 8, 9, 10], np.int32)], 3)
+    assert records.tokens_RL.tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert records.segments_RL.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_digest_tells_rows_apart():
     tokens_RL, segments_RL = np.arange(12, dtype=np.int32).reshape(3, 4), np.ones((3, 4), np.int32)
-    digest = data.digest(data.Rows(tokens_RL, segments_RL))
+    digest = data.digest(data.Records(tokens_RL, segments_RL))
     bytes_of = b"(3, 4)" + struct.pack("<24i", *range(12), *[1] * 12)
     assert digest == hashlib.sha256(bytes_of).hexdigest()
     other_RL = tokens_RL.copy()
     other_RL[2, 3] += 1
     others = [
-        data.Rows(other_RL, segments_RL),
-        data.Rows(tokens_RL, segments_RL * 2),
-        data.Rows(tokens_RL.reshape(4, 3), segments_RL.reshape(4, 3)),
-        data.Rows(tokens_RL[:2], segments_RL[:2]),
+        data.Records(other_RL, segments_RL),
+        data.Records(tokens_RL, segments_RL * 2),
+        data.Records(tokens_RL.reshape(4, 3), segments_RL.reshape(4, 3)),
+        data.Records(tokens_RL[:2], segments_RL[:2]),
     ]
     assert len({digest, *map(data.digest, others)}) == 5
-    views = data.Rows(np.asfortranarray(tokens_RL), segments_RL[::-1][::-1])
+    views = data.Records(np.asfortranarray(tokens_RL), segments_RL[::-1][::-1])
     assert data.digest(views) == digest
 
 
 # ---------------------------------------------------------------------------------------- batches
 
 
-def numbered_rows(count: int) -> data.Rows:
+def numbered_rows(count: int) -> data.Records:
     tokens_RL = np.repeat(np.arange(count, dtype=np.int32)[:, None], 3, axis=1)
-    return data.Rows(tokens_RL, np.ones_like(tokens_RL))
+    return data.Records(tokens_RL, np.ones_like(tokens_RL))
 
 
 def row_numbers(batches) -> np.ndarray:
@@ -195,9 +195,9 @@ def test_each_epoch_has_every_row_once_in_a_new_order():
 
 
 def test_order_is_a_function_of_the_seed():
-    rows = numbered_rows(10)
+    records = numbered_rows(10)
     one, same, other = (
-        row_numbers(itertools.islice(data.train_iterator(rows, 5, seed), 4)).tolist()
+        row_numbers(itertools.islice(data.train_iterator(records, 5, seed), 4)).tolist()
         for seed in (1, 1, 2)
     )
     assert one == same != other
@@ -205,13 +205,13 @@ def test_order_is_a_function_of_the_seed():
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3, 7, 20])  # an epoch is 2.5 batches
 def test_resume_of_data_continues_exactly(taken):
-    rows = numbered_rows(10)
-    stream = data.train_iterator(rows, batch_size=4, seed=0)
+    records = numbered_rows(10)
+    stream = data.train_iterator(records, batch_size=4, seed=0)
     for _ in range(taken):
         next(stream)
     state = json.loads(json.dumps(stream.get_state()))
     expected = row_numbers(itertools.islice(stream, 12))
-    fresh = data.train_iterator(rows, batch_size=4, seed=0)
+    fresh = data.train_iterator(records, batch_size=4, seed=0)
     next(fresh)
     for resumed in fresh, stream:
         resumed.set_state(state)
@@ -220,9 +220,9 @@ def test_resume_of_data_continues_exactly(taken):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_are_disjoint_and_make_up_the_same_batches(shards):
-    rows = numbered_rows(10)
-    whole = data.train_iterator(rows, batch_size=4, seed=0)
-    parts = [data.train_iterator(rows, 4, 0, shard, shards) for shard in range(shards)]
+    records = numbered_rows(10)
+    whole = data.train_iterator(records, batch_size=4, seed=0)
+    parts = [data.train_iterator(records, 4, 0, shard, shards) for shard in range(shards)]
     for _ in range(6):
         np.testing.assert_array_equal(
             row_numbers([next(part) for part in parts]), row_numbers([next(whole)])
@@ -232,8 +232,8 @@ def test_shards_are_disjoint_and_make_up_the_same_batches(shards):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_eval_batches_have_every_row_once_and_padding_without_loss(shards):
-    rows = numbered_rows(10)
-    batches = zip(*[data.eval_batches(rows, 4, i, shards) for i in range(shards)], strict=True)
+    records = numbered_rows(10)
+    batches = zip(*[data.eval_batches(records, 4, i, shards) for i in range(shards)], strict=True)
     whole = [{k: np.concatenate([b[k] for b in parts]) for k in parts[0]} for parts in batches]
     assert [batch["tokens"].shape for batch in whole] == [(4, 3)] * 3
     segments = np.concatenate([batch["segments"] for batch in whole])
@@ -252,12 +252,12 @@ def test_build_from_files(tmp_path):
     train = write_rows(tmp_path / "train.jsonl", [{"story": t} for t in texts])
     validation = write_rows(tmp_path / "validation.jsonl", [{"story": t} for t in texts[:50]])
     config = DataConfig(
-        train=train, validation=validation, column="story", length=32, max_validation_rows=7
+        train=train, validation=validation, column="story", length=32, max_validation_records=7
     )
     tokenizer = data.byte_tokenizer()
-    rows, kept = data.build(config, tokenizer, MODEL, seed=0)
+    records, kept = data.build(config, tokenizer, MODEL, seed=0)
     assert len(kept) == 7
-    assert (rows.segments_RL > 0).sum() == sum(len(t) + 1 for t in texts)
+    assert (records.segments_RL > 0).sum() == sum(len(t) + 1 for t in texts)
     again = data.build(config, tokenizer, MODEL, seed=0)[1]
     other = data.build(config, tokenizer, MODEL, seed=1)[1]
     np.testing.assert_array_equal(kept.tokens_RL, again.tokens_RL)
@@ -267,20 +267,20 @@ def test_build_from_files(tmp_path):
 def test_build_holds_out_whole_documents_where_no_validation_is_named(tmp_path):
     texts = [f"{i:03d}" + "x" * 60 for i in range(100)]
     path = write_rows(tmp_path / "train.jsonl", [{"text": t} for t in texts])
-    config = DataConfig(train=path, length=64, pack=False, max_validation_rows=5)
+    config = DataConfig(train=path, length=64, pack=False, max_validation_records=5)
     parts = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
-    names = [{bytes(row[1:4].tolist()).decode() for row in rows.tokens_RL} for rows in parts]
+    names = [{bytes(row[1:4].tolist()).decode() for row in records.tokens_RL} for records in parts]
     assert len(names[0]) == 95 and len(names[1]) == 5
     assert not names[0] & names[1]
 
 
 def test_build_from_the_standard_library(monkeypatch):
     texts = {part: data.read_texts("python-stdlib", split=part)[:30] for part in data.texts.SPLITS}
-    monkeypatch.setattr(data.rows, "read_texts", lambda *args: texts[args[4]])
-    config = DataConfig(train="python-stdlib", validation="python-stdlib", max_validation_rows=8)
-    rows, kept = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
-    assert len(rows) > 100 and len(kept) == 8
-    assert (rows.segments_RL > 0).sum() == sum(len(t.encode()) + 1 for t in texts["train"])
+    monkeypatch.setattr(data.packing, "read_texts", lambda *args: texts[args[4]])
+    config = DataConfig(train="python-stdlib", validation="python-stdlib", max_validation_records=8)
+    records, kept = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
+    assert len(records) > 100 and len(kept) == 8
+    assert (records.segments_RL > 0).sum() == sum(len(t.encode()) + 1 for t in texts["train"])
 
 
 def test_build_from_real_stories(shared):
@@ -288,9 +288,11 @@ def test_build_from_real_stories(shared):
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260k")
     source = str(shared / "data/tinystories/validation.jsonl")
-    config = DataConfig(train=source, max_validation_rows=4, newline=" ")
-    rows, kept = data.build(config, tokenizer, ModelConfig(vocab_size=512), seed=0)
-    text = tokenizer.decode(rows.tokens_RL[0][rows.segments_RL[0] == 1], skip_special_tokens=True)
+    config = DataConfig(train=source, max_validation_records=4, newline=" ")
+    records, kept = data.build(config, tokenizer, ModelConfig(vocab_size=512), seed=0)
+    text = tokenizer.decode(
+        records.tokens_RL[0][records.segments_RL[0] == 1], skip_special_tokens=True
+    )
     assert any(text.strip() in story for story in data.read_texts(source, newline=" "))
     assert len(kept) == 4
 
@@ -298,11 +300,11 @@ def test_build_from_real_stories(shared):
 # ------------------------------------------------------------------------------- the end of a text
 
 
-def segments_of(rows: data.Rows) -> list[list[int]]:
+def segments_of(records: data.Records) -> list[list[int]]:
     """The token ids of each segment of each row, in order."""
     return [
         tokens[segments == segment].tolist()
-        for tokens, segments in zip(rows.tokens_RL, rows.segments_RL, strict=True)
+        for tokens, segments in zip(records.tokens_RL, records.segments_RL, strict=True)
         for segment in range(1, segments.max() + 1)
     ]
 
@@ -317,8 +319,8 @@ def test_the_end_stands_after_the_last_piece(tmp_path):
     # With <s>: 4 tokens, 12 of which 8 fill a row, 8 that fill one, and 15: the end fills the last.
     texts = ["abc", "d" * 11, "e" * 7, "f" * 14]
     other = write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in texts])
-    rows, kept = build_lines(tmp_path, texts, 257, validation=other)
-    assert sorted(segments_of(rows)) == sorted(
+    records, kept = build_lines(tmp_path, texts, 257, validation=other)
+    assert sorted(segments_of(records)) == sorted(
         [
             [256, *b"abc", 257],
             [256, *b"d" * 7],
@@ -336,8 +338,8 @@ def test_the_end_stands_after_the_last_piece(tmp_path):
 def test_a_padded_row_that_cuts_its_document_has_no_end(tmp_path):
     texts = ["abc", "d" * 11, "e" * 7, "f" * 6]
     other = write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in texts])
-    rows, kept = build_lines(tmp_path, texts, 257, validation=other, pack=False)
-    assert segments_of(rows) == [
+    records, kept = build_lines(tmp_path, texts, 257, validation=other, pack=False)
+    assert segments_of(records) == [
         [256, *b"abc", 257],
         [256, *b"d" * 7],
         [256, *b"e" * 7],
@@ -348,10 +350,10 @@ def test_a_padded_row_that_cuts_its_document_has_no_end(tmp_path):
 
 def test_documents_held_out_have_no_end(tmp_path):
     texts = [f"{i:02d}" for i in range(30)]
-    rows, kept = build_lines(tmp_path, texts, 257, max_validation_rows=2, pack=False)
-    assert all(ids[-1] == 257 for ids in segments_of(rows))
+    records, kept = build_lines(tmp_path, texts, 257, max_validation_records=2, pack=False)
+    assert all(ids[-1] == 257 for ids in segments_of(records))
     assert 257 not in kept.tokens_RL
-    texts_of = [{bytes(ids[1:3]) for ids in segments_of(part)} for part in (rows, kept)]
+    texts_of = [{bytes(ids[1:3]) for ids in segments_of(part)} for part in (records, kept)]
     assert len(texts_of[0]) == 27 and len(texts_of[1]) == 2 and not texts_of[0] & texts_of[1]
 
 
@@ -360,28 +362,28 @@ def test_documents_held_out_have_no_end(tmp_path):
 
 @pytest.mark.parametrize("kind", ["txt", "joined"])
 def test_one_text_is_held_out_by_blocks_of_a_row(tmp_path, kind):
-    text = "".join(f"{i:04d}" for i in range(210))  # with <s> 841 tokens: 105 rows and a token
+    text = "".join(f"{i:04d}" for i in range(210))  # with <s> 841 tokens: 105 records and a token
     if kind == "txt":
         (tmp_path / "a.txt").write_text(text)
         config = {"train": str(tmp_path / "a.txt")}
     else:
         config = {"join": ""}
     lines = [text[i : i + 21] for i in range(0, len(text), 21)]
-    rows, kept = build_lines(tmp_path, lines, 257, **config)
+    records, kept = build_lines(tmp_path, lines, 257, **config)
     blocks = [[256, *text.encode(), 257][i : i + 8] for i in range(0, 842, 8)]
     assert len(kept) == 10 and (kept.segments_RL == 1).all()
     held = kept.tokens_RL.tolist()
     assert [block for block in blocks if block in held] == held  # in the text's order
-    assert rows.tokens_RL[:-1].tolist() == [block for block in blocks[:-1] if block not in held]
-    assert segments_of(rows)[-1] == blocks[-1] == [*b"9", 257]
+    assert records.tokens_RL[:-1].tolist() == [block for block in blocks[:-1] if block not in held]
+    assert segments_of(records)[-1] == blocks[-1] == [*b"9", 257]
     assert build_lines(tmp_path, lines, 257, **config)[1].tokens_RL.tolist() == held
 
 
 def test_joined_validation_is_one_text_too(tmp_path):
     other = write_rows(tmp_path / "validation.jsonl", [{"text": "ab\n"}, {"text": "cdefghijk\n"}])
-    rows, kept = build_lines(tmp_path, ["xyz\n", "uvw\n"], 257, validation=other, join="")
+    records, kept = build_lines(tmp_path, ["xyz\n", "uvw\n"], 257, validation=other, join="")
     assert segments_of(kept) == [[256, *b"ab\ncdef"], [*b"ghijk\n"]]
-    assert segments_of(rows) == [[256, *b"xyz\nuvw"], [*b"\n", 257]]
+    assert segments_of(records) == [[256, *b"xyz\nuvw"], [*b"\n", 257]]
 
 
 # ------------------------------------------------------------------------------------- vocabulary
@@ -393,6 +395,6 @@ def test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare(tmp_pat
     config = DataConfig(train=path, length=8, batch_size=1)
     model = ModelConfig(vocab_size=258)
     with caplog.at_level(logging.INFO):
-        rows, _ = data.build(config, data.byte_tokenizer(), model, 0, 257)
-    assert rows.tokens_RL.max() == 257
+        records, _ = data.build(config, data.byte_tokenizer(), model, 0, 257)
+    assert records.tokens_RL.max() == 257
     assert caplog.text.count("the tokenizer has 259 tokens, the model's vocabulary 258") == 1

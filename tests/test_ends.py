@@ -26,8 +26,8 @@ CONFIG = ModelConfig(vocab_size=259, d_model=32, d_ff=64, num_layers=1, head_dim
 @pytest.fixture
 def texts(tmp_path):
     path = tmp_path / "texts.jsonl"
-    rows = [{"text": "tale " + "x" * i} for i in range(0, 60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [{"text": "tale " + "x" * i} for i in range(0, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
     return DataConfig(train=str(path), length=32, batch_size=8)
 
 
@@ -113,7 +113,7 @@ def test_a_run_records_its_end_token_and_keeps_to_it(texts, tmp_path, monkeypatc
     first = preflight.prepare(experiment, mesh, None, {})
     assert first.inputs["end_token"] == 257
     assert first.config.eos_ids == (257,)  # so that `generate` ends where a text does
-    ends = first.rows[0].tokens_RL == 257
+    ends = first.records[0].tokens_RL == 257
     assert ends.sum() == 52  # of 54 documents in training: two fill their last row, without an end
 
     paths = workdir.Paths(tmp_path / "run")
@@ -137,6 +137,6 @@ def test_a_run_asks_its_pretrained_model(shared, tmp_path):
     )
     parts = preflight.prepare(experiment, sharding.make_mesh(experiment.mesh), None, {})
     assert parts.inputs["end_token"] == 1
-    tokens_RL, segments_RL = parts.rows[0].tokens_RL, parts.rows[0].segments_RL
+    tokens_RL, segments_RL = parts.records[0].tokens_RL, parts.records[0].segments_RL
     last_R = tokens_RL[np.arange(len(tokens_RL)), (segments_RL == 1).sum(1) - 1]
     assert (last_R == 1).mean() > 0.3  # the others are cut

@@ -16,7 +16,7 @@ import tiny
 
 import lte_jax
 from lte_jax import evaluation, figures, hf, report
-from lte_jax.data import Rows, byte_tokenizer, pack_rows, pad_rows, read_texts, tokenize
+from lte_jax.data import Records, byte_tokenizer, pack, pad, read_texts, tokenize
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
 
@@ -40,31 +40,31 @@ def dense_of(model, params):
 
 
 def packed():
-    """Three rows with several texts and some padding each."""
+    """Three records with several texts and some padding each."""
     documents = tokenize(TEXTS * 2, TOKENIZER)
-    rows = pack_rows([document[:12] for document in documents], 30)
-    assert len(rows) >= 3 and rows.segments_RL.max() > 1 and rows.segments_RL.min() == 0
-    return rows
+    records = pack([document[:12] for document in documents], 30)
+    assert len(records) >= 3 and records.segments_RL.max() > 1 and records.segments_RL.min() == 0
+    return records
 
 
 def test_perplexity_by_hand(lte):
     model, params = lte
-    rows = packed()
-    measured = evaluation.perplexity(model, params, rows, batch_size=2, num_bytes=100)
+    records = packed()
+    measured = evaluation.perplexity(model, params, records, batch_size=2, num_bytes=100)
 
     nll, active, scores = [], [], []
     apply = jax.jit(lambda t, s: model.apply({"params": params}, t, mask=s))
-    for r in range(len(rows)):
-        one = rows[r : r + 1]
+    for r in range(len(records)):
+        one = records[r : r + 1]
         out = apply(one["tokens"], one["segments"])
-        for t in range(rows.tokens_RL.shape[1]):
-            segment = rows.segments_RL[r, t]
+        for t in range(records.tokens_RL.shape[1]):
+            segment = records.segments_RL[r, t]
             if segment:
                 active.append(np.asarray(out.active[:, 0, t]))
                 scores.append(np.asarray(out.scores[:, 0, t]))
-            if segment and t + 1 < 30 and rows.segments_RL[r, t + 1] == segment:
+            if segment and t + 1 < 30 and records.segments_RL[r, t + 1] == segment:
                 logp_V = jax.nn.log_softmax(out.logits[0, t])
-                nll.append(-float(logp_V[rows.tokens_RL[r, t + 1]]))
+                nll.append(-float(logp_V[records.tokens_RL[r, t + 1]]))
     assert measured["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
     assert measured["token_ppl"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-5)
     assert measured["byte_ppl"] == pytest.approx(math.exp(np.sum(nll) / 100), rel=1e-5)
@@ -79,12 +79,12 @@ def test_perplexity_by_hand(lte):
 
 def test_union_sparsity_falls_with_the_batch(lte):
     model, params = lte
-    rows = Rows(np.random.default_rng(0).integers(0, 256, (8, 16)), np.ones((8, 16), int))
-    rows = Rows(rows.tokens_RL.astype(np.int32), rows.segments_RL.astype(np.int32))
-    measured = evaluation.perplexity(model, params, rows, batch_size=8)
+    records = Records(np.random.default_rng(0).integers(0, 256, (8, 16)), np.ones((8, 16), int))
+    records = Records(records.tokens_RL.astype(np.int32), records.segments_RL.astype(np.int32))
+    measured = evaluation.perplexity(model, params, records, batch_size=8)
     union = measured["union_sparsity"]
     assert list(union) == ["1", "2", "4", "8"]
-    active_NBLE = model.apply({"params": params}, jnp.asarray(rows.tokens_RL)).active
+    active_NBLE = model.apply({"params": params}, jnp.asarray(records.tokens_RL)).active
     for size, value in union.items():
         expected = 1 - np.asarray(active_NBLE)[:, : int(size)].any(axis=1).mean()
         assert value == pytest.approx(expected, abs=1e-6)
@@ -93,7 +93,7 @@ def test_union_sparsity_falls_with_the_batch(lte):
 
 def test_bytes_of_the_scored_text():
     documents = tokenize(TEXTS, TOKENIZER)
-    whole = pad_rows(documents, 40)
+    whole = pad(documents, 40)
     assert evaluation.scored_bytes(whole, TOKENIZER) == sum(len(text.encode()) for text in TEXTS)
     # One byte is one token here; the first of a row, <s> or not, is given.
     assert evaluation.scored_bytes(packed(), TOKENIZER) == sum(
@@ -109,7 +109,7 @@ def test_evaluate_beside_the_dense_model(lte):
     results = evaluation.evaluate(
         model,
         params,
-        pad_rows(tokenize(TEXTS, TOKENIZER), 24),
+        pad(tokenize(TEXTS, TOKENIZER), 24),
         baseline=dense_of(model, params),
         tokenizer=TOKENIZER,
         threshold=0.0,  # all experts on: the dense model in other words
@@ -133,8 +133,8 @@ def test_perplexity_of_a_real_model(shared):
     params = hf.load_params(folder, config, lte, dtype="float32")
     stories = shared / "data" / "tinystories" / "validation.jsonl"
     texts = read_texts(str(stories), newline=" ", limit=40)
-    rows = pad_rows(tokenize(texts, hf.load_tokenizer(folder)), 256)
-    measured = evaluation.perplexity(Transformer(config, lte), params, rows)
+    records = pad(tokenize(texts, hf.load_tokenizer(folder)), 256)
+    measured = evaluation.perplexity(Transformer(config, lte), params, records)
     assert measured["token_ppl"] == pytest.approx(2.000, rel=1e-3)
 
 
@@ -296,8 +296,8 @@ def test_script_joins_records_into_one_text(lte, tmp_path, monkeypatch):
     (tmp_path / "lines.jsonl").write_text(records)
     seen = []
 
-    def measure(model, params, rows, **chosen):
-        seen.append(rows)
+    def measure(model, params, records, **chosen):
+        seen.append(records)
         raise UserError("enough")
 
     monkeypatch.setattr(lte_jax, "evaluate", measure)
@@ -305,10 +305,10 @@ def test_script_joins_records_into_one_text(lte, tmp_path, monkeypatch):
     flags |= {"join": "-", "length": 6, "rows": 3}
     with pytest.raises(SystemExit):
         run_script(monkeypatch, *(f"--{key}={value}" for key, value in flags.items()))
-    [rows] = seen
+    [records] = seen
     [text] = tokenize(["one--two three"], TOKENIZER)
-    np.testing.assert_array_equal(rows.tokens_RL[rows.segments_RL > 0], text)
-    assert rows.tokens_RL.shape == (3, 6)
+    np.testing.assert_array_equal(records.tokens_RL[records.segments_RL > 0], text)
+    assert records.tokens_RL.shape == (3, 6)
 
 
 def test_script_bad_input(tmp_path, monkeypatch, capsys):

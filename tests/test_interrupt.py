@@ -74,7 +74,7 @@ def test_nested_handlers_tell_once(capsys):
 
 def rows(count):
     tokens, segments = (np.asarray(tiny.batch(count)[k]) for k in ("tokens", "segments"))
-    return data.Rows(tokens, segments)
+    return data.Records(tokens, segments)
 
 
 def fit(folder, steps=1):

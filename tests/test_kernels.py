@@ -1,4 +1,4 @@
-"""Every implementation behind the door keeps the contract of kernels/README.md."""
+"""Every implementation behind the dispatch keeps the contract of kernels/README.md."""
 
 import functools
 import math
@@ -91,7 +91,7 @@ def error(y, expected):
 
 @functools.cache
 def compiled(implementation, activation="silu"):
-    """The door under jit, so that shapes met before are not compiled again."""
+    """The dispatch under jit, so that shapes met before are not compiled again."""
     return jax.jit(
         lambda x, active, weights, layer=None: kernels.sparse_ffn(
             x, active, weights, activation=activation, layer=layer, implementation=implementation
@@ -198,7 +198,7 @@ def test_linear(implementation, dtype, transposed):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attend(implementation, dtype):
-    """Rows see different keys, some with gaps; some query heads share a kv head."""
+    """Records see different keys, some with gaps; some query heads share a kv head."""
     rng = np.random.default_rng(0)
     for rows, h, k, c, length in ((1, 4, 4, 16, 9), (3, 8, 2, 24, 33), (2, 3, 3, 40, 12)):
         q_BHC, keys, values = (

@@ -10,7 +10,7 @@ import pytest
 from lte_jax import optim, sharding, stages, training_step
 from lte_jax.config import load_config
 from lte_jax.model import Transformer, abstract_params
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 
 DENSE = 6_738_415_616  # as Meta counts it
 ROUTERS, BIASES = 45_088_768, 11_008  # 32 x 4096 x 344 and 32 x 344
@@ -49,7 +49,10 @@ def test_llama7b_train_step_lowers_on_a_mesh(name):
 
     def start(params):
         return training_step.TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(experiment.lte)
+            jnp.zeros((), jnp.int32),
+            params,
+            optimizer.init(params),
+            SparsityController.start(experiment.lte),
         )
 
     def placed(shapes, shardings):

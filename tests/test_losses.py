@@ -18,7 +18,7 @@ SCORES = jnp.array(
 
 def test_predicted_is_where_the_next_token_is_of_the_same_text():
     segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2]])
-    assert losses.predicted(segments).astype(int).tolist() == [
+    assert losses.loss_mask(segments).astype(int).tolist() == [
         [1, 0, 1, 1, 0, 0, 0],
         [0, 1, 1, 1, 1, 1, 0],
     ]

@@ -31,7 +31,7 @@ def loss_and_gradients(lte, stage, mesh):
     def whole(params, teacher, batch):
         segments = batch["segments"]
         counts = {
-            "predicted": jnp.sum(losses.predicted(segments).astype(jnp.float32)),
+            "predicted": jnp.sum(losses.loss_mask(segments).astype(jnp.float32)),
             "real": jnp.sum((segments > 0).astype(jnp.float32)),
         }
         return loss(params, teacher, batch, tiny.control(), counts)

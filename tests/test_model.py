@@ -275,7 +275,7 @@ def test_every_stored_type_runs_as_it_loads(stored, tmp_path):
         if not kernels.unavailable(name)
     ]
     assert all(text == texts[0] for text in texts)
-    rows = data.pad_rows(list(tokens), 24)
+    rows = data.pad(list(tokens), 24)
     assert lte_jax.evaluate(model, sparse, rows, baseline=(dense, params), latency_rounds=1)
 
 

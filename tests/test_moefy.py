@@ -230,10 +230,10 @@ def test_calibration_rows_are_a_choice_of_the_seed():
         _, new = lte_jax.moefy(model, params, tokens, expert_size=8, **settings)
         return np.asarray(new["layers"]["ffn"]["up"])
 
-    np.testing.assert_array_equal(order(calibration_rows=8), order(calibration_rows=8))
-    np.testing.assert_array_equal(order(calibration_rows=24), order())
-    assert not np.array_equal(order(calibration_rows=8), order())
-    assert not np.array_equal(order(calibration_rows=8, seed=1), order(calibration_rows=8))
+    np.testing.assert_array_equal(order(calibration_records=8), order(calibration_records=8))
+    np.testing.assert_array_equal(order(calibration_records=24), order())
+    assert not np.array_equal(order(calibration_records=8), order())
+    assert not np.array_equal(order(calibration_records=8, seed=1), order(calibration_records=8))
 
 
 # ---------------------------------------------------------------------------------------- bad input

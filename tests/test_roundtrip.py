@@ -26,7 +26,7 @@ from lte_jax import hf, sharding
 from lte_jax.config import LTEConfig, MeshConfig
 from lte_jax.model import Transformer, abstract_params
 
-LTE = LTEConfig(expert_size=8, threshold=0.4375, calibration_rows=3, target_sparsity=None)
+LTE = LTEConfig(expert_size=8, threshold=0.4375, calibration_records=3, target_sparsity=None)
 
 
 def import_export(folder, new, **options):
@@ -237,12 +237,12 @@ def test_an_lte_folder_of_an_earlier_version_loads(tmp_path):
     hf.save(tmp_path / "lte", config, LTE, params, dense, order_NEM)
     file = tmp_path / "lte/config.json"
     values = json.loads(file.read_text())
-    values["lte"] = {k: v for k, v in values["lte"].items() if k != "calibration_rows"} | {
+    values["lte"] = {k: v for k, v in values["lte"].items() if k != "calibration_records"} | {
         "seed": 3
     }
     file.write_text(json.dumps(values))
     (tmp_path / "lte/manifest.json").unlink()
-    assert hf.read_config(tmp_path / "lte")[1] == dataclasses.replace(LTE, calibration_rows=None)
+    assert hf.read_config(tmp_path / "lte")[1] == dataclasses.replace(LTE, calibration_records=None)
 
 
 def test_roundtrip_saves_what_was_trained_as_it_is(tmp_path):

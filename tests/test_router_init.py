@@ -225,7 +225,7 @@ def test_rows_for_the_width_of_the_model():
     segments_RL[:, 48:] = 0  # 48 real tokens a row
 
     def choose(d_model, asked):
-        return router_init.enough_rows(segments_RL, d_model, asked, np.random.default_rng(0))
+        return router_init.enough_records(segments_RL, d_model, asked, np.random.default_rng(0))
 
     assert len(choose(127, None)) == 86  # 32 * 128 / 48 = 85.3
     assert len(choose(15, None)) == 32
@@ -238,7 +238,7 @@ def test_rows_for_the_width_of_the_model():
 def test_too_little_training_text_is_all_taken_and_said(caplog):
     segments_RL = np.ones((40, 64), np.int32)
     rng = np.random.default_rng(0)
-    assert len(router_init.enough_rows(segments_RL, 127, None, rng)) == 40
+    assert len(router_init.enough_records(segments_RL, 127, None, rng)) == 40
     assert "all 2560 tokens of the training text, fewer than the 4096 wanted" in caplog.text
 
 

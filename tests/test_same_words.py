@@ -21,7 +21,7 @@ def sparse(request, shared):
     model, params = lte_jax.load(shared / "models" / name, "float32")  # as exact as they agree
     tokenizer = lte_jax.load_tokenizer(shared / "models" / name)
     texts = data.read_texts(str(shared / "data/tinystories/validation.jsonl"), newline=" ")[:24]
-    rows = data.pad_rows(data.tokenize(texts, tokenizer), 256)
+    rows = data.pad(data.tokenize(texts, tokenizer), 256)
     model, params = lte_jax.moefy(
         model, params, rows.tokens_RL, rows.segments_RL, expert_size=expert_size
     )

@@ -10,9 +10,9 @@ import tiny
 
 from lte_jax import data, losses, sharding, sparsity, stages, trainer
 from lte_jax.config import LTEConfig, MeshConfig, StageConfig, StagesConfig
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 
-CALIBRATION = data.Rows(*map(np.asarray, tiny.batch(24, seed=5).values()))
+CALIBRATION = data.Records(*map(np.asarray, tiny.batch(24, seed=5).values()))
 
 
 def scattered(model, params, seed=0):
@@ -92,7 +92,7 @@ def damping(rate: float) -> float:
         kept -= 1.2e-3 / slower * control.efficiency_weight
         return (control, kept), kept - 0.5
 
-    start = (Control.start(lte), jnp.float32(0.51))
+    start = (SparsityController.start(lte), jnp.float32(0.51))
     error = np.asarray(jax.lax.scan(step, start, None, round(400 * slower))[1], np.float64)
     trough = np.argmin(error)
     decrement = np.log(-error[trough] / np.max(error[trough:]))  # of half a period
@@ -117,10 +117,10 @@ def control(**values):
 
 def test_the_control_starts_as_the_config_says():
     lte = LTEConfig(efficiency_weight=1.5, threshold=0.4, target_sparsity=0.7)
-    start = Control.start(lte)
+    start = SparsityController.start(lte)
     found = [start.efficiency_weight, start.integral, start.threshold, start.target_sparsity]
     assert [float(x) for x in found] == pytest.approx([1.5, 1.5, 0.4, 0.7])
-    assert float(Control.start(LTEConfig(target_sparsity=None)).target_sparsity) == 0.0
+    assert float(SparsityController.start(LTEConfig(target_sparsity=None)).target_sparsity) == 0.0
 
 
 def test_the_weight_follows_the_error_and_its_sum():

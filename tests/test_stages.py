@@ -19,7 +19,7 @@ from lte_jax.config import (
     StagesConfig,
 )
 from lte_jax.errors import UserError
-from lte_jax.sparsity import Control, flops_per_token
+from lte_jax.sparsity import SparsityController, flops_per_token
 
 PRESET_NAMES = ["ours", pytest.param("paper", marks=pytest.mark.slow)]
 
@@ -31,7 +31,7 @@ def steps(stage, model, params, count, optim_config=tiny.OPTIM, rows=8):
     )
     lte = model.lte or tiny.LTE
     state = training_step.TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), Control.start(lte)
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), SparsityController.start(lte)
     )
     metrics = {}
     for i in range(count):
@@ -75,7 +75,7 @@ def test_routers_are_bit_identical_after_adapt(preset):
 def test_gradients_agree_with_finite_differences(routing):
     model, params = tiny.model_and_params()
     batch = tiny.batch(2)
-    predicted = losses.predicted(batch["segments"])
+    predicted = losses.loss_mask(batch["segments"])
 
     @jax.jit
     def loss(params):
@@ -165,7 +165,7 @@ def test_padding_counts_in_no_loss_and_no_statistic():
     def parts(batch):
         segments = batch["segments"]
         counts = {
-            "predicted": jnp.sum(losses.predicted(segments).astype(jnp.float32)),
+            "predicted": jnp.sum(losses.loss_mask(segments).astype(jnp.float32)),
             "real": jnp.sum((segments > 0).astype(jnp.float32)),
         }
         return loss(params, params, batch, tiny.control(), counts)[1]
@@ -183,7 +183,7 @@ def test_distillation_acts_on_the_last_token_of_a_text():
     batch = tiny.batch(2)
     segments_BL = np.asarray(batch["segments"])
     counts = {
-        "predicted": jnp.sum(losses.predicted(batch["segments"]).astype(jnp.float32)),
+        "predicted": jnp.sum(losses.loss_mask(batch["segments"]).astype(jnp.float32)),
         "real": jnp.sum((batch["segments"] > 0).astype(jnp.float32)),
     }
     assert float(counts["real"]) == float(counts["predicted"]) + 4  # two texts in each of two rows
@@ -256,7 +256,7 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
     teacher, batch = jax.tree.map(lambda p: p * 1.1, params), tiny.batch(2)
     segments, real = batch["segments"], batch["segments"] > 0
     count = {
-        "predicted": jnp.sum(losses.predicted(segments).astype(jnp.float32)),
+        "predicted": jnp.sum(losses.loss_mask(segments).astype(jnp.float32)),
         "real": jnp.sum(real.astype(jnp.float32)),
     }
     control = tiny.control(lte).replace(efficiency_weight=jnp.float32(2.0))
@@ -269,7 +269,7 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
     mine, dense = out(params, stage.routing), out(teacher, "dense")
     expected = {
         "task": losses.cross_entropy(
-            mine.logits, batch["tokens"], losses.predicted(segments), count["predicted"]
+            mine.logits, batch["tokens"], losses.loss_mask(segments), count["predicted"]
         ),
         "distill": losses.distillation(mine.logits, dense.logits, real, count["real"]),
         "efficiency": losses.efficiency(mine.scores, real, count["real"], 2),

@@ -19,7 +19,7 @@ from lte_jax.config import (
     StageConfig,
     StagesConfig,
 )
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 
 STEPS = 4
 
@@ -45,12 +45,12 @@ def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None,
         eval_every=STEPS, log_every=1,
     )  # fmt: skip
     model, params = tiny.model_and_params(lte)
-    control = Control.start(lte)
+    control = SparsityController.start(lte)
     if threshold is not None:
         control = control.replace(threshold=jnp.float32(threshold))
     recorder = Recorder()
     trained = trainer.fit(
-        *(model, made[stage], params, control, (rows(24, 0), rows(12, 1)), settings, folder),
+        *(model, made[stage], params, control, (records(24, 0), records(12, 1)), settings, folder),
         recorder,
         mesh=sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1]),
         teacher=params,
@@ -59,13 +59,13 @@ def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None,
     return trained, recorder.losses
 
 
-def rows(count, seed):
-    """Rows of two texts each; in the last third the second is cut to three tokens."""
+def records(count, seed):
+    """Records of two texts each; in the last third the second is cut to three tokens."""
     made = {name: np.array(x) for name, x in tiny.batch(count, seed=seed).items()}
     for row in range(2 * count // 3, count):
         [second] = np.nonzero(made["segments"][row] == 2)
         made["segments"][row, second[3:]] = 0
-    return data.Rows(made["tokens"], made["segments"])
+    return data.Records(made["tokens"], made["segments"])
 
 
 def test_validation_is_the_mean_over_tokens_under_hard_routing(tmp_path):
@@ -73,7 +73,7 @@ def test_validation_is_the_mean_over_tokens_under_hard_routing(tmp_path):
     lte = LTEConfig(expert_size=8, stage1_routing="soft", distill_weight=0.0, target_sparsity=None)
     trained, _ = fit(tmp_path, lte=lte, rate=0.0, threshold=0.55)
     model, params = tiny.model_and_params(lte)
-    validation = rows(12, 1)
+    validation = records(12, 1)
 
     def measured(routing):
         out = model.apply(
@@ -100,7 +100,7 @@ def test_validation_is_the_mean_over_tokens_under_hard_routing(tmp_path):
 
 
 def test_the_seed_decides_the_order_of_the_data(tmp_path):
-    """At a rate of zero the loss of a step tells which rows it saw."""
+    """At a rate of zero the loss of a step tells which records it saw."""
     one, other = (
         [*fit(tmp_path / str(seed), "adapt", rate=0.0, seed=seed)[1].values()] for seed in (0, 1)
     )
@@ -159,7 +159,7 @@ def test_each_part_of_a_step_has_a_scope():
     [_, stage, _] = stages.make(tiny.STAGES, lte)
     optimizer = optim.make(tiny.OPTIM, stage.config, stage.rules)
     state = training_step.TrainState(
-        jnp.int32(0), params, optimizer.init(params), Control.start(lte)
+        jnp.int32(0), params, optimizer.init(params), SparsityController.start(lte)
     )
     step = training_step.make_train_step(model, stage, optimizer)
     text = jax.jit(step).lower(state, tiny.batch(4), params).as_text(debug_info=True)

@@ -11,7 +11,7 @@ import pytest
 from lte_jax import data, hf, sharding, stages, trainer, writers
 from lte_jax.config import Experiment, LTEConfig, MeshConfig, StageConfig, StagesConfig
 from lte_jax.model import Transformer
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 
 moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 LENGTH = 512
@@ -39,8 +39,8 @@ def of_the_end(model, params, texts, end, threshold=None) -> tuple[float, float]
     The second is the log loss of the event "the story ends here" over all positions of a story: a
     model that expects ends everywhere has a high probability in the right place, and a high loss.
     """
-    rows = data.pad_rows(texts, LENGTH)
-    real_BL = rows.segments_RL > 0
+    rows = data.pad(texts, LENGTH)
+    token_mask_BL = rows.segments_RL > 0
 
     @jax.jit
     def chances(params, tokens, segments):
@@ -48,10 +48,10 @@ def of_the_end(model, params, texts, end, threshold=None) -> tuple[float, float]
         return jax.nn.softmax(out.logits)[..., end]
 
     p_BL = np.asarray(chances(params, rows.tokens_RL, rows.segments_RL), np.float64)
-    last_B = real_BL.sum(axis=1) - 1
+    last_B = token_mask_BL.sum(axis=1) - 1
     right_B = p_BL[np.arange(len(p_BL)), last_B]
-    real_BL[np.arange(len(p_BL)), last_B] = False
-    loss = -(np.log(right_B).sum() + np.log1p(-p_BL)[real_BL].sum()) / len(p_BL)
+    token_mask_BL[np.arange(len(p_BL)), last_B] = False
+    loss = -(np.log(right_B).sum() + np.log1p(-p_BL)[token_mask_BL].sum()) / len(p_BL)
     return float(right_B.mean()), float(loss)
 
 
@@ -74,8 +74,8 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
     assert before > 0.6
 
     learnt = [np.append(s, end) for s in stories(texts / "train.jsonl", tokenizer, 300)]
-    rows = data.pack_rows(learnt, LENGTH)
-    some = data.Rows(rows.tokens_RL[:4], rows.segments_RL[:4])
+    rows = data.pack(learnt, LENGTH)
+    some = data.Records(rows.tokens_RL[:4], rows.segments_RL[:4])
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
     def fit(model, name, params, control, teacher):
@@ -87,7 +87,7 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
             teacher=teacher,
         )
 
-    start = Control.start(SETTINGS.lte)
+    start = SparsityController.start(SETTINGS.lte)
     dense = fit(model, "finetune", params, start, None)
     after_dense, loss_dense = of_the_end(model, dense.params, told, end)
 

@@ -203,7 +203,7 @@ def test_a_run_begun_with_keys_of_an_earlier_version_goes_on(experiment, tmp_pat
     paths = Paths(tmp_path)
     paths.dense.mkdir()
     values = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    compute, rows = values.pop("compute"), values["lte"].pop("calibration_rows")
+    compute, rows = values.pop("compute"), values["lte"].pop("calibration_records")
     values["source"] |= {"compute_dtype": compute["dtype"], "remat": compute["remat"]}
     values |= {"name": "experiment", "calibration_rows": rows}
     values["lte"]["seed"] = 0

@@ -52,10 +52,10 @@ def test_jsonl_resume_drops_a_line_cut_off_by_a_kill(tmp_path):
 
 def test_jsonl_is_json_even_for_nan(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
-    writer.write("router", 1, {"loss": math.nan, "eta": math.inf, "tau": 0.5})
+    writer.write("router", 1, {"loss": math.nan, "efficiency_weight": math.inf, "threshold": 0.5})
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {
-        "stage": "router", "step": 1, "loss": None, "eta": None, "tau": 0.5,
+        "stage": "router", "step": 1, "loss": None, "efficiency_weight": None, "threshold": 0.5,
     }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def numbers() -> dict[str, np.ndarray]:
             )
             found[f"generate {dtype} {how}"] = new
     model = model.clone(dtype="float32")
-    rows = data.pad_rows(list(tokens), 12)
+    rows = data.pad(list(tokens), 12)
     measured = lte_jax.evaluate(
         model, params, rows, baseline=(dense, dense_params), latency_rounds=0
     )

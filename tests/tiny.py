@@ -21,7 +21,7 @@ from lte_jax.config import (
     StagesConfig,
 )
 from lte_jax.model import Transformer
-from lte_jax.sparsity import Control
+from lte_jax.sparsity import SparsityController
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -48,7 +48,7 @@ def _params(model, seed):
 
 
 def batch(rows=8, length=16, seed=0, vocab=CONFIG.vocab_size):
-    """Rows of two segments and some padding, as the data pipeline makes them."""
+    """Records of two segments and some padding, as the data pipeline makes them."""
     rng = np.random.default_rng(seed)
     tokens_BL = rng.integers(0, vocab, (rows, length)).astype(np.int32)
     cut_B1 = rng.integers(3, length - 6, (rows, 1))
@@ -65,7 +65,7 @@ def stage(name, lte=LTE, **changes):
 
 def control(lte=LTE):
     """The control at the start."""
-    return Control.start(lte)
+    return SparsityController.start(lte)
 
 
 OPTIM = OptimConfig()
@@ -79,8 +79,8 @@ def experiment(folder, **changes):
     two = StageConfig(steps=2, learning_rate=1e-3)
     made = Experiment(
         source=SourceConfig(scratch=dataclasses.replace(CONFIG, vocab_size=259)),
-        data=DataConfig(train=str(texts), length=16, batch_size=8, max_validation_rows=8),
-        lte=LTEConfig(expert_size=8, calibration_rows=4),
+        data=DataConfig(train=str(texts), length=16, batch_size=8, max_validation_records=8),
+        lte=LTEConfig(expert_size=8, calibration_records=4),
         stages=StagesConfig(two, two, two),
         checkpoint=CheckpointConfig(every=1),
         eval_every=2,

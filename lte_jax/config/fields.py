@@ -22,7 +22,9 @@ T = TypeVar("T")
 MOVED: Mapping[str, str | None] = {
     "source.compute_dtype": "compute.dtype",
     "source.remat": "compute.remat",
-    "calibration_rows": "lte.calibration_rows",
+    "calibration_rows": "lte.calibration_records",
+    "lte.calibration_rows": "lte.calibration_records",
+    "data.max_validation_rows": "data.max_validation_records",
     "lte.seed": "seed",
     "name": None,
 }

@@ -139,10 +139,10 @@ class LTEConfig(Checked):
     # random with a bias that turns all experts on ("open").
     router_init: Literal["ridge", "normal", "open"] = "ridge"
     router_init_std: NotNegative = 2.0  # standard deviation of a router's logits at the start
-    # Rows of text that group neurons, start routers and, in training, set the last threshold. None:
-    # training takes at least 32, and 32 real tokens for each of a router's D + 1 inputs; `moefy`
-    # all that it is given.
-    calibration_rows: Count | None = None
+    # Records of text that group neurons, start routers and, in training, set the last threshold.
+    # None: training takes at least 32, and 32 real tokens for each of a router's D + 1 inputs;
+    # `moefy` all that it is given.
+    calibration_records: Count | None = None
     threshold: Inside = 0.5  # tau of Eq. 2: an expert runs where score > tau
     routing: RoutingName = "hard"  # what `apply` and `generate` use unless told otherwise
     stage1_routing: Literal["soft", "straight_through"] = "straight_through"  # the paper: "soft"
@@ -241,7 +241,7 @@ class DataConfig(Checked):
     pack: bool = True  # fill rows with several documents (attention stays within each), or pad
     newline: str = "\n"  # what replaces newlines, which some character models never saw
     max_documents: Count | None = None  # of each source; None: all of them
-    max_validation_rows: Count = 64  # rows of `length`
+    max_validation_records: Count = 64  # rows of `length`
 
     def _check_together(self):
         if self.join is not None and not self.pack:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lte_jax.config import DataConfig, ModelConfig
-from lte_jax.data.rows import eval_batches, pad_rows
+from lte_jax.data.packing import eval_batches, pad
 from lte_jax.data.texts import read_texts
 from lte_jax.data.tokens import tokenize
 from lte_jax.errors import UserError
@@ -85,14 +85,14 @@ def end_probabilities(
     length: int,
 ) -> list[float]:
     """Each id's mean probability after a document's last token; the model sees `length` tokens."""
-    rows = pad_rows([document[-length:] for document in documents if len(document)], length)
+    records = pad([document[-length:] for document in documents if len(document)], length)
     sums = np.zeros(len(ids))
-    for batch in eval_batches(rows, ROWS):
+    for batch in eval_batches(records, ROWS):
         after_BV = _after_last(model, params, batch["tokens"], batch["segments"])
         after_BV = multihost_utils.process_allgather(after_BV, tiled=True)
         is_row_B1 = batch["segments"][:, :1] > 0
         sums += np.sum(np.asarray(after_BV)[:, list(ids)] * is_row_B1, axis=0)
-    return [float(mean) for mean in sums / len(rows)]
+    return [float(mean) for mean in sums / len(records)]
 
 
 @functools.partial(jax.jit, static_argnames="model")

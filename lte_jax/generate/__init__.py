@@ -2,7 +2,7 @@
 
 Prompts of different length stand side by side, padded on the left, and each gets what it would get
 alone. They are read whole (all experts, masked); then one compiled loop decodes token by token, its
-FFNs going through the door to the sparse kernels (decoding.py). The text of a row depends on its
+with the sparse kernels behind its FFNs (decoding.py). The text of a row depends on its
 prompt, its place in the batch and the seed; not on other rows, nor on streaming.
 
 Dimension key: B batch  L prompt length  V vocabulary  S new tokens

@@ -101,12 +101,19 @@ def prefill(
     """
     length = round_up(max(len(prompt) for prompt in prompts))
     tokens_BL = np.zeros((len(prompts), length), np.int32)
-    real_BL = np.zeros((len(prompts), length), np.int32)
+    token_mask_BL = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BL[row, length - len(prompt) :] = prompt
-        real_BL[row, length - len(prompt) :] = 1
+        token_mask_BL[row, length - len(prompt) :] = 1
     return _prefill(
-        model, params, config, sampling, tokens_BL, real_BL, round_up(room), jax.random.key(seed)
+        model,
+        params,
+        config,
+        sampling,
+        tokens_BL,
+        token_mask_BL,
+        round_up(room),
+        jax.random.key(seed),
     )
 
 
@@ -117,7 +124,7 @@ def _prefill(
     config: DecodeConfig,
     sampling: SamplingParams,
     tokens_BL,
-    real_BL,
+    token_mask_BL,
     room: int,
     key,
 ) -> DecodeState:
@@ -126,7 +133,7 @@ def _prefill(
         {"params": params},
         tokens_BL,
         routing=config.routing,
-        mask=real_BL,
+        mask=token_mask_BL,
         threshold=sampling.threshold,
         cache=init_cache(model, batch, length + room),
     )

@@ -1,4 +1,4 @@
-"""The door to the sparse kernels: one function, whatever the hardware.
+"""Dispatch to the sparse kernels: one function, whatever the hardware.
 
 The kernels themselves lie in the top-level folder kernels/, importable as lte_jax.kernels.<module>.
 That folder has no __init__.py on purpose: a package named `kernels` would shadow Hugging Face's.
@@ -161,7 +161,7 @@ def attend(
 
 
 def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> Array:
-    """Rows of the table: [B, D], of its type.
+    """Records of the table: [B, D], of its type.
 
     Args:
       tokens_B: integers, one token a row; those outside 0 to V - 1 are undefined.

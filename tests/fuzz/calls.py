@@ -153,7 +153,7 @@ def run(rng: random.Random, box: pathlib.Path) -> Case:
     lines = [json.dumps({"text": text * 9}) + "\n" for text in TEXTS * 4]
     (box / "texts.jsonl").write_text("".join(lines))
     stages = [f"stages.{stage}.steps=1" for stage in ("finetune", "router", "adapt")]
-    few = ["data.batch_size=2", "data.length=16", "lte.calibration_rows=2", "sample_tokens=2"]
+    few = ["data.batch_size=2", "data.length=16", "lte.calibration_records=2", "sample_tokens=2"]
     given = [*stages, *few, "data.train=texts.jsonl", "data.validation=", "report=false"]
     wrong = [override(rng) for _ in range(rng.choice((1, 1, 2)))]
     wrong = [o for o in wrong if ".steps=" not in o or o.endswith(("-1", "=0", "None", "x", "2"))]
@@ -247,7 +247,7 @@ def api(rng: random.Random, box: pathlib.Path) -> Case:
     elif name == "save":
         good = {"path": "out", "source": None} | shared
     else:
-        rows = data.Rows(TOKENS_BL, np.ones_like(TOKENS_BL))
+        rows = data.Records(TOKENS_BL, np.ones_like(TOKENS_BL))
         good = shared | some | {
             "rows": rows, "baseline": None, "tokenizer": None, "name": None, "batch_size": 2,
             "prompt": "def", "sample_tokens": 4, "latency_rounds": 0,

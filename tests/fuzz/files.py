@@ -100,7 +100,7 @@ def used(folder: Any, **settings: Any) -> str:
     assert 0 <= sparsity <= 1, f"sparsity {sparsity}"
     scores = 0.0 if out.scores is None else out.scores
     if not (np.isfinite(np.asarray(out.logits, np.float32)).all() and np.isfinite(scores).all()):
-        rows = data.Rows(tokens_BL, np.ones_like(tokens_BL))
+        rows = data.Records(tokens_BL, np.ones_like(tokens_BL))
         results = lte_jax.evaluate(model, params, rows, latency_rounds=0)
         loss = results["models"][-1]["loss"]
         raise AssertionError(f"logits or scores are not finite, and evaluate says loss {loss}")
@@ -253,7 +253,7 @@ def texts(rng: random.Random, box: pathlib.Path) -> Case:
         for text in read:
             text.encode()
         documents = list(data.tokenize(read, data.byte_tokenizer()))
-        packed = data.pack_rows(documents, length)
+        packed = data.pack(documents, length)
         assert (packed.segments_RL > 0).sum() == sum(map(len, documents))
         return f"{len(read)} texts, {len(packed)} rows"
 

@@ -57,7 +57,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "7 the digest of rows is of their number alone",
-        "lte_jax/data/rows.py",
+        "lte_jax/data/packing.py",
         'sha.update(np.ascontiguousarray(array_RL, "<i4"))',
         "pass",
         "tests/test_data.py::test_digest_tells_rows_apart",

@@ -29,8 +29,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "B a run calibrates on 32 rows",
         "lte_jax/pipeline.py",
-        "chosen = enough_rows(rows.segments_RL, d_model, asked, rng)",
-        "chosen = enough_rows(rows.segments_RL, d_model, asked or 32, rng)",
+        "chosen = enough_records(rows.segments_RL, d_model, asked, rng)",
+        "chosen = enough_records(rows.segments_RL, d_model, asked or 32, rng)",
         "tests/test_workdir.py::test_calibration_is_as_large_as_the_width_asks_for",
     ),
     Mutant(
@@ -156,7 +156,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "F the task forgets to say how records are joined",
-        "lte_jax/data/rows.py",
+        "lte_jax/data/packing.py",
         "data.max_documents, split, data.join)",
         "data.max_documents, split)",
         "tests/test_data.py::test_joined_validation_is_one_text_too",

@@ -241,7 +241,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "14 an empty data.train blames data.validation",
-        "lte_jax/data/rows.py",
+        "lte_jax/data/packing.py",
         "    if not data.train:",
         "    if False:",
         "tests/test_bad_input_train.py::test_bad_input_no_training_text",

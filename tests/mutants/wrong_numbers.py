@@ -93,7 +93,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "4 no end token is appended",
-        "lte_jax/data/rows.py",
+        "lte_jax/data/packing.py",
         "train = documents if end is None else",
         "train = documents if True else",
         "tests/test_data.py::test_the_end_stands_after_the_last_piece",
@@ -164,13 +164,14 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "5 evaluation looks at no id",
         "lte_jax/evaluation.py",
-        'checks.batch(model.config, rows.tokens_RL, rows.segments_RL, name="rows.tokens_RL")',
+        "checks.batch(model.config, records.tokens_RL, records.segments_RL, "
+        'name="records.tokens_RL")',
         "pass",
         "tests/test_checks.py::test_tokens",
     ),
     Mutant(
         "5 training looks at no id",
-        "lte_jax/data/rows.py",
+        "lte_jax/data/packing.py",
         "            ids,\n            model_config.vocab_size,",
         "            ids,\n            2**31,",
         "tests/test_bad_input_data.py::test_one_text_of_many_with_a_token_outside_the_vocabulary",

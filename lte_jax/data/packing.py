@@ -1,6 +1,6 @@
-"""Documents to token rows, rows to batches; `build` is all of it at once.
+"""Documents to token records, records to batches; `build` is all of it at once.
 
-Dimension key: B batch  L length  R rows
+Dimension key: B batch  L length  R records
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Token rows in memory; `rows[i]` is {"tokens": int32 [L], "segments": int32 [L]}."""
+class Records:
+    """Token records in memory; `records[i]` is {"tokens": int32 [L], "segments": int32 [L]}."""
 
     tokens_RL: np.ndarray
     segments_RL: np.ndarray
@@ -39,51 +39,51 @@ class Rows:
         return {"tokens": self.tokens_RL[index], "segments": self.segments_RL[index]}
 
 
-def pack_rows(documents: Iterable[np.ndarray], length: int) -> Rows:
-    """Rows that hold several documents each; every token of every document stands in one of them.
+def pack(documents: Iterable[np.ndarray], length: int) -> Records:
+    """Records that hold several documents each; every token of every document stands in one.
 
-    Documents longer than a row are cut into pieces of `length`; each piece then goes into the
-    fullest row that still has room for it (best fit, in order), so no other document is cut.
+    Documents longer than a record are cut into pieces of `length`; each piece then goes into the
+    fullest record that still has room for it (best fit, in order), so no other document is cut.
     """
     pieces_by_row: list[list[np.ndarray]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    free: list[tuple[int, int]] = []  # (tokens left, record), sorted
     for document in documents:
         for start in range(0, len(document), length):
             piece = document[start : start + length]
             at = bisect.bisect_left(free, (len(piece), 0))
             if at < len(free):
-                left, row = free.pop(at)
+                left, record = free.pop(at)
             else:
-                left, row = length, len(pieces_by_row)
+                left, record = length, len(pieces_by_row)
                 pieces_by_row.append([])
-            pieces_by_row[row].append(piece)
+            pieces_by_row[record].append(piece)
             if left > len(piece):
-                bisect.insort(free, (left - len(piece), row))
+                bisect.insort(free, (left - len(piece), record))
     return _fill_rows(pieces_by_row, length)
 
 
-def pad_rows(documents: Iterable[np.ndarray], length: int) -> Rows:
-    """One document a row, cut at `length` or padded to it."""
+def pad(documents: Iterable[np.ndarray], length: int) -> Records:
+    """One document a record, cut at `length` or padded to it."""
     return _fill_rows([[document[:length]] for document in documents], length)
 
 
-def _fill_rows(pieces_by_row: Sequence[Sequence[np.ndarray]], length: int) -> Rows:
+def _fill_rows(pieces_by_row: Sequence[Sequence[np.ndarray]], length: int) -> Records:
     tokens_RL = np.zeros((len(pieces_by_row), length), np.int32)
     segments_RL = np.zeros_like(tokens_RL)
-    for row, pieces in enumerate(pieces_by_row):
+    for record, pieces in enumerate(pieces_by_row):
         start = 0
         for segment, piece in enumerate(pieces, 1):
             end = start + len(piece)
-            tokens_RL[row, start:end] = piece
-            segments_RL[row, start:end] = segment
+            tokens_RL[record, start:end] = piece
+            segments_RL[record, start:end] = segment
             start = end
-    return Rows(tokens_RL, segments_RL)
+    return Records(tokens_RL, segments_RL)
 
 
-def digest(rows: Rows) -> str:
-    """SHA-256 over the rows' shape, tokens and segments: the same where training is the same."""
-    sha = hashlib.sha256(repr(rows.tokens_RL.shape).encode())
-    for array_RL in rows.tokens_RL, rows.segments_RL:
+def digest(records: Records) -> str:
+    """SHA-256 over the records' shape, tokens and segments: the same where training is the same."""
+    sha = hashlib.sha256(repr(records.tokens_RL.shape).encode())
+    for array_RL in records.tokens_RL, records.segments_RL:
         sha.update(np.ascontiguousarray(array_RL, "<i4"))
     return sha.hexdigest()
 
@@ -92,7 +92,7 @@ def digest(rows: Rows) -> str:
 
 
 def train_iterator(
-    rows: Rows, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+    records: Records, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
 ) -> Any:
     """An endless Grain iterator of {"tokens": [B, L], "segments": [B, L]}, int32 NumPy.
 
@@ -105,27 +105,27 @@ def train_iterator(
 
     mine = _shard(batch_size, shard_index, shard_count)
     dataset = (
-        grain.MapDataset.source(rows)
+        grain.MapDataset.source(records)
         .seed(seed)
         .shuffle()
         .repeat(None)
         .batch(batch_size, drop_remainder=True)
         .map(lambda batch: {key: value[mine] for key, value in batch.items()})
     )
-    # Rows are in memory: threads would have nothing to wait for.
+    # Records are in memory: threads would have nothing to wait for.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
 def eval_batches(
-    rows: Rows, batch_size: int, shard_index: int = 0, shard_count: int = 1
+    records: Records, batch_size: int, shard_index: int = 0, shard_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in order, in batches like those of `train_iterator`.
+    """Every record once, in order, in batches like those of `train_iterator`.
 
-    The last one is filled up with rows of segments 0 (and tokens 0), which count in no loss.
+    The last one is filled up with records of segments 0 (and tokens 0), which count in no loss.
     """
     mine = _shard(batch_size, shard_index, shard_count)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
         missing = batch_size - len(batch["tokens"])
         yield {key: np.pad(x_BL, ((0, missing), (0, 0)))[mine] for key, x_BL in batch.items()}
 
@@ -149,19 +149,19 @@ def build(
     model_config: ModelConfig,
     seed: int,
     end: int | None = None,
-) -> tuple[Rows, Rows]:
-    """Training and validation rows as `data` describes them.
+) -> tuple[Records, Records]:
+    """Training and validation records as `data` describes them.
 
-    A validation source of "" holds out a seeded choice of the training documents, or of rows'
-    lengths of a single one: enough for `max_validation_rows`, at most a tenth. Of more validation
-    rows than that, a seeded choice is kept.
+    A validation source of "" holds out a seeded choice of the training documents, or of records'
+    lengths of a single one: enough for `max_validation_records`, at most a tenth. Of more
+    validation records than that, a seeded choice is kept.
 
     Args:
-      data: sources, and how they are laid into rows.
+      data: sources, and how they are laid into records.
       tokenizer: of the model.
       model_config: of the model, for its vocabulary and length.
       seed: of what is held out and kept.
-      end: the id to append to each training document, see `end_token`. Validation rows are the
+      end: the id to append to each training document, see `end_token`. Validation records are the
         text alone, so that their perplexity is the text's, comparable with others' figures.
 
     Raises:
@@ -177,16 +177,16 @@ def build(
         train, validation = _hold_out(documents, train, data, rng)
     else:
         train, validation = _hold_out_blocks(documents[0], train[0], data, rng)
-    lay = pack_rows if data.pack else pad_rows
+    lay = pack if data.pack else pad
     train_rows, validation_rows = lay(train, data.length), lay(validation, data.length)
     if len(train_rows) < data.batch_size:
         raise UserError(
-            f"{data.train}: {len(train_rows)} training rows of {data.length} tokens, fewer than "
+            f"{data.train}: {len(train_rows)} training records of {data.length} tokens, fewer than "
             f"data.batch_size={data.batch_size}: lower data.batch_size or data.length, or add text"
         )
-    chosen = np.sort(rng.permutation(len(validation_rows))[: data.max_validation_rows])
+    chosen = np.sort(rng.permutation(len(validation_rows))[: data.max_validation_records])
     kept = validation_rows.tokens_RL[chosen], validation_rows.segments_RL[chosen]
-    return train_rows, Rows(*kept)
+    return train_rows, Records(*kept)
 
 
 def _check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
@@ -236,7 +236,7 @@ def _documents(
 
 
 def _with_end(ids: np.ndarray, end: int, length: int) -> np.ndarray:
-    """The document and its end, left out where it would begin a row: nothing predicts it there."""
+    """The document and its end, which is left out where it would begin a record: unpredicted."""
     return np.append(ids, np.int32(end)) if len(ids) % length else ids
 
 
@@ -246,7 +246,7 @@ def _hold_out(
     """Splits documents: (the rest of `train` in order, a random choice of `documents`)."""
     order = rng.permutation(len(documents))
     sizes = np.cumsum([len(documents[i]) for i in order])
-    enough = int(np.searchsorted(sizes, data.max_validation_rows * data.length)) + 1
+    enough = int(np.searchsorted(sizes, data.max_validation_records * data.length)) + 1
     held = set(order[: max(1, min(enough, len(documents) // 10))].tolist())
     rest = [ids for i, ids in enumerate(train) if i not in held]
     return rest, [documents[i] for i in sorted(held)]
@@ -255,7 +255,7 @@ def _hold_out(
 def _hold_out_blocks(
     document: np.ndarray, train: np.ndarray, data: DataConfig, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits one document: (what is left between, a random choice of blocks of a row's length).
+    """Splits one document: (what is left between, a random choice of blocks of a record's length).
 
     The last block stays in training, with the end of the text.
     """
@@ -263,9 +263,11 @@ def _hold_out_blocks(
     if count < 2:
         raise UserError(
             f"data.validation is '' and {data.train} is one document of {len(document)} tokens, "
-            f"too short to hold any rows of {length} out: name a validation source"
+            f"too short to hold any records of {length} out: name a validation source"
         )
-    chosen = np.sort(rng.permutation(count)[: max(1, min(data.max_validation_rows, count // 10))])
+    chosen = np.sort(
+        rng.permutation(count)[: max(1, min(data.max_validation_records, count // 10))]
+    )
     starts, ends = [0, *((chosen + 1) * length)], [*(chosen * length), len(train)]
     rest = [train[a:b] for a, b in zip(starts, ends, strict=True) if a < b]
     return rest, [document[a : a + length] for a in chosen * length]
