@@ -32,7 +32,7 @@ from lte_jax.evaluation import evaluate
 from lte_jax.generate import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
-from lte_jax.router_init import enough_records as _enough_rows
+from lte_jax.router_init import enough_records as _enough_records
 from lte_jax.routing import Routing
 
 __version__ = "0.1.0"
@@ -166,7 +166,7 @@ def moefy(
         if lte.calibration_records is not None:
             rng = np.random.default_rng(seed)
             asked, d_model = lte.calibration_records, model.config.d_model
-            chosen = _enough_rows(np.asarray(calibration), d_model, asked, rng)
+            chosen = _enough_records(np.asarray(calibration), d_model, asked, rng)
             calibration, mask = calibration[chosen], None if mask is None else mask[chosen]
     _checks.finite_params(params, "to be moefied")
     sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask, seed=seed)

@@ -22,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from lte_jax import checks, layers
 from lte_jax import params as parameters
 from lte_jax import routing as routings
+from lte_jax.attention import Cache
 from lte_jax.config import LTEConfig, ModelConfig
-from lte_jax.layers import Cache, Output
+from lte_jax.layers import Output
 from lte_jax.routing import Routing
 
 

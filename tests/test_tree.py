@@ -33,6 +33,7 @@ ORDER = {
     "lte_jax.checkpoint": 8,
     "lte_jax.kernels": 10,
     "lte_jax.routing": 11,
+    "lte_jax.attention": 11.5,
     "lte_jax.layers": 12,
     "lte_jax.model": 13,
     "lte_jax.router_init": 14,

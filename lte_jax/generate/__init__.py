@@ -11,7 +11,7 @@ Dimension key: B batch  L prompt length  V vocabulary  S new tokens
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,30 +95,33 @@ def generate(
     params = computed(model, params)
 
     state = prefill(model, params, config, sampling, prompts, room=max_new_tokens, seed=seed)
+    size = STREAM_CHUNK if stream else round_up(max_new_tokens - 1)
     new: list[list[int]] = [[] for _ in prompts]
-
-    def add(tokens_BS: np.ndarray, state: DecodeState) -> None:
-        if not state.finite:
-            raise UserError(
-                f"the model's logits are not finite after {len(new[0])} new tokens or more: its "
-                f"weights are not those of a working model, or overflow in {model.dtype}"
-            )
-        fresh = [[int(t) for t in row if t >= 0] for row in tokens_BS]
+    for fresh in _pieces(model, params, config, sampling, state, max_new_tokens, size):
         for row, more in zip(new, fresh, strict=True):
             row += more
         if stream is not None:
             stream(fresh)
-
-    add(np.asarray(state.tokens_B)[:, None], state)
-    left = max_new_tokens - 1
-    size = STREAM_CHUNK if stream else round_up(left)
-    while left > 0 and not np.all(state.done_B):
-        tokens_BS, state = extend(
-            model, params, config, sampling, state, jnp.int32(min(left, size)), size
-        )
-        add(np.asarray(tokens_BS), state)
-        left -= size
     return new
+
+
+def _pieces(
+    model, params, config, sampling, state: DecodeState, count: int, size: int
+) -> Iterator[list[list[int]]]:
+    """The new tokens of each prompt, `size` at a time, until all have ended or have `count`."""
+    tokens_BS, made = np.asarray(state.tokens_B)[:, None], 1
+    while True:
+        if not state.finite:
+            raise UserError(
+                f"the model's logits are not finite after {made} new tokens or fewer: its weights "
+                f"are not those of a working model, or overflow in {model.dtype}"
+            )
+        yield [[int(t) for t in row if t >= 0] for row in tokens_BS]
+        if made >= count or np.all(state.done_B):
+            return
+        limit = min(count - made, size)
+        tokens_BS, state = extend(model, params, config, sampling, state, jnp.int32(limit), size)
+        tokens_BS, made = np.asarray(tokens_BS), made + limit
 
 
 def generate_text(

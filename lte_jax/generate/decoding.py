@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from lte_jax import layers
-from lte_jax.layers import Cache
+from lte_jax.attention import Cache
 from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.routing import Dense, Routing, first_largest, largest
 

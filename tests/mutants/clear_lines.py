@@ -93,7 +93,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "25 positions are of two types",
-        "lte_jax/layers.py",
+        "lte_jax/attention.py",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.sum(visible_BLT, axis=-1) - 1",
         "tests/test_x64.py::test_generation_and_grouping_in_this_process",
@@ -185,7 +185,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "28 a prompt for the sample is looked at after the measuring",
         "lte_jax/evaluation.py",
-        "            _check_prompt(entrant, tokenizer, prompt)",
+        "            _check_prompt(entrant.model, tokenizer, prompt)",
         "            pass",
         "tests/test_checks.py::test_prompts_of_texts",
     ),

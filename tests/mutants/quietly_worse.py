@@ -29,8 +29,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "B a run calibrates on 32 rows",
         "lte_jax/pipeline.py",
-        "chosen = enough_records(rows.segments_RL, d_model, asked, rng)",
-        "chosen = enough_records(rows.segments_RL, d_model, asked or 32, rng)",
+        "chosen = enough_records(records.segments_RL, d_model, asked, rng)",
+        "chosen = enough_records(records.segments_RL, d_model, asked or 32, rng)",
         "tests/test_workdir.py::test_calibration_is_as_large_as_the_width_asks_for",
     ),
     Mutant(

@@ -42,6 +42,9 @@ MUTANTS = [
          "test_a_forward_pass_by_hand[plain-hard]",
          'bias = self.vectors[name].get("bias")',
          "bias = None"),
+    ),
+    *of(
+        "lte_jax/attention.py", "tests/test_model.py",
         ("halves of a head swapped", "test_a_forward_pass_by_hand[plain-dense]",
          "first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)",
          "second, first = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)"),
@@ -66,6 +69,9 @@ MUTANTS = [
         ("attention across texts", "test_a_forward_pass_by_hand[plain-dense]",
          "visible_BLT = segments_BL[:, :, None] == segments_BT[:, None]",
          "visible_BLT = segments_BL[:, :, None] * segments_BT[:, None] > 0"),
+    ),
+    *of(
+        "lte_jax/layers.py", "tests/test_model.py",
         ("norm without eps", "test_a_forward_pass_by_hand[everything-hard]",
          "jnp.mean(y * y, axis=-1, keepdims=True) + eps",
          "jnp.mean(y * y, axis=-1, keepdims=True)"),

@@ -16,15 +16,15 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "10 a signal in the last save of a stage is swallowed",
         _TRAINER,
-        'interrupt.check(f"after step {step} of stage {stage.name!r}")',
+        'interrupt.check(f"after step {loop.step} of stage {stage.name!r}")',
         "pass",
         "tests/test_interrupt.py::test_a_signal_in_the_last_save_of_a_stage_ends_the_run",
     ),
     Mutant(
         "10 a signal waits for the end of a validation",
         _TRAINER,
-        "        if interrupt.requested():\n            return {}",
-        "        if False:\n            return {}",
+        "            if interrupt.requested():\n                return\n",
+        "            if False:\n                return\n",
         "tests/test_interrupt.py::test_a_validation_is_cut_short",
     ),
     Mutant(

@@ -56,14 +56,14 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "3 positions count padding",
-        _LAYERS,
+        "lte_jax/attention.py",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.broadcast_to(queries_L[None], segments_BL.shape)",
         "tests/test_model.py::test_a_text_is_the_same_wherever_its_padding_lies[hole-full]",
     ),
     Mutant(
         "3 positions after a right-padded prefill count its padding",
-        _LAYERS,
+        "lte_jax/attention.py",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1 if cache is None else "
         "jnp.broadcast_to(queries_L[None], segments_BL.shape)",
@@ -71,7 +71,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "3 a new position count wherever the segment changes",
-        _LAYERS,
+        "lte_jax/attention.py",
         "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
         "positions_BL = jnp.sum(visible_BLT & (jnp.cumsum(jnp.diff(segments_BT, prepend=0) != 0, 1)"
         "[:, None] == jnp.cumsum(jnp.diff(segments_BL, prepend=0) != 0, 1)[..., None]), -1) - 1",
@@ -79,7 +79,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "3 windows count padding",
-        _LAYERS,
+        "lte_jax/attention.py",
         "behind_BLT = positions_BL[:, :, None] - positions_BT[:, None]",
         "behind_BLT = (queries_L[:, None] - slots_T[None])[None]",
         "tests/test_model.py::test_a_text_is_the_same_wherever_its_padding_lies[hole-sliding]",
@@ -121,7 +121,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "4 distillation leaves out the last token of a text",
-        "lte_jax/trainer.py",
+        "lte_jax/training_step.py",
         'dense.logits, real, counts["real"])',
         'dense.logits, predicted, counts["real"])',
         "tests/test_stages.py::test_distillation_acts_on_the_last_token_of_a_text",

@@ -1,0 +1,122 @@
+"""Which keys a query sees, its position, and softmax attention over them.
+
+Dimension key: B batch  L length  T cache length  H heads  K kv heads  C head width
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lte_jax.config import ModelConfig, RopeScaling
+
+Cache = dict[str, Array]  # see `model.init_cache`
+
+
+def sliding_layers(config: ModelConfig) -> tuple[bool, ...]:
+    """For each layer, whether its attention is cut to the sliding window."""
+    if config.sliding_layers is not None:
+        return config.sliding_layers
+    return (config.sliding_window is not None,) * config.num_layers
+
+
+def visible_keys(config: ModelConfig, slides, context) -> Bool[Array, "B L T"]:
+    """The keys each query of this layer may see; `slides` says whether its window is bounded."""
+    if config.sliding_window is None:
+        return context["visible_BLT"]
+    return context["visible_BLT"] & (context["near_BLT"] | ~slides)
+
+
+_QUERY_BLOCKS, _SMALLEST_BLOCK = 8, 32
+
+
+def masked_attention(
+    q_BLHC: Float[Array, "B L H C"],
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
+    visible_BLT: Bool[Array, "B L T"],
+    blocked: bool,
+) -> Float[Array, "B L H C"]:
+    """Softmax attention over the visible keys.
+
+    `blocked` says that T = L and query i sees no key beyond i: a block of queries is then compared
+    with the keys up to its end only, and its scores are recomputed in the backward pass. That is
+    half the work and an eighth of the memory, and twice as fast on a CPU.
+    """
+    length = q_BLHC.shape[1]
+    size = max(-(-length // _QUERY_BLOCKS), _SMALLEST_BLOCK) if blocked else length
+    attend = jax.nn.dot_product_attention
+    attend = jax.checkpoint(attend) if blocked else attend
+    blocks = []
+    for start in range(0, length, size):
+        rows = slice(start, start + size)
+        keys = slice(0, start + size) if blocked else slice(None)
+        mask_B1LT = visible_BLT[:, None, rows, keys]
+        blocks.append(attend(q_BLHC[:, rows], k_BTKC[:, keys], v_BTKC[:, keys], mask=mask_B1LT))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L C//2"]):
+    """Rotary embedding with the halves of a head paired, as in HF's Llama."""
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles_BLC)[:, :, None], jnp.sin(angles_BLC)[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHC.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair of a head, [C/2], float32."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    frequencies = 1.0 / config.rope_theta ** (half / config.head_dim)
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
+    return frequencies.astype(np.float32)
+
+
+def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3.1: long waves are stretched, short ones kept, those between blended.
+    wavelengths = 2 * np.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_length / wavelengths - low) / (high - low)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def make_context(
+    config: ModelConfig, segments_BL, threshold, cache: Cache | None
+) -> dict[str, Array]:
+    """What all layers share: who sees whom, rotary angles, the threshold, the cache index."""
+    if cache is None:
+        index, segments_BT = jnp.zeros((), jnp.int32), segments_BL
+    else:
+        index = cache["index"]
+        segments_BT = put(cache["segments"], segments_BL, index)
+    queries_L = index + jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    slots_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    visible_BLT = segments_BL[:, :, None] == segments_BT[:, None]
+    visible_BLT &= (queries_L[:, None] >= slots_T[None])[None]
+    # The number of earlier tokens of the same segment, wherever in the row and the cache they lie.
+    positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1
+    positions_BT = positions_BL if cache is None else put(cache["positions"], positions_BL, index)
+    context = {
+        "visible_BLT": visible_BLT,
+        "angles_BLC": positions_BL[..., None].astype(jnp.float32)
+        * jnp.asarray(rope_frequencies(config))[None, None],
+        "threshold": jnp.asarray(threshold, jnp.float32),
+        "index": index,
+        "segments_BT": segments_BT,
+        "positions_BT": positions_BT,
+    }
+    if config.sliding_window is not None:
+        behind_BLT = positions_BL[:, :, None] - positions_BT[:, None]
+        context["near_BLT"] = behind_BLT < config.sliding_window
+    return context
+
+
+def put(cache_BT, new_BL, index):
+    """The cache with new tokens from place `index` on; further axes are taken along."""
+    return jax.lax.dynamic_update_slice_in_dim(cache_BT, new_BL, index, axis=1)
