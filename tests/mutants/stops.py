@@ -230,7 +230,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/stages.py",
         "if not kind(served).routed:",
         "if False:",
-        f"{_OVERRIDE}[lte.routing=dense]",
+        "tests/test_stages.py::test_a_model_that_would_be_served_dense_is_refused",
     ),
     Mutant(
         "14 an empty workdir is the current folder",
