@@ -1,6 +1,7 @@
 """That `make mutants` tells a mutant that a test sees from one that none does."""
 
 import importlib.util
+import itertools
 import pathlib
 import subprocess
 
@@ -61,3 +62,17 @@ def test_mutants_need_tests_that_pass_without_them(tool, tmp_path, capsys):
 def test_every_mutant_has_a_name_of_its_own(tool):
     names = [mutant.name for mutant in tool.MUTANTS]
     assert len(set(names)) == len(names)
+
+
+def test_every_mutant_still_applies_and_names_a_test(monkeypatch):
+    """The old text stands once where the mutant says, and the functions named as tests exist."""
+    monkeypatch.syspath_prepend(MUTANTS)
+    root = MUTANTS.parents[1]
+    lists = [importlib.import_module(name).MUTANTS for name in ("learning", "running", "faults")]
+    for mutant in itertools.chain(*lists):
+        found = (root / mutant.file).read_text().count(mutant.old)
+        assert found == 1, f"{mutant.name!r}: {mutant.old!r} stands {found} times in {mutant.file}"
+        for test in mutant.tests.split():
+            file, _, function = test.partition("::")
+            named = f"def {function.partition('[')[0]}" if function else ""
+            assert named in (root / file).read_text(), f"{mutant.name!r}: there is no {test}"
