@@ -31,6 +31,8 @@ env: $(READY)  ## the environment alone: .venv
 demo: $(READY)  ## a small dense model becomes a sparse one, before your eyes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
+# Most of their time is compiling. `make test XLA_FLAGS=` optimises fully, as the last part of CI.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(READY)  ## the fast tests, nearly all there are
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 

@@ -38,6 +38,7 @@ def measured(tmp_path_factory):
     return files
 
 
+@pytest.mark.slow
 def test_rows(measured):
     ffn, decode = (json.loads(path.read_text())["rows"] for path in measured)
     common = {"implementation", "device", "dtype", "batch", "sparsity", "time_ms", "dense_ms"}
@@ -54,6 +55,7 @@ def test_rows(measured):
     assert decode[1]["tokens_per_s"] == pytest.approx(1e3 / decode[1]["time_ms"])
 
 
+@pytest.mark.slow
 def test_report(measured, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib (the extra `plot`) for the figure")
     results, readme = tmp_path / "results", tmp_path / "README.md"

@@ -66,23 +66,39 @@ def finish(process):
     return lines["auto"], out, err
 
 
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    """A compiler that does not optimise: most of the time of these tests is its."""
+    script = tmp_path_factory.mktemp("bin") / "hasty"
+    script.write_text(f'#!/bin/sh\nexec {shutil.which("g++") or "clang++"} "$@" -O0\n')
+    script.chmod(0o700)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, hasty):
+    """A cache into which two processes have built at once, and what they said."""
+    cache = tmp_path_factory.mktemp("built")
+    return cache, [finish(process) for process in [start(cache, CXX=hasty) for _ in range(2)]]
+
+
 @needs_compiler
-def test_processes_that_build_at_once(tmp_path):
-    for process in [start(tmp_path) for _ in range(2)]:
-        name, _, err = finish(process)
+def test_processes_that_build_at_once(built):
+    cache, ends = built
+    for name, _, err in ends:
         assert (name, err) == ("cpu", "")
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
 
 
 @needs_compiler
-def test_a_damaged_library_is_built_anew(tmp_path):
-    finish(start(tmp_path))
-    [library] = tmp_path.iterdir()
+def test_a_damaged_library_is_built_anew(built, tmp_path, hasty):
+    [library] = (tmp_path / path.name for path in built[0].iterdir())
+    shutil.copy2(built[0] / library.name, library)
     whole = library.read_bytes()
     damaged = library.with_stem(library.stem[:-16] + "0" * 16)  # no build will ever replace it
     library.rename(damaged)
     damaged.write_bytes(whole[: len(whole) // 2])
-    name, _, err = finish(start(tmp_path))
+    name, _, err = finish(start(tmp_path, CXX=hasty))
     assert name == "cpu"
     assert f"WARNING {damaged} is damaged" in err
     [mended] = tmp_path.iterdir()  # the damaged one is gone
@@ -90,11 +106,11 @@ def test_a_damaged_library_is_built_anew(tmp_path):
 
 
 @needs_compiler
-def test_a_home_that_cannot_be_written(tmp_path):
+def test_a_home_that_cannot_be_written(tmp_path, hasty):
     """Root may write anywhere, but not into a file."""
     file = tmp_path / "file"
     file.write_text("")
-    name, _, err = finish(start(file / "cache"))
+    name, _, err = finish(start(file / "cache", CXX=hasty))
     assert name == "cpu"
     assert "cannot be written" in err and "LTE_JAX_CACHE" in err
 
@@ -154,10 +170,9 @@ __attribute__((constructor)) void f() { std::fclose(std::fopen("MARKER", "w")); 
 
 
 @needs_compiler
-def test_a_library_planted_by_another_is_not_loaded(tmp_path, monkeypatch):
+def test_a_library_planted_by_another_is_not_loaded(built, tmp_path, hasty):
     """Its name holds nothing that others could not compute."""
-    monkeypatch.setenv("LTE_JAX_CACHE", str(tmp_path / "mine"))
-    name = cpu._build().stem[:-16]
+    [name] = (path.stem[:-16] for path in built[0].iterdir())
     marker, source, planted = tmp_path / "ran", tmp_path / "planted.cc", tmp_path / "planted.so"
     source.write_text(PLANTED.replace("MARKER", str(marker)))
     subprocess.run(
@@ -167,7 +182,7 @@ def test_a_library_planted_by_another_is_not_loaded(tmp_path, monkeypatch):
     cache.mkdir()
     cache.chmod(0o1777)
     shutil.copy(planted, cache / f"{name}{cpu._digest(planted.read_bytes())}.so")
-    used, _, err = finish(start(cache))
+    used, _, err = finish(start(cache, CXX=hasty))
     assert used == "cpu" and not marker.exists()
     assert err.count("\n") == 1 and "can be written by others (mode 1777" in err
 

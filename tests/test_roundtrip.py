@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hf_folders import LTE, as_lte, flat
 from hf_models import (
     CASES,
     SHARED_MODELS,
@@ -23,41 +24,14 @@ from hf_models import (
 
 import lte_jax
 from lte_jax import hf, sharding
-from lte_jax.config import LTEConfig, MeshConfig
+from lte_jax.config import MeshConfig
 from lte_jax.model import Transformer, abstract_params
-
-LTE = LTEConfig(expert_size=8, threshold=0.4375, calibration_records=3, target_sparsity=None)
 
 
 def import_export(folder, new, **options):
     config, lte = hf.read_config(folder)
     hf.save(new, config, lte, hf.load_params(folder, config, lte), **options)
     return new
-
-
-def as_lte(folder, lte=LTE, seed=0):
-    """A dense folder's model with its neurons shuffled into experts, and random routers."""
-    config, _ = hf.read_config(folder)
-    params = hf.load_params(folder, config, None)
-    rng = np.random.default_rng(seed)
-    layers, width, model_width = config.num_layers, config.d_ff, config.d_model
-    order_NF = np.stack([rng.permutation(width) for _ in range(layers)]).astype(np.int32)
-    ffn = dict(params["layers"]["ffn"])
-    experts = width // lte.expert_size
-    for name in ("gate", "up", "down"):
-        w_NFD = np.take_along_axis(np.asarray(ffn[name])[:, 0], order_NF[:, :, None], axis=1)
-        ffn[name] = w_NFD.reshape(layers, experts, lte.expert_size, model_width)
-    router_NDE = rng.standard_normal((layers, model_width, experts)).astype(np.float32)
-    ffn["router"] = {"kernel": router_NDE * model_width**-0.5}
-    if lte.router_bias:
-        ffn["router"]["bias"] = rng.standard_normal((layers, experts)).astype(np.float32)
-    params = params | {"layers": params["layers"] | {"ffn": ffn}}
-    return config, params, order_NF.reshape(layers, experts, lte.expert_size)
-
-
-def flat(params):
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 @pytest.mark.parametrize("case", CASES)

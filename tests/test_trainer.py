@@ -75,8 +75,10 @@ def test_validation_is_the_mean_over_tokens_under_hard_routing(tmp_path):
     model, params = tiny.model_and_params(lte)
     validation = records(12, 1)
 
+    apply = jax.jit(model.apply, static_argnames="routing")
+
     def measured(routing):
-        out = model.apply(
+        out = apply(
             {"params": params},
             validation.tokens_RL,
             routing=routing,

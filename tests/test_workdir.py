@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import functools
 import json
 import os
 import runpy
@@ -449,21 +448,25 @@ def test_the_report_alone(copy):
         pipeline.report_again(copy / "nothing")
 
 
-def test_the_report_alone_on_the_command_line(copy):
+def evaluate(monkeypatch, *flags):
+    """The script evaluate.py, in this process."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+
+
+def test_the_report_alone_on_the_command_line(copy, monkeypatch, capsys):
     for name in ("results.json", "table.md"):
         (copy / name).unlink()
-    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    told = run([sys.executable, "evaluate.py", f"--workdir={copy}"])
-    assert told.returncode == 0, told.stderr
+    evaluate(monkeypatch, f"--workdir={copy}")
     assert json.loads((copy / "results.json").read_text())["models"]
-    assert (copy / "table.md").exists() and "| LTE |" in told.stdout.replace("  ", " ")
-    absent = run([sys.executable, "evaluate.py", f"--workdir={copy / 'lte'}"])
-    assert absent.returncode == 2 and "is no work directory" in absent.stderr
+    assert (copy / "table.md").exists() and "| LTE |" in capsys.readouterr().out.replace("  ", " ")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(monkeypatch, f"--workdir={copy / 'lte'}")
+    assert stopped.value.code == 2 and "is no work directory" in capsys.readouterr().err
 
 
 def test_the_command_line_tells_of_the_report_alone(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--help"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+        evaluate(monkeypatch, "--help")
     help_text = capsys.readouterr().out
     assert stopped.value.code == 0 and "--workdir" in help_text and "of a finished" in help_text

@@ -5,7 +5,6 @@ from mutant import Mutant
 _CPU, _FILES = "kernels/cpu.py", "lte_jax/files.py"
 _CACHE = "tests/test_cpu_kernels.py::test_bad_input_cache_that_is_not_this_users_alone"
 _LIBRARY = "tests/test_cpu_kernels.py::test_bad_input_library_that_is_not_this_users_alone"
-_HOSTILE = "tests/test_hf_hostile.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -13,21 +12,21 @@ MUTANTS: list[Mutant] = [
         "lte_jax/hf/tokenizer.py",
         "trust_remote_code=False",
         "trust_remote_code=True",
-        f"{_HOSTILE}::test_no_code_of_a_folder_is_run",
+        "tests/test_hf_tokenizer.py::test_no_code_of_a_folder_is_run",
     ),
     Mutant(
         "16 a terminal is asked whether to run code",
         "lte_jax/hf/tokenizer.py",
         "trust_remote_code=False, ",
         "",
-        f"{_HOSTILE}::test_no_code_of_a_folder_is_run",
+        "tests/test_hf_tokenizer.py::test_no_code_of_a_folder_is_run",
     ),
     Mutant(
         "16 a tokenizer that needs code has no reason",
         "lte_jax/hf/tokenizer.py",
         "        if not _names_code(folder):",
         "        if True:",
-        f"{_HOSTILE}::test_bad_input_tokenizer_that_needs_code",
+        "tests/test_hf_tokenizer.py::test_bad_input_tokenizer_that_needs_code",
     ),
     Mutant(
         "17 others may write the cache",
@@ -118,49 +117,49 @@ MUTANTS: list[Mutant] = [
         "lte_jax/hf/folder.py",
         "        elif not _inside(file, folder):",
         "        elif False:",
-        f"{_HOSTILE}::test_export_follows_no_link_out_of_the_folder",
+        "tests/test_hf_export.py::test_export_follows_no_link_out_of_the_folder",
     ),
     Mutant(
         "18 an export reads pipes",
         "lte_jax/hf/folder.py",
         "        if not file.is_file():",
         "        if False:",
-        f"{_HOSTILE}::test_export_follows_no_link_out_of_the_folder",
+        "tests/test_hf_export.py::test_export_follows_no_link_out_of_the_folder",
     ),
     Mutant(
         "18 a shard may lie anywhere",
         "lte_jax/hf/stored.py",
         '        if file in ("", "..") or re.search(r"[/\\\\\\0]", file):',
         "        if False:",
-        f"{_HOSTILE}::test_bad_input_shard_names_that_lead_elsewhere",
+        "tests/test_hf_stored.py::test_bad_input_shard_names_that_lead_elsewhere",
     ),
     Mutant(
         "18 pipes are waited for",
         "lte_jax/files.py",
         "    if not stat.S_ISREG(mode):",
         "    if stat.S_ISDIR(mode):",
-        f"{_HOSTILE}::test_bad_input_no_regular_file[pipe-config.json]",
+        "tests/test_hf_stored.py::test_bad_input_no_regular_file[pipe-config.json]",
     ),
     Mutant(
         "18 weights may be a pipe",
         "lte_jax/hf/stored.py",
         "        check_regular(path)",
         "        pass",
-        f"{_HOSTILE}::test_bad_input_no_regular_file[pipe-model.safetensors]",
+        "tests/test_hf_stored.py::test_bad_input_no_regular_file[pipe-model.safetensors]",
     ),
     Mutant(
         "18 a tokenizer may be a pipe",
         "lte_jax/hf/tokenizer.py",
         "            check_regular(folder / name)",
         "            pass",
-        f"{_HOSTILE}::test_bad_input_no_regular_file[pipe-tokenizer.json]",
+        "tests/test_hf_stored.py::test_bad_input_no_regular_file[pipe-tokenizer.json]",
     ),
     Mutant(
         "19 a model may have 10^9 layers",
         "lte_jax/hf/config_json.py",
         'fields.size("num_hidden_layers", most=MAX_LAYERS)',
         'fields.size("num_hidden_layers")',
-        f"{_HOSTILE}::test_bad_input_absurd_sizes[layers]",
+        "tests/test_hf_config_json.py::test_bad_input_absurd_sizes[layers]",
     ),
     Mutant(
         "19 JSON nested deeply is a RecursionError",
@@ -181,21 +180,21 @@ MUTANTS: list[Mutant] = [
         _FILES,
         "    except (OSError, ValueError) as e:",
         "    except OSError as e:",
-        f"{_HOSTILE}::test_bad_input_json_bombs",
+        "tests/test_hf_config_json.py::test_bad_input_json_bombs",
     ),
     Mutant(
         "19 a config may have 100,000 eos ids",
         "lte_jax/hf/config_json.py",
         "    if len(ids) > _MAX_EOS_IDS:",
         "    if False:",
-        f"{_HOSTILE}::test_bad_input_absurd_sizes[eos]",
+        "tests/test_hf_config_json.py::test_bad_input_absurd_sizes[eos]",
     ),
     Mutant(
         "19 a header may have any size",
         "lte_jax/hf/stored.py",
         "if _MAX_HEADER_BYTES < header < path.stat().st_size:",
         "if False:",
-        f"{_HOSTILE}::test_bad_input_safetensors_header_that_eats_memory",
+        "tests/test_hf_stored.py::test_bad_input_safetensors_header_that_eats_memory",
     ),
     Mutant(
         "20 a long document is tokenised at once",

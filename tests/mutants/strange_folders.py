@@ -4,10 +4,10 @@ from mutant import Mutant
 
 _RENAMING, _HARMLESS = "lte_jax/hf/renaming.py", "lte_jax/hf/harmless.py"
 _FOREIGN, _HUB = "lte_jax/hf/foreign.py", "lte_jax/hf/hub.py"
-_HOSTILE = "tests/test_hf_hostile.py"
-_NAMES, _KEYS = f"{_HOSTILE}::test_names_of_other_writers", f"{_HOSTILE}::test_harmless_keys"
-_KINDS = f"{_HOSTILE}::test_bad_input_folder_of_another_kind"
-_SPELLINGS = f"{_HOSTILE}::test_spellings_of_a_hub_model"
+_NAMES = "tests/test_hf_renaming.py::test_names_of_other_writers"
+_KEYS = "tests/test_hf_config_json.py::test_harmless_keys"
+_KINDS = "tests/test_hf_foreign.py::test_bad_input_folder_of_another_kind"
+_SPELLINGS = "tests/test_hf_hub.py::test_spellings_of_a_hub_model"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -60,14 +60,14 @@ MUTANTS: list[Mutant] = [
         "lte_jax/hf/stored.py",
         "if index is not None else _files(folder):",
         "if index is not None else [ONE_FILE]:",
-        f"{_HOSTILE}::test_shards_without_an_index",
+        "tests/test_hf_stored.py::test_shards_without_an_index",
     ),
     Mutant(
         "21 a set of shards that is not whole",
         "lte_jax/hf/stored.py",
         "        if absent := next((name for name in whole if name not in held), None):",
         "        if absent := None:",
-        f"{_HOSTILE}::test_bad_input_shard_of_a_set_absent",
+        "tests/test_hf_stored.py::test_bad_input_shard_of_a_set_absent",
     ),
     *(
         Mutant(f"21 the key {key}", _HARMLESS, words, words.replace(key, ""), f"{_KEYS}[{case}]")
@@ -111,14 +111,14 @@ MUTANTS: list[Mutant] = [
         _FOREIGN,
         '    if head and "lm_head.weight" in missing:',
         "    if False:",
-        f"{_HOSTILE}::test_bad_input_classifier",
+        "tests/test_hf_foreign.py::test_bad_input_classifier",
     ),
     Mutant(
         "22 a quantised model is told to drop a key",
         "lte_jax/hf/config_json.py",
         '    if fields.get("quantization_config", dict, None):',
         "    if False:",
-        f"{_HOSTILE}::test_bad_input_quantised",
+        "tests/test_hf_foreign.py::test_bad_input_quantised",
     ),
     *(
         Mutant(
@@ -126,7 +126,7 @@ MUTANTS: list[Mutant] = [
             _FOREIGN,
             pattern,
             'r"^never$"',
-            f"{_HOSTILE}::test_bad_input_quantised_tensors_alone",
+            "tests/test_hf_foreign.py::test_bad_input_quantised_tensors_alone",
         )
         for method, pattern in {
             "GPTQ": 'r"\\.(qweight|qzeros|g_idx)$"',
@@ -139,7 +139,7 @@ MUTANTS: list[Mutant] = [
         _FOREIGN,
         '    if stored == "F64":',
         "    if False:",
-        f"{_HOSTILE}::test_bad_input_float64",
+        "tests/test_hf_foreign.py::test_bad_input_float64",
     ),
     *(
         Mutant(
@@ -157,28 +157,28 @@ MUTANTS: list[Mutant] = [
         _FOREIGN,
         "return repository if repository and broken else None",
         "return None",
-        f"{_HOSTILE}::test_bad_input_unfinished_download",
+        "tests/test_hf_foreign.py::test_bad_input_unfinished_download",
     ),
     Mutant(
         "22 Mixtral is of an unknown family",
         _FOREIGN,
         '"mixtral qwen2_moe',
         '"qwen2_moe',
-        f"{_HOSTILE}::test_bad_input_known_families",
+        "tests/test_hf_foreign.py::test_bad_input_known_families",
     ),
     Mutant(
         "22 a tied head stored in another type is another head",
         "lte_jax/hf/weights.py",
         "    if a.shape != b.shape or not",
         "    if a.shape != b.shape or a.dtype != b.dtype or not",
-        f"{_HOSTILE}::test_tied_head_of_another_type",
+        "tests/test_hf_weights.py::test_tied_head_of_another_type",
     ),
     Mutant(
         "22 an LTE folder without its routers is to be downloaded again",
         _FOREIGN,
         "    if missing and not routers and all(_ROUTER in name for name in missing):",
         "    if False:",
-        f"{_HOSTILE}::test_bad_input_lte_folder_without_its_routers",
+        "tests/test_hf_foreign.py::test_bad_input_lte_folder_without_its_routers",
     ),
     Mutant(
         "22 id@revision is no hub id",
@@ -206,7 +206,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/files.py",
         "return Path(path).expanduser()",
         "return Path(path)",
-        f"{_HOSTILE}::test_home_folder_and_trailing_slash",
+        "tests/test_hf_hub.py::test_home_folder_and_trailing_slash",
     ),
     Mutant(
         "22 --workdir=~/x makes a folder named ~",

@@ -31,7 +31,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/hf/export.py",
         "kept = own if is_router(row.path) else kept",
         'kept = own if is_router(row.path) else kept.replace("float16", "float32")',
-        "tests/test_hf_hostile.py::test_float16_is_a_type_to_store_in",
+        "tests/test_hf_weights.py::test_float16_is_a_type_to_store_in",
     ),
     Mutant(
         "1 --dtype on the command line does nothing",
