@@ -164,7 +164,7 @@ def test_hub_dataset_without_the_column(monkeypatch):
     ("changes", "parts"),
     [
         ({"length": 512}, ["data.length=512", "256 positions", "256 or less"]),
-        ({"batch_size": 99}, ["training rows of 32", "data.batch_size=99", "lower"]),
+        ({"batch_size": 99}, ["training records of 32", "data.batch_size=99", "lower"]),
         ({"train": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
         ({"validation": "TRAIN"}, ["is the training text", "hold out"]),
