@@ -1,9 +1,9 @@
-"""Measures a model on a text: perplexity, sparsity, cost and speed, beside its dense model.
+"""Measures a model on text: perplexity, sparsity, cost and speed, next to its dense model.
 
     python evaluate.py --model=runs/demo/lte --dense=runs/demo/dense --data=FILE --out=runs/eval
-    python evaluate.py --workdir=runs/demo    # the report of a finished train.py, anew
+    python evaluate.py --workdir=runs/demo    # redo the report of a finished train.py run
 
-Prints a table and a sample text; writes results.json, table.md and figures into --out.
+Prints a table and a sample text; writes results.json, table.md and figures to --out.
 """
 
 import lte_jax
@@ -11,27 +11,27 @@ from lte_jax import config, data, errors, files, interrupt, pipeline, report
 
 
 def main() -> None:
-    """Flags to rows and models; the measuring is in lte_jax/evaluation.py."""
+    """Turns the flags into records and models, and evaluates them."""
     parser = errors.Parser(description=__doc__)
     add, flag = parser.add_argument, config.flag
-    add("--workdir", help="of a finished train.py: measures it as it was set up to be, alone")
+    add("--workdir", help="a finished train.py run: redo its report; no other flags")
     add("--model", help="HF or LTE folder, or hub id")
-    add("--dense", help="the dense model to compare with, likewise")
+    add("--dense", help="the dense model to compare with: folder or hub id")
     add("--data", help="JSON-lines file, hub dataset, or python-stdlib")
-    add("--column", default="text", help="of the rows of --data")
-    add("--newline", default="\n", help="what replaces newlines in the text")
-    add("--join", help="makes one text of all rows of --data, with this between them")
-    add("--length", type=flag(config.Length), default=256, help="tokens a row")
-    add("--rows", type=flag(config.Count), default=64, help="texts, from the first one on")
+    add("--column", default="text", help="column of --data that holds the text")
+    add("--newline", default="\n", help="replaces newlines in the text")
+    add("--join", help="joins all rows of --data into one text, with this between them")
+    add("--length", type=flag(config.Length), default=256, help="tokens per record")
+    add("--rows", type=flag(config.Count), default=64, help="read this many texts of --data")
     add("--batch-size", type=flag(config.Count), default=8)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     add("--prompt", type=errors.argument, default="Once upon a time", help="of the sample text")
-    add("--name", help="of the model in table and figures")
-    add("--out", help="folder")
+    add("--name", help="name of the model in the table and figures")
+    add("--out", help="output folder")
     add("--no-figures", action="store_true")
-    with errors.cli_errors(), interrupt.handled("what it had measured is lost, no more"):
+    with errors.cli_errors(), interrupt.handled("measurements so far are lost"):
         flags = parser.parse_args()
         if flags.workdir is not None:
             return pipeline.report_again(flags.workdir)
@@ -43,7 +43,7 @@ def main() -> None:
         tokenizer = lte_jax.load_tokenizer(flags.model)
         source = (flags.data, flags.column, flags.newline, flags.rows, "validation", flags.join)
         documents = data.tokenize(data.read_texts(*source), tokenizer)
-        fill = data.pad if flags.join is None else data.pack  # or the rest is cut off
+        fill = data.pad if flags.join is None else data.pack  # padding would cut off one long text
         rows = fill(documents, min(flags.length, max(map(len, documents))))
         settings = ("name", "routing", "threshold", "batch_size", "prompt")
         chosen = {name: getattr(flags, name) for name in settings}

@@ -1,9 +1,9 @@
-"""Trains what a file in configs/ describes, from the dense model to the last stage.
+"""Runs the experiment of a config file, from the dense model to the last training stage.
 
     python train.py --config=configs/demo.py --workdir=runs/demo
     python train.py --config=configs/llama7b.py:paper --config.lte.expert_size=64 --workdir=runs/7b
 
-Started again with the same --workdir, it goes on where it stopped.
+Run the same command again to resume where it stopped.
 """
 
 import lte_jax
@@ -11,9 +11,9 @@ from lte_jax import config, errors
 
 
 def main() -> None:
-    """Flags to an experiment; all that is worth testing or importing is in the package."""
+    """Turns the flags into an experiment and runs it."""
     parser = errors.Parser(description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder of checkpoints, metrics, results")
+    parser.add_argument("--workdir", required=True, help="folder for checkpoints and results")
     parser.add_argument(
         "--profile",
         action="store_true",

@@ -59,22 +59,21 @@ __all__ = [
 def load(
     path_or_hub_id: str | Path, dtype: str | None = None, *, verify: bool = False
 ) -> tuple[Transformer, dict[str, Any]]:
-    """A model and its parameters, from a folder or the Hugging Face hub.
+    """Loads a model and its parameters from a folder or the Hugging Face hub.
 
         model, params = lte_jax.load("meta-llama/Llama-2-7b-hf")     # dense
         model, params = lte_jax.load("runs/demo/lte", "float32")     # what train.py made
 
     Args:
-      path_or_hub_id: an HF folder, an LTE folder, or a model of the hub: "owner/name",
-        "owner/name@revision", or the address of its page.
-      dtype: "float32" or "bfloat16", to hold parameters and compute in. None: parameters stay as
-        they are stored, and so does the computation, except that a model stored in float16
-        computes in float32 on a CPU and in bfloat16 on an accelerator.
-      verify: compare the contents of every file with the folder's manifest, which reads all of
-        them once more; without it their sizes are compared. Folders of others have none.
+      path_or_hub_id: an HF folder, an LTE folder, or a hub model: "owner/name",
+        "owner/name@revision", or the URL of its page.
+      dtype: "float32" or "bfloat16", for parameters and computation. None: both as stored, except
+        that a model stored in float16 computes in float32 on a CPU, in bfloat16 on accelerators.
+      verify: check the SHA-256 of every file against the folder's manifest, which reads each file
+        once more; otherwise only sizes are checked. Folders of other tools have no manifest.
 
     Raises:
-      UserError: where it is neither, or is damaged; names the file and tensor.
+      UserError: if it is not a model or is damaged; names the file and tensor.
     """
     if dtype is not None:
         _checks.compute_dtype(dtype)
@@ -85,17 +84,17 @@ def load(
     return model, _hf.load_params(folder, config, lte, dtype)
 
 
-@_functools.cache  # what it decides is said once
+@_functools.cache  # so that the choice is logged once
 def _compute_dtype(stored: str) -> str:
-    """What a model computes in whose weights are stored in a type: the same, where that can be.
+    """The dtype a model computes in, given the dtype of its stored weights.
 
-    float16 is a type for storing: it has too small a range, and XLA has no products of it on CPUs.
+    float16 is for storage only: its range is small, and XLA cannot multiply it on CPUs.
     """
     if stored in _checks.COMPUTE_DTYPES:
         return stored
     backend = _jax.default_backend()
     chosen = "float32" if backend == "cpu" else "bfloat16"
-    _log.warning("weights stored in %s: computing in %s, on a %s", stored, chosen, backend)
+    _log.warning("weights are stored in %s; computing in %s on %s", stored, chosen, backend)
     return chosen
 
 
@@ -107,20 +106,20 @@ def save(
     source: str | Path | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Writes an HF folder (dense model) or an LTE folder, whole or not at all.
+    """Writes an HF folder (dense model) or an LTE folder, atomically.
 
         lte_jax.save("my-model", model, params, source="meta-llama/Llama-2-7b-hf")
 
     Args:
-      path: the folder; an older model folder there is replaced.
-      model: as from `load` or `moefy`.
+      path: the folder; a model folder already there is replaced.
+      model: from `load` or `moefy`.
       params: its parameters.
-      source: folder or hub id whose tokenizer and further settings are taken over.
-      dtype: of the stored weights, routers aside: float32, bfloat16 or float16. None: each as
-        its parameter; "source": each as in `source`.
+      source: folder or hub id to copy the tokenizer and other settings from.
+      dtype: of the stored weights except routers: float32, bfloat16 or float16. None: the dtype of
+        each parameter; "source": the dtypes in `source`.
 
     Raises:
-      UserError: where it cannot be written, or holds something that is not a model.
+      UserError: if it cannot be written, or the folder holds something other than a model.
     """
     _checks.model(model, params)
     _hf.save(path, model.config, model.lte, params, source, dtype=dtype)
@@ -139,21 +138,20 @@ def moefy(
 
         model, params = lte_jax.moefy(model, params, tokens, expert_size=32, target_sparsity=0.5)
 
-    With all experts on it computes what the dense model computes.
+    With all experts active the result computes what the dense model does.
 
     Args:
       model: dense.
       params: its parameters; they are not changed.
-      calibration: token ids of typical text, 32 tokens or more for each of the model's D + 1
-        router inputs (a warning says where there are fewer); any number fits into memory. Needed
-        for the default settings grouping="coactivation" and router_init="ridge".
-      mask: True (or > 0) where `calibration` is not padding; None: everywhere.
-      seed: of the grouping, of random router starts, and of the choice of `calibration_records`.
+      calibration: token ids of typical text, at least 32 tokens for each of the D + 1 router
+        inputs (fewer give a warning); memory use does not grow with them. Required by the default
+        settings grouping="coactivation" and router_init="ridge".
+      mask: True (or > 0) where `calibration` is not padding; None: no padding.
+      seed: for grouping, random router initialisation, and the choice of `calibration_records`.
       settings: fields of `LTEConfig`.
 
     Raises:
-      UserError: on settings that do not exist or do not fit the model, and on calibration data
-        that is none.
+      UserError: on unknown settings, settings that do not fit the model, and bad calibration data.
     """
     _checks.model(model, params)
     _checks.seed(seed)
@@ -182,26 +180,26 @@ def apply(
     mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
     threshold: Float[Array, ""] | float | Any = None,
 ) -> Output:
-    """The forward pass; can be jitted (model and routing static) and differentiated in `params`.
+    """The forward pass; works under `jax.jit` (model and routing static) and `jax.grad`.
 
         out = lte_jax.apply(model, params, tokens)
         out.logits     # [B, L, V] float32
-        out.scores     # [N, B, L, E] router scores, None under dense routing
-        out.sparsity   # share of the experts of real tokens that did not run
+        out.scores     # [N, B, L, E] router scores; None with dense routing
+        out.sparsity   # fraction of experts skipped, over real tokens
 
     Args:
       model: dense or LTE.
       params: its parameters.
-      tokens: token ids, an array or lists of one length.
+      tokens: token ids, an array or lists of equal length.
       routing: "dense", "soft", "hard", "straight_through" or "top_k" (see lte_jax.routing). None:
         hard for an LTE model, dense for a dense one.
-      mask: True at real tokens, or int segment ids (0 padding) of rows that hold several texts.
-        Padding may lie anywhere: a token's position is the number of real ones before it.
-      threshold: within [0, 1]; scores above it run. None: that of the model.
+      mask: True at real tokens, or int segment ids (0: padding) for rows that hold several texts.
+        Padding may be anywhere: a token's position is the number of real tokens before it.
+      threshold: in [0, 1]; experts with a larger score run. None: the model's own.
 
     Raises:
-      UserError: on arguments that do not fit the model or each other; under `jax.jit` values are
-        not known, and only shapes and types are looked at.
+      UserError: on arguments that do not fit the model or each other. Under `jax.jit` only shapes
+        and dtypes are checked.
     """
     _checks.model(model, params)
     tokens = _checks.array(tokens, "tokens")
@@ -212,21 +210,21 @@ def apply(
 def train(
     experiment: Experiment, workdir: str | Path, *, profile: bool = False
 ) -> tuple[Transformer, dict[str, Any]]:
-    """Runs an experiment, dense model to LTE folder; called again, it goes on where it stopped.
+    """Runs an experiment from dense model to LTE folder, or resumes where it stopped.
 
         from lte_jax import config
         experiment = config.load_config("configs/demo.py", ["lte.target_sparsity=0.75"])
         model, params = lte_jax.train(experiment, "runs/demo")
 
-    Leaves in `workdir` the folders dense/, experts/ and lte/, checkpoints/, metrics.jsonl,
-    tensorboard/, and the report: results.json, table.md and figures. With `profile` also
-    profile/<stage>/, a trace of a few steps of each stage (`tensorboard --logdir` shows it).
+    Writes to `workdir` the folders dense/, experts/ and lte/, checkpoints/, metrics.jsonl,
+    tensorboard/, and the report: results.json, table.md and figures. `profile` adds
+    profile/<stage>/, a trace of a few steps of each stage (view with `tensorboard --logdir`).
 
     Raises:
-      UserError: on bad configuration, data, models or folders, and where the loss is not finite.
-      SystemExit: with code 143 after SIGTERM and 130 after Ctrl-C, once what is in hand is saved
-        (in the main thread; elsewhere, signals do what they did before).
+      UserError: on bad configuration, data, models or folders, and if the loss is not finite.
+      SystemExit: with code 143 after SIGTERM and 130 after Ctrl-C, once the state is saved. Outside
+        the main thread, signals are not handled.
     """
-    from lte_jax import pipeline  # with Orbax and Optax: only training needs them
+    from lte_jax import pipeline  # imports Orbax and Optax, which only training needs
 
     return pipeline.train(experiment, workdir, profile=profile)

@@ -1,4 +1,4 @@
-"""`python -m lte_jax MODEL PROMPT`: a continuation of the prompt, streamed to the terminal."""
+"""`python -m lte_jax MODEL PROMPT` continues the prompt, streaming to the terminal."""
 
 import functools
 
@@ -8,7 +8,7 @@ from lte_jax.errors import Parser, argument, cli_errors
 
 
 def main() -> None:
-    """Flags to `lte_jax.generate_text`."""
+    """Passes the flags to `lte_jax.generate_text`."""
     parser = Parser(prog="python -m lte_jax", description=__doc__)
     add, flag = parser.add_argument, config.flag
     add("model", help="HF or LTE folder, or hub id")
@@ -21,7 +21,7 @@ def main() -> None:
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    add("--implementation", default="auto", help="of the sparse FFN")
+    add("--implementation", default="auto", help="kernels of the sparse FFN")
     with cli_errors():
         flags = vars(parser.parse_args())
         path, prompt, dtype = (flags.pop(name) for name in ("model", "prompt", "dtype"))
@@ -32,7 +32,7 @@ def main() -> None:
             write(prompt)
             lte_jax.generate_text(model, params, tokenizer, prompt, write=write, **flags)
         finally:
-            print()  # an error, too, begins on a line of its own
+            print()  # so that an error starts on a new line
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Training states on disk: saved in the background, verified when read, safe against any kill.
+"""Checkpoints of training states: saved in the background, verified on reading, safe to kill.
 
-One folder of a `Checkpointer` holds
+The folder of a `Checkpointer` holds
 
     <step>/            what Orbax wrote (state/, data/), and manifest.json, written last
     damaged/<step>/    what the last restart could not use
-    deleting-<step>/   on its way out
+    deleting-<step>/   being deleted
 
-A step counts once its manifest stands: the size and SHA-256 of every file, the shape of every leaf
-and the metrics, under a checksum of its own. Orbax commits a step, then the manifest is renamed
-into place, then older steps may go, so a kill at any moment leaves the newest finished step whole.
-What was truncated, flipped or lost later is found when the step is read, named, and moved aside;
-training then continues from the step before it.
+A step is complete once its manifest exists: the size and SHA-256 of every file, the shape of every
+leaf, and the metrics. Orbax commits a step, then the manifest is renamed into place, then older
+steps are deleted, so a kill at any moment leaves the newest complete step intact. Damage done later
+is found on reading: the step is named and moved aside, and training resumes from the one before it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from lte_jax.files import MANIFEST, Damaged
 
 DAMAGED = "damaged"
 NO_STEP = -1
-_UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the name of a step that Orbax is writing
+_UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the folder name of a step that Orbax is writing
 Manifest = dict[str, Any]
 State = TypeVar("State")
 log = logging.getLogger(__name__)
@@ -47,12 +46,12 @@ class Checkpointer:
     """Saves and restores training states by step; every process of a run calls every method.
 
     Args:
-      folder: made if absent; no other program's files belong in it.
+      folder: created if absent; for checkpoints only.
       keep_last: how many of the newest steps to keep, at least 1.
-      keep_best: how many steps to keep besides for their low `best_metric`.
+      keep_best: how many more steps to keep for their low `best_metric`.
 
     Raises:
-      UserError: when the folder cannot be made or written to.
+      UserError: if the folder cannot be created or written to.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Checkpointer:
         self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
         self._primary = jax.process_index() == 0
         self._finishing: Future | None = None
-        self._saved: set[int] = set()  # by this object, or restored
+        self._saved: set[int] = set()  # steps saved or restored by this object
         if self._primary:
             self._prepare_folder()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -85,24 +84,24 @@ class Checkpointer:
         data_state: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to save; returns once the arrays may be changed. Saving a step again does nothing.
+        """Starts a save; returns once the arrays may be changed. Saving a step again is a no-op.
 
         Args:
           step: later than any step saved or restored before.
-          state: a pytree of arrays, sharded as they are.
-          data_state: of the data iterator, JSON-able.
-          metrics: finite or not, JSON-able; `best_metric` among them decides on keep_best.
+          state: a pytree of arrays, saved in their shardings.
+          data_state: of the data iterator, JSON-serialisable.
+          metrics: finite or not; keep_best goes by their `best_metric`.
 
         Raises:
-          UserError: when this save or the one before it does not fit or may not be written.
+          UserError: if this save or the previous one cannot be written.
         """
         if step in self._saved:
             return
         self.wait()
         if self._path(step).exists():
             raise UserError(
-                f"checkpoint folder {self.folder} holds a step {step} of an earlier run: "
-                "resume from it, or name a fresh folder"
+                f"checkpoint folder {self.folder} holds step {step} of an earlier run: "
+                "resume from it, or choose an empty folder"
             )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
@@ -115,30 +114,30 @@ class Checkpointer:
         self._finishing = self._thread.submit(self._finish, manifest)
 
     def restore(self, abstract_state: State) -> tuple[int, State, dict[str, Any]] | None:
-        """The newest undamaged (step, state, data_state), or None where nothing was saved yet.
+        """The newest undamaged (step, state, data_state), or None if nothing has been saved.
 
         Args:
-          abstract_state: pytree of jax.ShapeDtypeStruct; arrays arrive in the shardings these
-            carry, whatever mesh they were saved from.
+          abstract_state: pytree of jax.ShapeDtypeStruct, whose shardings the arrays get, on
+            whatever mesh they were saved.
 
         Raises:
-          UserError: when every step is damaged, or is of another model or optimizer.
+          UserError: if every step is damaged, or belongs to another model or optimizer.
         """
         self.wait()
         step, problem = NO_STEP, ""
         if self._primary:
             try:
                 step = self._newest_good_step(_leaves(abstract_state))
-            except UserError as error:  # the other processes must not wait for this one
+            except UserError as error:  # raised below, or the other processes would wait forever
                 problem = str(error)
         if jax.process_count() > 1:
             failed = multihost_utils.broadcast_one_to_all(bool(problem))
             step = int(multihost_utils.broadcast_one_to_all(step))
-            problem = problem or ("checkpoints are unusable, see process 0" if failed else "")
+            problem = problem or ("checkpoints are unusable: see process 0" if failed else "")
         if problem:
             raise UserError(problem)
         self._manager.close()
-        self._manager = self._open()  # its list of steps dates from before damaged ones were moved
+        self._manager = self._open()  # rereads the steps, as damaged ones have been moved
         if step == NO_STEP:
             return None
         items = ocp.args.Composite(
@@ -149,10 +148,10 @@ class Checkpointer:
         return step, restored.state, restored.data
 
     def wait(self) -> None:
-        """Blocks until the last save is finished, manifest included.
+        """Blocks until the last save is complete, manifest included.
 
         Raises:
-          UserError: when it could not be written; the steps before it are untouched.
+          UserError: if it could not be written; earlier steps are untouched.
         """
         finishing, self._finishing = self._finishing, None
         if finishing is None:
@@ -170,7 +169,7 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
             _drained(self._manager.close)
-            if self._primary:  # of a save that failed: its threads may have gone on a while
+            if self._primary:  # threads of a failed save may have written after the clean-up
                 for half in half_done(self.folder):
                     shutil.rmtree(half, ignore_errors=True)
 
@@ -183,9 +182,9 @@ class Checkpointer:
         self.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        # Orbax would delete old steps before the manifest of the new one stands: we do it after.
-        # What a killed run left behind it would clear away in the background, and with it, on a
-        # slow machine, the first save of this run: that is done before, in _prepare_folder.
+        # Orbax would delete old steps before the new one's manifest exists; we do it afterwards.
+        # Its background clean-up after a killed run can, on a slow machine, also delete the first
+        # save of this run; we do it beforehand, in _prepare_folder.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, cleanup_tmp_directories=False, lightweight_initialize=True
         )
@@ -194,7 +193,7 @@ class Checkpointer:
         return ocp.CheckpointManager(self.folder, options=options)
 
     def _prepare_folder(self) -> None:
-        """Makes the folder and clears away what a killed run left half-written or half-deleted."""
+        """Creates the folder, and removes what a killed run left half-written or half-deleted."""
         probe = self.folder / ".writable"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +202,7 @@ class Checkpointer:
         except OSError as error:
             raise UserError(
                 f"checkpoint folder {self.folder} cannot be written to ({error.strerror}): "
-                "name one that can"
+                "choose a writable one"
             ) from None
         for leftover in half_done(self.folder):
             shutil.rmtree(leftover)
@@ -218,7 +217,7 @@ class Checkpointer:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def _finish(self, manifest: Manifest) -> None:
-        """In the background: after Orbax's commit the manifest, and after that the old steps."""
+        """In the background: waits for Orbax's commit, writes the manifest, deletes old steps."""
         step = manifest["step"]
         with self._explained(step):
             self._manager.wait_until_finished()
@@ -240,7 +239,7 @@ class Checkpointer:
                     self._best_metric
                 )
         rated = {step: loss for step, loss in losses.items() if loss is not None}
-        # NaN sorts last, and of equals the newest is the best.
+        # NaN sorts last; of equal losses the newest is best.
         best = sorted(rated, key=lambda s: (math.isnan(rated[s]), rated[s], -s))[: self._keep_best]
         return sorted(set(steps) - set(steps[-self._keep_last :]) - set(best))
 
@@ -250,7 +249,7 @@ class Checkpointer:
             try:
                 manifest = files.verify(self._path(step))
                 if manifest["step"] != step:
-                    raise Damaged(f"it is step {manifest['step']} under another name")
+                    raise Damaged(f"it holds step {manifest['step']}")
             except Damaged as error:
                 damage[step] = str(error)
                 continue
@@ -260,13 +259,13 @@ class Checkpointer:
         if damage:
             named = "; ".join(f"{self._path(step)}: {why}" for step, why in damage.items())
             raise UserError(
-                f"every checkpoint is damaged: {named}. Bring one back from a backup, or remove "
-                f"{self.folder} to start anew"
+                f"every checkpoint is damaged: {named}. Restore one from a backup, or remove "
+                f"{self.folder} to start over"
             )
         return NO_STEP
 
     def _set_aside(self, damage: Mapping[int, str]) -> None:
-        """Moves unusable steps out of the way, in the place of those of the restart before."""
+        """Moves unusable steps aside, replacing those of the previous restart."""
         if not damage:
             return
         shutil.rmtree(self.folder / DAMAGED, ignore_errors=True)
@@ -277,7 +276,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Turns failures to write into a UserError, leaving nothing half-written."""
+        """Turns write failures into a UserError and removes what is half-written."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -290,7 +289,7 @@ class Checkpointer:
                     shutil.rmtree(half, ignore_errors=True)
             raise UserError(
                 f"checkpoint {self._path(step)} could not be written ({reason}): free some space "
-                "or name another folder; the checkpoints before it are untouched"
+                "or choose another folder; earlier checkpoints are untouched"
             ) from error
 
 
@@ -315,12 +314,12 @@ def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str
         if there != here:
             raise UserError(
                 f"checkpoint {path} is of another model or optimizer: {name} is {there} there and "
-                f"{here} in this run: use the configuration it was saved with, or a fresh folder"
+                f"{here} in this run: use the configuration it was saved with, or an empty folder"
             )
 
 
 def _drained(wait: Callable[[], None]) -> None:
-    """Waits for Orbax, which raises the trouble of one save once more for each of its threads."""
+    """Waits for Orbax, which raises the error of a failed save once for each of its threads."""
     for _ in range(8):
         try:
             return wait()
@@ -330,13 +329,13 @@ def _drained(wait: Callable[[], None]) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for tracebacks of Orbax's errors, which it raises as well."""
+    """False for logged tracebacks of errors that Orbax also raises."""
     return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
 
 
 @contextlib.contextmanager
 def quiet_threads() -> Iterator[None]:
-    """What libraries' threads die of on a full disk prints no traceback: the next write tells."""
+    """Hides tracebacks of library threads that die on a full disk: the next write reports it."""
     before, unraisable = threading.excepthook, sys.unraisablehook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -344,7 +343,7 @@ def quiet_threads() -> Iterator[None]:
             before(args)
 
     def unraisable_hook(args: sys.UnraisableHookArgs) -> None:
-        # TensorStore answers to a save that was given up, whose loop is gone.
+        # TensorStore reporting to the closed event loop of an abandoned save.
         if "Event loop is closed" not in str(args.exc_value):
             unraisable(args)
 

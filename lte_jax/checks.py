@@ -1,6 +1,6 @@
-"""What the public functions are given, looked at before any work: each fault in one line.
+"""Argument checks of the public functions; each raises a one-line UserError.
 
-Shapes and types are checked always, values on concrete arrays only: what `jax.jit` traces has none.
+Shapes and dtypes are always checked, values only on concrete arrays: tracers have none.
 
 Dimension key: B batch  L length  T cache length  S cached tokens so far
 """
@@ -19,24 +19,24 @@ from lte_jax.errors import UserError
 from lte_jax.params import dimension_sizes, table
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-_SEEDS = 2**32  # the same with 64-bit types as without
+_SEEDS = 2**32  # so that a seed means the same with and without 64-bit types
 
 
 def model(value: Any, params: Any, name: str = "model") -> None:
-    """Refuses what is no model, and what are not its parameters: by names, shapes and kind alone.
+    """Refuses anything but a model and its parameters, by names, shapes and kind of dtype.
 
     Args:
-      value: a `Transformer`, or anything.
-      params: of it, or anything.
+      value: should be a `Transformer`.
+      params: should be its parameters.
       name: of the argument that holds the model, for the message.
     """
     config, lte = getattr(value, "config", None), getattr(value, "lte", None)
     if not (isinstance(config, ModelConfig) and callable(getattr(value, "apply", None))):
-        raise UserError(f"{name} is {type(value).__name__}: expected a model, as load makes it")
+        raise UserError(f"{name} is {type(value).__name__}: expected a model, as returned by load")
     if not isinstance(params, Mapping):
         raise UserError(
             f"params is {type(params).__name__}: expected the dict of parameters that load returns "
-            "beside the model"
+            "with the model"
         )
     sizes = dimension_sizes(config, lte)
     for row in table(config, lte):
@@ -51,13 +51,13 @@ def model(value: Any, params: Any, name: str = "model") -> None:
         else:
             continue
         raise UserError(
-            f"params: {row.path} {found}, expected floats {expected}: give the parameters of this "
+            f"params: {row.path} {found}, expected floats {expected}: pass the parameters of this "
             f"{name}"
         )
 
 
 def function(name: str, value: Any) -> None:
-    """Refuses what cannot be called; None is no function, which is fine."""
+    """Refuses anything but a callable or None."""
     if value is not None and not callable(value):
         raise UserError(f"{name}={value!r}: expected a function, or None")
 
@@ -68,13 +68,13 @@ def token_ids(
     name: str = "tokens",
     mend: str = "use the model's own tokenizer",
 ) -> None:
-    """Refuses ids outside the vocabulary, which an embedding would take as others or as NaN.
+    """Refuses ids outside the vocabulary, which an embedding would wrap, clip or turn into NaN.
 
     Args:
       tokens: integers of any shape.
       vocab_size: V; ids are 0 to V - 1.
       name: of the argument or text, for the message.
-      mend: for the message.
+      mend: the fix, for the message.
     """
     ids = concrete(tokens)
     if ids is None or not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
@@ -86,7 +86,7 @@ def token_ids(
 def batch(
     config: ModelConfig, tokens: Any, mask: Any = None, cache: Any = None, name: str = "tokens"
 ) -> None:
-    """Refuses what a forward pass cannot take as `tokens`, `mask` and `cache`."""
+    """Refuses `tokens`, `mask` and `cache` that a forward pass cannot take."""
     _expect_integers(tokens, name)
     _expect_rows(tokens, name)
     if mask is not None:
@@ -96,12 +96,12 @@ def batch(
 
 
 def mask_of(tokens: Any, mask: Any, name: str = "tokens") -> None:
-    """Refuses what does not say of each of these tokens whether it is real."""
+    """Refuses a mask without one valid entry per token."""
     _expect_integers(mask, "mask", "True at real tokens, or segment ids", or_bool=True)
     if mask.shape != tokens.shape:
         raise UserError(
             f"mask has shape {list(mask.shape)} and {name} {list(tokens.shape)}: expected one "
-            "entry for each token"
+            "entry per token"
         )
     known = concrete(mask)
     if known is not None and known.min(initial=0) < 0:
@@ -109,7 +109,7 @@ def mask_of(tokens: Any, mask: Any, name: str = "tokens") -> None:
 
 
 def _expect_room(config: ModelConfig, tokens, mask, cache, name: str) -> None:
-    """Refuses what does not fit into the cache, or has more positions than the model knows."""
+    """Refuses tokens that exceed the cache or the model's positions."""
     rows, length = tokens.shape
     segments_BL = np.ones((rows, length), np.int32) if mask is None else concrete(mask)
     if cache is not None:
@@ -118,7 +118,7 @@ def _expect_room(config: ModelConfig, tokens, mask, cache, name: str) -> None:
         used = 0 if index is None else int(index)
         if rows != places[0] or used + length > places[1]:
             raise UserError(
-                f"{name} has shape {[rows, length]}, and the cache has place for "
+                f"{name} has shape {[rows, length]}, but the cache has room for "
                 f"{places[1] - used} more tokens of {places[0]} texts: make a longer one, "
                 f"init_cache(model, {rows}, {used + length})"
             )
@@ -131,16 +131,16 @@ def _expect_room(config: ModelConfig, tokens, mask, cache, name: str) -> None:
     longest = max((int((segments_BL == i).sum(axis=1).max()) for i in ids), default=0)
     if longest > config.max_length:
         raise UserError(
-            f"{name} has a text of {longest} tokens, and the model's max_length is "
+            f"{name} has a text of {longest} tokens, but the model's max_length is "
             f"{config.max_length}: shorten it"
         )
 
 
 def array(value: Any, name: str) -> Any:
-    """An array as it is, lists as one.
+    """Arrays unchanged; lists converted to an array.
 
     Raises:
-      UserError: where rows differ in length.
+      UserError: if rows differ in length.
     """
     if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return value
@@ -148,28 +148,28 @@ def array(value: Any, name: str) -> Any:
         return np.asarray(value)
     except ValueError:
         raise UserError(
-            f"{name} has rows of different length: fill them up to one length and give a mask, "
+            f"{name} has rows of different lengths: pad them to one length and pass a mask, "
             "True at real tokens"
         ) from None
 
 
 def threshold(value: Any) -> None:
-    """Refuses what is no number within [0, 1]; None is the model's own, 0 runs all experts."""
+    """Refuses anything but a number in [0, 1], or None for the model's own; 0 runs all experts."""
     if value is None or isinstance(value, jax.core.Tracer):
         return
     dtype = getattr(value, "dtype", None)
     numeric = dtype is not None and not np.ndim(value) and jnp.issubdtype(dtype, jnp.number)
     if not (numeric or is_number(value)) or not 0 <= float(value) <= 1:
-        raise UserError(f"threshold={value!r}: expected one number within [0, 1]")
+        raise UserError(f"threshold={value!r}: expected one number in [0, 1]")
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one number, a truth value not among them."""
+    """Whether it is a single number; bools do not count."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def compute_dtype(value: Any) -> None:
-    """Refuses what no model computes in."""
+    """Refuses dtypes that models do not compute in."""
     if not (isinstance(value, str) and value in COMPUTE_DTYPES):
         raise UserError(
             f"dtype={value!r}: a model computes in {' or '.join(COMPUTE_DTYPES)}; its parameters "
@@ -178,12 +178,12 @@ def compute_dtype(value: Any) -> None:
 
 
 def seed(value: Any) -> None:
-    """Refuses what is no seed."""
+    """Refuses anything but an integer in [0, 2**32)."""
     integer("seed", value, 0, _SEEDS - 1)
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None, words: str = "") -> None:
-    """Refuses what is no integer from `least` to `most`."""
+    """Refuses anything but an integer from `least` to `most`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -191,19 +191,19 @@ def integer(name: str, value: Any, least: int, most: int | None = None, words: s
 
 
 def finite_params(params: Mapping[str, Any], name: str) -> None:
-    """Refuses parameters that are not finite, naming the first of them and its model."""
+    """Refuses parameters that are not finite; names the first one and the model."""
     finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(params)
     for path, good in jax.tree_util.tree_leaves_with_path(finite):
         if not good:
             where = "/".join(str(getattr(key, "key", key)) for key in path)
             raise UserError(
-                f"model {name!r}: parameter {where} has values that are not finite: take the "
+                f"model {name!r}: parameter {where} has values that are not finite: use the "
                 "weights of a working model"
             )
 
 
 def concrete(array: Any) -> np.ndarray | None:
-    """The values of an array; None under a trace, or where a part of them lies elsewhere."""
+    """The values of an array; None for tracers and arrays with shards in other processes."""
     if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
         return None
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

@@ -1,9 +1,9 @@
-"""Balanced clustering: vectors into groups of equal size, the same ones on every machine.
+"""Balanced clustering: splits vectors into groups of equal size, the same on every machine.
 
-What it needs are inner products alone, a [F, F] float32 matrix: 0.5 GB for a layer of LLaMA-7B,
-3.3 GB for one of LLaMA-70B.
+It needs only inner products, an [F, F] float32 matrix: 0.5 GB for a layer of LLaMA-7B, 3.3 GB for
+one of LLaMA-70B.
 
-Dimension key: F = E*M vectors (neurons)  E clusters (experts)  M vectors of each  D width
+Dimension key: F = E*M vectors (neurons)  E clusters (experts)  M vectors per cluster  D width
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lte_jax.errors import UserError
 
 TOLERANCE = 1e-4  # the search stops when a sweep lowers the inertia by a smaller share
 MAX_SWEEPS = 50
-LONGEST = 6.0  # medians of length that a vector is shortened to
+LONGEST = 6.0  # longer vectors are shortened to this many median lengths
 
 
 def balanced_kmeans(
     x_FD: Float[np.ndarray, "F D"], num_clusters: int, *, seed: int | tuple[int, ...] = 0
 ) -> Int[np.ndarray, "E M"]:
-    """Clusters of exactly F/E rows with a small sum of squared distances to their means.
+    """Balanced k-means: clusters of exactly F/E rows with a small sum of squared distances.
 
-    Records longer than LONGEST medians count as that long: they are quantised by the longest (see
-    `exact_gram`). Same input and seed, same clusters: on any number of threads and any machine.
+    Rows longer than LONGEST medians are shortened to that, because the longest row sets the
+    quantisation step (see `exact_gram`). Deterministic, on any machine and number of threads.
 
     Raises:
-      UserError: where `num_clusters` does not divide the number of rows.
+      UserError: if `num_clusters` does not divide the number of rows.
     """
     if num_clusters < 1 or len(x_FD) % num_clusters:
         raise UserError(
@@ -41,20 +41,20 @@ def balanced_kmeans(
 def balanced_partition(
     gram_FF: Float[np.ndarray, "F F"], num_clusters: int, *, seed: int | tuple[int, ...] = 0
 ) -> Int[np.ndarray, "E M"]:
-    """Balanced k-means of vectors of which only the inner products are known, float32.
+    """Balanced k-means from inner products alone, float32.
 
-    Vectors longer than LONGEST medians count as that long. One massive neuron, and large models
-    have some, would else be most of the inertia: the search would stop once it lies well, and
-    chance would draw others to it.
+    Vectors longer than LONGEST medians are shortened to that. Large models have a few massive
+    neurons; one of them would otherwise dominate the inertia, so that the search stops once it is
+    placed and others join it by chance.
 
-    With clusters of equal size M the inertia is the trace of the Gram matrix less 1/M of the sum
-    of its entries within clusters, so k-means is a balanced graph partition. Lloyd's rounds settle
-    early here, for in small clusters a row is a large part of its own mean. Instead, clusters are
-    grown one neuron at a time; then each neuron in turn changes places with the one neuron, of all
-    in other clusters, with which this lowers the inertia most. A sweep costs F^2 operations.
+    With clusters of equal size M the inertia is the trace of the Gram matrix minus 1/M of the sum
+    of its within-cluster entries, so k-means is a balanced graph partition. Lloyd's algorithm
+    stalls here, because in a small cluster a row is a large part of its own mean. Instead, clusters
+    grow one neuron at a time; then each neuron in turn is swapped with the neuron of another
+    cluster that lowers the inertia most. A sweep costs F^2 operations.
     """
     shorter_F = _shortening(np.sqrt(np.maximum(np.diag(gram_FF), 0.0))).astype(np.float32)
-    if (shorter_F < 1).any():  # a copy as large as a layer that most layers need not
+    if (shorter_F < 1).any():  # most layers do without this [F, F] copy
         gram_FF = gram_FF * shorter_F[:, None] * shorter_F[None]
     visit_F = random_order(len(gram_FF), seed)
     clusters = _Clusters(gram_FF, num_clusters, visit_F)
@@ -69,21 +69,21 @@ def balanced_partition(
 
 
 class _Clusters:
-    """A balanced partition and the sums by which it is improved.
+    """A balanced partition and the sums used to improve it.
 
-    These are float32 and computed elementwise, in an order that is the same on every machine, as
-    that of a reduction would not be.
+    The sums are float32 and elementwise, so their order is the same on every machine, unlike that
+    of a reduction.
     """
 
     def __init__(self, gram_FF: np.ndarray, num_clusters: int, visit_F: np.ndarray):
-        """Grows clusters: a free neuron, then always the free one nearest to the sum so far."""
+        """Grows each cluster from a free neuron by the free one nearest to the sum so far."""
         neurons = len(gram_FF)
         self.gram_FF, self.norm_F = gram_FF, np.diag(gram_FF).copy()
         self.least_gain = 1e-5 * float(self.norm_F.max())  # well above the rounding of the sums
         self.members_EM = np.zeros((num_clusters, neurons // num_clusters), np.intp)
         self.cluster_F = np.zeros(neurons, np.intp)
         self.toward_EF = np.zeros((num_clusters, neurons), np.float32)  # sum of gram over members
-        taken_F = np.zeros(neurons, np.float32)  # -inf where it is
+        taken_F = np.zeros(neurons, np.float32)  # -inf where taken
         seeds = iter(visit_F.tolist())
         for members_M, toward_F in zip(self.members_EM, self.toward_EF, strict=True):
             neuron = next(f for f in seeds if not taken_F[f])
@@ -91,7 +91,7 @@ class _Clusters:
                 members_M[m], taken_F[neuron] = neuron, -np.inf
                 toward_F += gram_FF[neuron]
                 neuron = int(np.argmax(toward_F + taken_F))
-        self.loss_F = np.zeros(neurons, np.float32)  # inner weight that leaves with a neuron, < 0
+        self.loss_F = np.zeros(neurons, np.float32)  # change of inner weight if a neuron leaves
         for cluster in range(num_clusters):
             self._settle(cluster)
 
@@ -130,7 +130,7 @@ class _Clusters:
 
 
 def _shortening(length_F: np.ndarray) -> np.ndarray:
-    """Factors, mostly 1, that leave no vector longer than LONGEST medians of those not zero."""
+    """Factors, mostly 1, that limit lengths to LONGEST medians of the nonzero lengths."""
     if not length_F.any():
         return np.ones_like(length_F)
     longest = LONGEST * np.median(length_F[length_F > 0])
@@ -138,18 +138,18 @@ def _shortening(length_F: np.ndarray) -> np.ndarray:
 
 
 def normalize(x_FD: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F D"]:
-    """Records scaled to L2 norm 1, float32; rows of zeros stay."""
+    """Rows scaled to L2 norm 1, float32; rows of zeros stay."""
     x_FD = x_FD.astype(np.float32)
     return x_FD / np.maximum(_norms(x_FD), np.finfo(np.float32).tiny)[:, None].astype(np.float32)
 
 
 def exact_gram(x_FD: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F F"]:
-    """Inner products of the rows, scaled and quantised so that float32 sums have no rounding.
+    """Inner products of the rows, scaled and quantised so that float32 sums are exact.
 
-    Entries become integers and rows get norms below 4096; by Cauchy-Schwarz every partial sum of
-    a product of two rows is then an integer below 2^24, which float32 holds. So a matrix product
-    gives the same bits in any order of summation. The largest norm spans 4,000 steps or so: at
-    D=4096 a unit row moves by 0.005, and its inner products with others by 1e-4.
+    Entries become integers and row norms less than 4096; by Cauchy-Schwarz every partial sum of
+    an inner product is then an integer below 2^24, exact in float32. So the matrix product is the
+    same bit for bit in any order of summation. The largest norm spans about 4,000 steps: at D=4096
+    a unit row moves by 0.005, and its inner products with others by 1e-4.
     """
     scale = (4095.0 - 0.5 * x_FD.shape[1] ** 0.5) / max(float(_norms(x_FD).max()), 1e-30)
     x_FD = np.rint(x_FD * np.float32(scale))
@@ -157,18 +157,18 @@ def exact_gram(x_FD: Float[np.ndarray, "F D"]) -> Float[np.ndarray, "F F"]:
 
 
 def inertia(x_FD: Float[np.ndarray, "F D"], order_EM: Int[np.ndarray, "E M"]) -> float:
-    """Sum of squared distances of rows to the mean of their cluster, in float64."""
+    """Sum of squared distances of the rows to the mean of their cluster, in float64."""
     clusters = (x_FD[members_M].astype(np.float64) for members_M in order_EM)
     return sum(float(np.sum((x_MD - x_MD.mean(0)) ** 2)) for x_MD in clusters)
 
 
 def _norms(x_FD: np.ndarray) -> np.ndarray:
-    """L2 norms in float64, so that what is rounded after them rounds alike everywhere."""
+    """L2 norms in float64, so that later rounding is the same on every machine."""
     return np.sqrt(np.einsum("FD,FD->F", x_FD, x_FD, dtype=np.float64))
 
 
 def random_order(neurons: int, seed: int | tuple[int, ...]) -> np.ndarray:
-    """A random order. NumPy guarantees the raw bits across its versions, not `permutation`."""
+    """A random order. Across versions NumPy guarantees the raw bits, but not `permutation`."""
     return np.argsort(np.random.PCG64(seed).random_raw(neurons), kind="stable")
 
 

@@ -1,4 +1,4 @@
-"""What a user can mend: one exception, and how command lines print it."""
+"""`UserError`, for problems the user can fix, and how command lines report it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
-MAX_LENGTH = 499  # characters of a message
+MAX_LENGTH = 499  # characters per message
 
 
 class UserError(ValueError):
-    """Input the user can mend: one line naming the culprit, what was expected, and the mend.
+    """Bad input: one line that names the culprit, what was expected, and the fix.
 
-    What is quoted may come from a stranger's file: control characters are escaped, and of a message
-    that is too long the middle is left out, as the culprit stands first and the mend last.
+    Messages may quote untrusted files, so control characters are escaped. A message that is too
+    long loses its middle: the culprit comes first and the fix last.
     """
 
     def __init__(self, message: str):
@@ -36,12 +36,12 @@ def _tame(message: str) -> str:
 
 
 def _printable(character: str) -> str:
-    """Itself, or its escape: terminals obey control characters, and cannot print surrogates."""
+    """The character, escaped if a terminal would obey it or cannot print it."""
     return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest valid one, or all of them where none is near."""
+    """A hint for a misspelt name: the nearest valid one, or all of them if none is near."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"
@@ -54,12 +54,12 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def cli_errors() -> Iterator[None]:
-    """Around the main function of each script: how a program speaks and ends.
+    """Wraps the main function of a script: error messages, exit codes, logging.
 
-    What the user can mend is one line `error: ...` on stderr and exit code 2. Ctrl-C ends it with
-    code 130 and a reader that has gone (`| head`) with 141, as shells count them, without a word.
-    What the terminal's encoding lacks is printed as `?`. What the package chooses by itself, such
-    as the kernels, is said on stderr.
+    Errors the user can fix print one line `error: ...` on stderr and exit with 2. Ctrl-C exits
+    with 130 and a closed pipe (`| head`) with 141, both silently. Characters that the terminal's
+    encoding lacks print as `?`. Choices the package makes itself, such as the kernels, are logged
+    on stderr.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -71,14 +71,14 @@ def cli_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # or Python complains as it ends
+        with contextlib.suppress(OSError, ValueError):  # or Python complains at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
         _end_at_once_on_a_further_signal()
         raise SystemExit(130) from None
     except SystemExit as end:
-        if end.code in (130, 143):  # a signal's: see interrupt.py
+        if end.code in (130, 143):  # from a signal, see interrupt.py
             _end_at_once_on_a_further_signal()
         raise
     except (UserError, OSError) as error:
@@ -89,26 +89,23 @@ def cli_errors() -> Iterator[None]:
 
 
 def _end_at_once_on_a_further_signal() -> None:
-    """While the interpreter takes itself apart, Ctrl-C would show as tracebacks of its insides."""
+    """Avoids tracebacks from the interpreter's shutdown when Ctrl-C arrives during it."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command line whose words, quoted in an error, may hold newlines and worse.
-
-    The description's own lines stay in `--help`.
-    """
+    """An ArgumentParser whose errors are one line; `--help` keeps the description's line breaks."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        """The usage and one line."""
+        """Prints the usage and the message as one line, then exits."""
         super().error(str(UserError(message)))
 
 
 def argument(text: str) -> str:
-    """An argument of the command line as text: bytes that are not UTF-8 become U+FFFD."""
+    """A command-line argument as text; bytes that are not UTF-8 become U+FFFD."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,7 +1,7 @@
-"""Evaluation: how well a model predicts text, how sparse it is, what a token costs, how it writes.
+"""Evaluation: perplexity, sparsity, cost per token, decoding latency and a sample text.
 
-`evaluate` measures a model, and beside it the dense model it came from where one is given, and
-returns plain data: what report.py turns into tables and figures.
+`evaluate` measures a model and, if given, the dense model it was made from. It returns plain data,
+which report.py turns into tables and figures.
 
 Dimension key: B batch  L length  R records  E experts  N layers  V vocabulary
 """
@@ -32,9 +32,9 @@ from lte_jax.routing import make as make_routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
-UNION_SIZES = (1, 2, 4, 8, 16)  # batches whose union of experts is measured
+UNION_SIZES = (1, 2, 4, 8, 16)  # batch sizes for which the union of active experts is measured
 _GIGA = 2**30  # as in the paper's Table 1
-_LATENCY_TOKENS = 32  # of the prompt, and of the text timed
+_LATENCY_TOKENS = 32  # length of the prompt, and of the timed continuation
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
     sample_temperature: float = 0.0,
     latency_rounds: int = 9,
 ) -> dict[str, Any]:
-    """Quality, sparsity and cost of a model, and of its dense model.
+    """Measures quality, sparsity and cost of a model, and of its dense baseline.
 
         records = data.pad(data.tokenize(texts, tokenizer), length=256)
         results = lte_jax.evaluate(model, params, records, tokenizer=tokenizer)
@@ -64,25 +64,25 @@ def evaluate(
       params: its parameters.
       records: the text to predict, see `data.pad`.
       baseline: the dense model to compare with, and its parameters.
-      tokenizer: for figures per byte and a sample text; without it there are none.
+      tokenizer: for figures per byte and a sample text; without it these are left out.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
       name: of `model` in the results; None: "LTE" or "dense".
-      batch_size: records at a time.
-      prompt: of the sample text.
-      sample_tokens: its length, and no more than the model has positions for.
-      sample_temperature: 0 takes the likeliest token each time.
-      latency_rounds: timings, of which the median counts; 0 times nothing.
+      batch_size: of the forward passes, in records.
+      prompt: start of the sample text.
+      sample_tokens: length of the sample text, at most what the model has positions for.
+      sample_temperature: 0: greedy.
+      latency_rounds: number of timings; their median is reported. 0: no timing.
 
     Returns:
-      JSON-able: {"tokens", "bytes", "models": [...]}, the baseline first; each model has "name",
-      "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and more. A latency is that of one
-      decoded token of one text. An LTE model without a baseline is timed against itself with all
-      experts on.
+      JSON-serialisable {"tokens", "bytes", "models": [...]}, the baseline first; each model has
+      "name", "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and more. Latency is per
+      decoded token at batch size 1. An LTE model without a baseline is compared with itself with
+      all experts active.
 
     Raises:
       UserError: on arguments that do not fit the models or each other, before anything is
-        measured, and as `perplexity`.
+        measured, and as `perplexity` does.
     """
     if not isinstance(name, str | None):
         raise UserError(f"name={name!r}: expected a text, or None")
@@ -116,7 +116,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Entrant:
-    """A model to be measured, and how it routes; None: as it does by itself."""
+    """A model to measure, with its routing and threshold; None: the model's own."""
 
     name: str
     model: Transformer
@@ -128,7 +128,7 @@ class _Entrant:
 def _measured(
     entrant: _Entrant, records: Records, batch_size: int, num_bytes: int | None
 ) -> dict[str, Any]:
-    """What is known of a model without text or time."""
+    """The results of a model, except its sample text and latency."""
     quality = perplexity(
         entrant.model,
         entrant.params,
@@ -144,7 +144,7 @@ def _measured(
 
 
 def _sample(entrant: _Entrant, tokenizer: Any, prompt: str, tokens: int, temperature: float) -> str:
-    """What it writes after the prompt, in `tokens` and no more than it has positions for."""
+    """A continuation of the prompt by up to `tokens`, as far as the model has positions."""
     room = entrant.model.config.max_length - len(tokenize([prompt], tokenizer)[0])
     return generate_text(
         entrant.model,
@@ -169,26 +169,26 @@ def perplexity(
     num_bytes: int | None = None,
     label: str = "evaluating",
 ) -> dict[str, Any]:
-    """How well the model predicts `records`, and what its routers do meanwhile.
+    """Loss and perplexity of the model on `records`, and the sparsity of its routing.
 
     Args:
       model: dense or LTE.
       params: its parameters.
-      records: token t + 1 is predicted wherever it is of the same text as token t.
+      records: token t + 1 is predicted wherever it belongs to the same text as token t.
       routing: as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
-      batch_size: records at a time.
+      batch_size: of the forward passes, in records.
       num_bytes: of the predicted text in UTF-8, for the figures per byte.
-      label: of the progress bar, which shows on terminals; names the model in errors.
+      label: of the progress bar on terminals; names the model in errors.
 
     Returns:
       loss (nats per token), token_ppl; with `num_bytes` also bits_per_byte and byte_ppl; sparsity
-      and sparsity_per_layer (0 and None where all experts run); score_histogram, the number of
-      router scores in each of 64 equal parts of [0, 1]; union_sparsity, the share of experts that
-      none of so many records needs, by number of records.
+      and sparsity_per_layer (0 and None if all experts run); score_histogram, the number of router
+      scores in each of 64 equal parts of [0, 1]; union_sparsity, from batch size to the fraction
+      of experts that no record of a batch needs.
 
     Raises:
-      UserError: on records, routing or threshold that do not fit the model, and where parameters or
+      UserError: on records, routing or threshold that do not fit the model, and if parameters or
         the loss are not finite.
     """
     from tqdm import tqdm
@@ -211,14 +211,14 @@ def perplexity(
     if not math.isfinite(loss):
         raise UserError(
             f"model {label!r}: the loss over these records is {loss}, though all its parameters "
-            f"are finite: logits overflow in {model.dtype}; is this the text and the type for it?"
+            f"are finite: logits overflow in {model.dtype}; check the text, or use another dtype"
         )
     return _summary(totals, num_bytes, label)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "routing"))
 def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> dict[str, Any]:
-    """Sums over one batch; each mean with the weight it has to be taken with."""
+    """Sums over one batch, with the weights needed to turn them into means."""
     out = model.apply(
         {"params": params}, tokens_BL, routing=routing, mask=segments_BL, threshold=threshold
     )
@@ -239,7 +239,7 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     sums["real"] = real
     sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * real
     sums["union"] = {}
-    for size in UNION_SIZES:  # what a kernel that serves so many records at once can skip (Fig. 15)
+    for size in UNION_SIZES:  # what a kernel can skip at this batch size (Fig. 15)
         if size > tokens_BL.shape[0]:
             break
         together_1L = jnp.all(token_mask_BL[:size], axis=0, keepdims=True)
@@ -273,13 +273,13 @@ def _summary(totals: dict[str, Any], num_bytes: int | None, label: str) -> dict[
 
 
 def _exp(nats: float, unit: str, label: str) -> float:
-    """A perplexity."""
+    """The perplexity of a loss in nats."""
     try:
         return math.exp(nats)
     except OverflowError:
         raise UserError(
             f"model {label!r}: a loss of {nats:.6g} nats per {unit} is a perplexity too large for "
-            "a float: the model does not know this text; is the tokenizer its own?"
+            "a float: check that text and tokenizer fit the model"
         ) from None
 
 
@@ -290,7 +290,7 @@ def describe(model: Transformer) -> dict[str, Any]:
 
 
 def cost(model: Transformer, sparsity: float) -> dict[str, float]:
-    """What one decoded token costs: giga (2**30) FLOPs and bytes of weights, see sparsity.py."""
+    """Cost of a decoded token: FLOPs and bytes of weights in units of 2**30, see sparsity.py."""
     width = jnp.dtype(model.dtype).itemsize
     return {
         "gflops_per_token": flops_per_token(model.config, model.lte, sparsity) / _GIGA,
@@ -299,7 +299,7 @@ def cost(model: Transformer, sparsity: float) -> dict[str, float]:
 
 
 def scored_bytes(records: Records, tokenizer: Any) -> int:
-    """UTF-8 bytes of the text that `perplexity` predicts: each text but its first token."""
+    """UTF-8 bytes of the text that `perplexity` predicts: each text except its first token."""
     total = 0
     for tokens_L, segments_L in zip(records.tokens_RL, records.segments_RL, strict=True):
         for segment in range(1, int(segments_L.max()) + 1):
@@ -316,13 +316,13 @@ def decode_latency(
     rounds: int = 9,
     implementation: str = "auto",
 ) -> list[float]:
-    """Milliseconds per decoded token of one text, the median of interleaved rounds.
+    """Milliseconds per decoded token at batch size 1, the median of interleaved rounds.
 
     Args:
-      runs: (model, params, routing, threshold) of each; all of them take turns, so that whatever
-        else the machine does meets them alike.
-      prompt: token ids; the first few are used.
-      rounds: how often each is timed.
+      runs: (model, params, routing, threshold) of each; they take turns, so that other load on
+        the machine affects all alike.
+      prompt: token ids; only the first few are used.
+      rounds: timings of each run.
       implementation: of the sparse FFN.
     """
     tokens = min(_LATENCY_TOKENS, *(model.config.max_length // 2 for model, *_ in runs))
@@ -349,16 +349,14 @@ def decode_latency(
 def _check_records(model: Transformer, records: Any, routing: Any, threshold: Any) -> None:
     if not isinstance(records, Records):
         raise UserError(
-            f"records is {type(records).__name__}: expected data.Records, as data.pad makes them "
-            "of lists of token ids"
+            f"records is {type(records).__name__}: expected data.Records, which data.pad makes "
+            "from lists of token ids"
         )
     checks.batch(model.config, records.tokens_RL, records.segments_RL, name="records.tokens_RL")
     make_routing(routing, model.config, model.lte)
     checks.threshold(threshold)
     if not jnp.any(loss_mask(jnp.asarray(records.segments_RL))):
-        raise UserError(
-            "there is no token to predict: expected records with texts of 2 tokens or more"
-        )
+        raise UserError("records has no token to predict: expected texts of at least 2 tokens")
 
 
 def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:
@@ -367,8 +365,8 @@ def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:
     length, most = len(tokenize([prompt], tokenizer)[0]), model.config.max_length
     if not 0 < length < most:
         raise UserError(
-            f"prompt {prompt[:50]!r} has {length} tokens: expected 1 to {most - 1}, as the model's "
-            f"max_length is {most}"
+            f"prompt {prompt[:50]!r} has {length} tokens: expected 1 to {most - 1}, because the "
+            f"model's max_length is {most}"
         )
 
 
@@ -389,6 +387,6 @@ def _check(model, params, baseline, batch_size, latency_rounds) -> None:
     mine, theirs = model.config.vocab_size, baseline[0].config.vocab_size
     if mine != theirs:
         raise UserError(
-            f"the model's vocabulary has {mine} tokens, the baseline's {theirs}: expected the "
-            "dense model it was made from, with the same tokenizer"
+            f"the model's vocabulary has {mine} tokens, the baseline's {theirs}: use the dense "
+            "model it was made from, with the same tokenizer"
         )

@@ -1,4 +1,4 @@
-"""Figures of results: quality against sparsity, the layers, the scores. matplotlib draws them.
+"""Figures of evaluation results, drawn with matplotlib: quality against sparsity, layers, scores.
 
 Results are what `evaluation.evaluate` returns, as in report.py.
 """
@@ -40,12 +40,12 @@ _STYLE = {
 
 
 def label(entry: Results) -> str:
-    """A model's name with its sparsity, where it has any."""
+    """A model's name, with its sparsity if it has any."""
     return f"{entry['name']} {entry['sparsity']:.0%}" if entry["sparsity"] else entry["name"]
 
 
 def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
-    """Each model with the dense model of its results; one that several results share comes once."""
+    """Each model with the dense model of its results, by sparsity and without duplicates."""
     entries: list[tuple[Results, Results | None]] = []
     for result in results:
         models = result["models"]
@@ -58,10 +58,10 @@ def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None
 
 
 def draw(results: Sequence[Results], out: Path) -> list[Path]:
-    """Draws the figures that the results have numbers for; returns their files.
+    """Draws the figures that the results have numbers for; returns their paths.
 
-    quality.png: perplexity against sparsity. layers.png: sparsity of each layer. scores.png: how
-    router scores are spread.
+    quality.png: perplexity against sparsity. layers.png: sparsity of each layer. scores.png:
+    histograms of router scores.
     """
     import matplotlib
 
@@ -78,12 +78,12 @@ def draw(results: Sequence[Results], out: Path) -> list[Path]:
 
 
 def _sparse_entries(results: Sequence[Results], key: str = "sparsity") -> list[Results]:
-    """The models that leave experts out and have numbers under `key`."""
+    """The models that skip experts and have numbers under `key`."""
     return [entry for entry, _ in with_dense(results) if entry["sparsity"] and entry.get(key)]
 
 
 def _panels(count: int, columns: int = 3, height: float = 2.4):
-    """A figure of `count` panels with common axes, and the panels; one alone is larger."""
+    """A figure of `count` panels with shared axes, and the panels; a single one is larger."""
     from matplotlib.figure import Figure
 
     if count == 1:
@@ -99,13 +99,13 @@ def _panels(count: int, columns: int = 3, height: float = 2.4):
 
 
 def _colours(entries: Sequence[Results]) -> dict[str, str]:
-    """A colour for each name, the same in all figures."""
+    """A colour for each name, the same in every figure."""
     names = dict.fromkeys(entry["name"] for entry in entries if entry["sparsity"])
     return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places, in ascending order, moved up where they are closer than `gap`."""
+    """The ascending places, moved up where they are closer than `gap`."""
     spread: list[float] = []
     for place in places:
         spread.append(max(place, spread[-1] + gap) if spread else place)
@@ -113,7 +113,7 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
-    """Names beside the right ends of lines, at the fraction `x` of the axes' width."""
+    """Names at the right ends of lines, at the fraction `x` of the axes' width."""
     low, high = axes.get_ylim()
     names = sorted(places, key=lambda name: places[name])
     for name, y in zip(names, _spread(sorted(places.values()), 0.065 * (high - low)), strict=True):
@@ -153,7 +153,7 @@ def _quality(results: Sequence[Results]):
 
 
 def _layers(results: Sequence[Results]):
-    """Sparsity of each layer: a panel for each name, a line for each model of that name."""
+    """Sparsity of each layer: a panel per name, a line per model of that name."""
     entries = _sparse_entries(results, "sparsity_per_layer")
     colours = _colours(entries)
     figure, panels = _panels(len(colours), height=3.4)
@@ -179,7 +179,7 @@ def _layers(results: Sequence[Results]):
 
 
 def _scores(results: Sequence[Results]):
-    """The spread of router scores, one panel a model."""
+    """Histograms of router scores, one panel per model."""
     entries = _sparse_entries(results, "score_histogram")
     colours = _colours(entries)
     figure, panels = _panels(len(entries), columns=len(colours) if len(colours) > 1 else 3)
@@ -207,7 +207,7 @@ def _scores(results: Sequence[Results]):
     return figure
 
 
-# Name -> what draws it, and the models it shows: none, no figure.
+# Name -> what draws it, and the models it shows; without models there is no figure.
 _FIGURES = {
     "quality": (_quality, _sparse_entries),
     "layers": (_layers, partial(_sparse_entries, key="sparsity_per_layer")),

@@ -1,8 +1,8 @@
-"""Files that are whole or absent: atomic writes, folders with a manifest, JSON that is checked.
+"""Safe file access: atomic writes, folders with a manifest, checked JSON.
 
-A manifest (`manifest.json`) names every file of a folder with its size and SHA-256, and whatever
-else the writer wants kept with them, under a checksum of its own: its first line is the SHA-256 of
-the JSON that follows. It is written last, so a folder that has one was finished.
+A manifest (`manifest.json`) lists the size and SHA-256 of every file in a folder, and any metadata
+of the writer. Its first line is the SHA-256 of the JSON that follows. It is written last, so a
+folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from typing import Any
 from lte_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-_NAME_BYTES = 255  # of one part of a path, on all file systems in use
-MAX_JSON_BYTES = 32 * 2**20  # the largest index of a model on the hub has some 10 MB
+_NAME_BYTES = 255  # most bytes in one component of a path, on all common file systems
+MAX_JSON_BYTES = 32 * 2**20  # the largest weight index on the hub is about 10 MB
 
 
 def expand(path: str | os.PathLike, name: str = "a path") -> Path:
-    """A path as the shell would give it: `~` is the home folder, a slash at its end means nothing.
+    """The path with `~` expanded and any trailing slash dropped.
 
     Raises:
-      UserError: where it is no path, is empty, has characters that no file system takes, or the
-        home folder is not known.
+      UserError: if it is no path, empty or no valid file name, or the home folder is unknown.
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"{name} is {type(path).__name__}: expected the path of a file or folder")
@@ -43,11 +42,11 @@ def expand(path: str | os.PathLike, name: str = "a path") -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{path}: the home folder of ~ is not known: write it out") from None
+        raise UserError(f"{path}: the home folder ~ is unknown: write it out") from None
 
 
 def _can_be_a_name(path: str | os.PathLike) -> bool:
-    """Whether a file can have this name: no null, nothing that cannot be encoded, not too long."""
+    """Whether a file can have this name: encodable, no null byte, not too long."""
     try:
         name = os.fsencode(path)
         return b"\0" not in name and max(map(len, name.split(b"/"))) <= _NAME_BYTES
@@ -56,17 +55,17 @@ def _can_be_a_name(path: str | os.PathLike) -> bool:
 
 
 class Damaged(Exception):
-    """A folder is not as it was written; says which file and how."""
+    """A folder differs from its manifest; the message says which file and how."""
 
 
 # ----------------------------------------------------------------------------------------- writing
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Writes a file whole or not at all, over an older one if there is one.
+    """Writes or replaces a file atomically.
 
     Raises:
-      UserError: when it cannot be written; an older file is then untouched.
+      UserError: if it cannot be written; an existing file is then untouched.
     """
     path = Path(path)
     half = path.with_name(f".{path.name}.half-written")
@@ -86,7 +85,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes what was written to a file, or renamed in a folder, survive a power cut."""
+    """Flushes a file's contents, or a folder's renames, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,32 +94,32 @@ def sync(path: Path) -> None:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """The system's own words if the disk, and not a program, is at fault; else None."""
+    """The system's error text if the disk is at fault, not a program; else None."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, UserError):
         return None
-    # TensorStore (ValueError) and tokenizers (Exception) raise them with the words inside.
+    # TensorStore (ValueError) and tokenizers (Exception) quote the system's text in theirs.
     codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
     return next((os.strerror(code) for code in codes if os.strerror(code) in str(error)), None)
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at the end; on an error, nothing.
+    """Yields an empty folder that replaces `folder` on success and is removed on an error.
 
-    A process killed meanwhile leaves a hidden `.NAME.new-*` beside it, or, between the two
-    renames, the older folder as `.NAME.old-*`.
+    A killed process leaves a hidden `.NAME.new-*` next to it or, between the two renames, the
+    previous folder as `.NAME.old-*`.
 
     Raises:
-      UserError: where it cannot be written; an older folder is then untouched.
+      UserError: if it cannot be written; the previous folder is then untouched.
     """
     folder = Path(os.path.realpath(folder))
     new = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-        new.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        new.chmod(0o777 & ~_umask())  # mkdtemp makes it 0o700
         yield new
         for file in (*new.iterdir(), new):
             sync(file)
@@ -131,7 +130,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             raise
         raise UserError(
             f"cannot write {folder} ({reason}): choose a writable folder on a disk with "
-            "room; nothing was changed there"
+            "free space; nothing was changed there"
         ) from None
     finally:
         if new is not None:
@@ -139,7 +138,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _move(new: Path, folder: Path) -> None:
-    """`new` takes the place of `folder`, which stays if that fails."""
+    """Replaces `folder` by `new`; on failure `folder` stays."""
     if not folder.exists():
         new.rename(folder)
         return
@@ -163,13 +162,13 @@ def _umask() -> int:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file's contents, in hexadecimal."""
+    """The SHA-256 of a file's contents, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprints(folder: Path) -> dict[str, list[Any]]:
-    """Relative name -> [size in bytes, SHA-256] of every file in a folder but its manifest."""
+    """Relative name -> [size in bytes, SHA-256] of every file in a folder except its manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if path != folder / MANIFEST]
     with ThreadPoolExecutor() as pool:
@@ -181,16 +180,16 @@ def fingerprints(folder: Path) -> dict[str, list[Any]]:
 
 
 def write_manifest(folder: Path, kept: Mapping[str, Any] | None = None) -> None:
-    """Writes the manifest of a folder's files as they are now; `kept` is stored beside them."""
+    """Writes the manifest of a folder's current files; `kept` is stored as extra keys."""
     text = json.dumps(dict(kept or {}) | {"files": fingerprints(folder)}, indent=1)
     atomic_write(folder / MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote.
+    """Reads what `write_manifest` wrote.
 
     Raises:
-      Damaged: where it is absent or not as it was written.
+      Damaged: if it is absent or corrupt.
     """
     path = folder / MANIFEST
     try:
@@ -199,21 +198,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except UserError:
-        raise Damaged(f"{MANIFEST} is no regular file") from None
+        raise Damaged(f"{MANIFEST} is not a regular file") from None
     if hashlib.sha256(text).hexdigest().encode() != digest:
-        raise Damaged(f"{MANIFEST} is not as it was written")
+        raise Damaged(f"{MANIFEST} is corrupt (its SHA-256 differs)")
     return json.loads(text)
 
 
 def verify(folder: Path, *, digests: bool = True) -> dict[str, Any]:
-    """The manifest of a folder whose files are all there, of the size they were written with.
+    """Checks a folder's files against its manifest, by size, and returns the manifest.
 
     Args:
-      folder: with a manifest.
-      digests: read every file and compare its SHA-256 as well.
+      folder: has a manifest.
+      digests: also read every file and compare its SHA-256.
 
     Raises:
-      Damaged: where one is missing or different; names it.
+      Damaged: if a file is missing or different; names it.
     """
     manifest = read_manifest(folder)
     named = manifest["files"]
@@ -228,7 +227,7 @@ def verify(folder: Path, *, digests: bool = True) -> dict[str, Any]:
             found = pool.map(sha256, [folder / name for name in named])
             for (name, (_, digest)), actual in zip(named.items(), found, strict=True):
                 if actual != digest:
-                    raise Damaged(f"{name} is not as it was written (SHA-256 differs)")
+                    raise Damaged(f"{name} is corrupt (its SHA-256 differs)")
     return manifest
 
 
@@ -236,10 +235,10 @@ def verify(folder: Path, *, digests: bool = True) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what would block or never end when read: pipes, sockets, devices.
+    """Refuses folders, and pipes, sockets and devices, which could block a reader forever.
 
     Raises:
-      UserError: on those; FileNotFoundError and other OSErrors as `os.stat`.
+      UserError: on those; FileNotFoundError and other OSErrors as `os.stat` does.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -248,11 +247,11 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path, hint: str = "download or copy it again") -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-      UserError: where the file is absent, no regular file, too large, or holds something else;
-        names it, with `hint` as the mend.
+      UserError: if the file is absent, not regular, too large, or not a JSON object; names it,
+        with `hint` as the fix.
     """
     try:
         check_regular(path)
@@ -274,7 +273,7 @@ def read_json(path: Path, hint: str = "download or copy it again") -> dict[str, 
 
 
 def parse_json(text: bytes | str) -> Any:
-    """`json.loads`, of which every failure is a ValueError."""
+    """`json.loads` that raises only ValueError."""
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:

@@ -1,10 +1,9 @@
-"""Stopping on a signal, at a moment when nothing is lost.
+"""Graceful shutdown on a signal, at a point where nothing is lost.
 
-While `handled` is active, SIGTERM (a scheduler's) and SIGINT (Ctrl-C) only leave a note. Long
-loops call `check` where it is safe to stop; there the program ends, with the exit code a shell
-gives to that signal: 143 or 130. So no exception is ever raised inside a save, whose threads would
-wait for each other for ever. A second signal ends the process at once, as SIGKILL would; the next
-start clears up after it.
+While `handled` is active, SIGTERM (from schedulers) and SIGINT (Ctrl-C) only set a flag. Long loops
+call `check` where it is safe to stop; there the program exits with the shell's code for that
+signal, 143 or 130. So no exception is raised inside a save, which would deadlock its threads. A
+second signal ends the process at once, like SIGKILL; the next start cleans up.
 """
 
 from __future__ import annotations
@@ -18,36 +17,36 @@ import time
 from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# `timeout` and some schedulers signal the process and then its group, which is the process again.
+# `timeout` and some schedulers signal the process, then its group: the same process twice.
 _SAME_REQUEST_SECONDS = 0.2
 
 _handling = False
-_noted: tuple[int, float] | None = None  # signal, and when it came
+_noted: tuple[int, float] | None = None  # signal and time of arrival
 
 
 class Interrupted(SystemExit):
-    """The end that a signal asked for, at a safe point; the exit code is 128 + its number."""
+    """Exit on a signal, at a safe point; the exit code is 128 + its number."""
 
     def __init__(self, where: str):
-        # Of several processes that stop together, this one may not have had the signal itself.
+        # When several processes stop together, another one may have received the signal.
         self.number = _noted[0] if _noted is not None else signal.SIGTERM
         super().__init__(128 + self.number)
         self.where, self.told = where, False
 
 
 def requested() -> bool:
-    """Whether a signal has come."""
+    """Whether a signal has arrived."""
     return _noted is not None
 
 
 def check(where: str) -> None:
-    """Ends the program here if a signal has come; does nothing outside `handled`.
+    """Exits here if a signal has arrived; does nothing outside `handled`.
 
     Args:
-      where: goes on from "stopped by SIGTERM ", such as "while tokenising".
+      where: completes "stopped by SIGTERM ...", such as "while tokenising".
 
     Raises:
-      Interrupted: if so.
+      Interrupted: if a signal has arrived.
     """
     if _noted is not None:
         raise Interrupted(where)
@@ -55,17 +54,17 @@ def check(where: str) -> None:
 
 @contextlib.contextmanager
 def handled(afterwards: str, *, install: bool = True) -> Iterator[None]:
-    """SIGTERM and SIGINT wait for the next `check`; the end is told in one line on stderr.
+    """Defers SIGTERM and SIGINT to the next `check`; the exit prints one line on stderr.
 
-    Outside the main thread (a notebook's worker), and for a signal that is ignored (in a shell's
-    background jobs), everything stays as it is. Nested, the outermost counts.
+    Changes nothing outside the main thread (a notebook's worker) or for signals that are ignored
+    (a shell's background jobs). If nested, the outermost one counts.
 
     Args:
-      afterwards: ends that line: what is kept, and how to go on.
-      install: False where somebody else hears the signals, as JAX does for several processes.
+      afterwards: ends that line: what is saved, and how to resume.
+      install: False if something else handles the signals, as JAX does for several processes.
 
     Raises:
-      Interrupted: from a `check`, or at the end if a signal came after the last one.
+      Interrupted: from a `check`, or at the end if a signal arrived after the last one.
     """
     global _handling, _noted
     if _handling or not install or threading.current_thread() is not threading.main_thread():
@@ -105,7 +104,7 @@ def _note(number: int, frame: object) -> None:
     if _noted is None:
         _noted = number, now
         if os.isatty(2):
-            os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
+            os.write(2, b"\nstopping at the next safe point; signal again to stop at once\n")
     elif now - _noted[1] > _SAME_REQUEST_SECONDS:
-        os.write(2, b"stopped at once by a second signal; the same command goes on\n")
+        os.write(2, b"stopped at once by a second signal; run the same command to resume\n")
         os._exit(128 + number)

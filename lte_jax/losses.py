@@ -1,8 +1,7 @@
-"""The losses: task, distillation, efficiency, separability. Each is one short function.
+"""The losses: task, distillation, efficiency, separability.
 
-All are sums over real tokens divided by a given `count`, so that microbatches and devices add up
-to the mean over the whole batch; padding counts in none. All compute in float32; in a trace each
-has a scope of its own.
+Each is a sum over real tokens divided by a given `count`, so that microbatches and devices add up
+to the mean over the whole batch. All compute in float32 and have their own named scope.
 
 Dimension key: B batch  L length  E experts  N layers  V vocabulary
 """
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def loss_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Where the next token is of the same text: the positions that carry a task loss."""
+    """True where the next token belongs to the same text: the positions with a task loss."""
     next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
     return (segments_BL == next_BL) & (segments_BL > 0)
 
@@ -43,8 +42,7 @@ def distillation(
 ) -> Float[Array, ""]:
     """KL(teacher || model), nats per real token (Hinton et al. 2015, temperature 1).
 
-    At the last token of a text too, where the next token is not known but what the teacher expects
-    is: that the text ends, say.
+    Includes the last token of a text, which has no target but does have a teacher prediction.
     """
     logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
     teacher_logp_BLV = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32))
@@ -73,8 +71,8 @@ def separability(
 ) -> Float[Array, ""]:
     """Mean of 1 / ((G - tau)^2 + eps): pushes scores away from the threshold.
 
-    Eq. 5 with a guard: as printed (eps = 0) a score on the threshold divides by zero, and its
-    expectation over any continuous density of scores there is infinite.
+    Eq. 5 with a guard: as printed (eps = 0), a score at the threshold divides by zero, and the
+    expectation is infinite for any continuous density of scores that is positive there.
     """
     distance_NBLE = scores_NBLE.astype(jnp.float32) - threshold
     return jnp.mean(layer_means(1.0 / (distance_NBLE**2 + eps), token_mask_BL, count))
@@ -85,12 +83,12 @@ def layer_means(
     token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, " N"]:
-    """Means over the real tokens and experts of each layer; of active experts, the active fraction.
+    """Mean over real tokens and experts, per layer; of active experts, the active fraction.
 
     Args:
       values_NBLE: scores, or which experts are active.
-      token_mask_BL: the tokens that count.
-      count: of real tokens in the whole batch, where this is a part of it; None: of these.
+      token_mask_BL: True at real tokens.
+      count: of real tokens in the whole batch, if this is a microbatch; None: count these.
     """
     if count is None:
         count = jnp.maximum(jnp.sum(token_mask_BL, dtype=jnp.float32), 1.0)

@@ -1,8 +1,8 @@
-"""Optimizers: AdamW in groups that are declared by parameter path.
+"""The optimizer: AdamW over parameter groups selected by path.
 
-A stage says `(path pattern, learning-rate multiplier or None)`; None freezes. Every parameter must
-be covered by a rule. Groups are clipped apart, because routers and model have gradients of very
-different size.
+A stage gives rules `(path pattern, learning-rate multiplier or None)`; None freezes. Every
+parameter needs a rule. Each group is clipped on its own, because gradients of routers and of the
+model differ greatly in size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FROZEN = "frozen"
 
 
 def labels(params: Any, rules: Sequence[Rule]) -> Any:
-    """For each parameter the pattern of the first rule that matches its path, or "frozen".
+    """For each parameter, the pattern of the first rule that matches its path, or "frozen".
 
     Raises:
       UserError: on a parameter that no rule covers.
@@ -40,7 +40,7 @@ def schedule(config: StageConfig) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, peak * config.final_lr_ratio, rest),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
-    # The first of `warmup` steps already moves: a rate of zero would waste it.
+    # Starting at zero would waste the first step.
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([ramp, decay], [warmup])
 
@@ -48,7 +48,7 @@ def schedule(config: StageConfig) -> optax.Schedule:
 def make(
     config: OptimConfig, stage: StageConfig, rules: Sequence[Rule]
 ) -> optax.GradientTransformation:
-    """AdamW for each group of `rules`, nothing at all for frozen parameters."""
+    """AdamW for each group of `rules`, no updates for frozen parameters."""
     rate = schedule(stage)
     groups: dict[str, optax.GradientTransformation] = {_FROZEN: optax.set_to_zero()}
     for pattern, multiplier in rules:

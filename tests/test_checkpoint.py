@@ -174,7 +174,7 @@ def test_a_step_under_another_name_is_not_taken(tmp_path, caplog):
     (tmp_path / "4").rename(tmp_path / "40")
     assert_is(restored(tmp_path), 3)
     assert kept(tmp_path) == [3]
-    assert "it is step 4 under another name" in caplog.text
+    assert "it holds step 4" in caplog.text
 
 
 def test_bad_input_every_checkpoint_damaged(tmp_path):

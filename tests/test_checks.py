@@ -34,7 +34,7 @@ WRONG_TOKENS = [
     (lambda t: t > 2, r"is bool\[2, 6\]: expected integers"),
     (lambda t: [[1, 2], [3]], "rows of different length.*mask"),
     (lambda t: "Once", "expected integers"),
-    (lambda t: np.zeros((1, 33), int), "a text of 33 tokens, and the model's max_length is 32"),
+    (lambda t: np.zeros((1, 33), int), "a text of 33 tokens, but the model's max_length is 32"),
 ]
 WRONG_MASKS = [
     (np.ones((2, 5), bool), r"mask has shape \[2, 5\] and .* \[2, 6\]"),
@@ -149,13 +149,13 @@ def test_prompts_of_texts():
 
 def test_a_cache_with_no_room():
     step = functools.partial(MODEL.apply, {"params": PARAMS}, TOKENS)
-    refused("place for 5 more tokens of 2 texts.*init_cache", step, cache=init_cache(MODEL, 2, 5))
-    refused("place for 9 more tokens of 3 texts", step, cache=init_cache(MODEL, 3, 9))
+    refused("room for 5 more tokens of 2 texts.*init_cache", step, cache=init_cache(MODEL, 2, 5))
+    refused("room for 9 more tokens of 3 texts", step, cache=init_cache(MODEL, 3, 9))
     used = init_cache(MODEL, 2, 9) | {"index": jnp.int32(4)}
-    refused("place for 5 more tokens.*init_cache.model, 2, 10", step, cache=used)
+    refused("room for 5 more tokens.*init_cache.model, 2, 10", step, cache=used)
     full = init_cache(MODEL, 2, 40)
     full |= {"segments": full["segments"].at[:, :30].set(1), "index": jnp.int32(30)}
-    refused("a text of 36 tokens, and the model's max_length is 32", step, cache=full)
+    refused("a text of 36 tokens, but the model's max_length is 32", step, cache=full)
 
 
 def test_what_is_right_passes():

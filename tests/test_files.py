@@ -43,7 +43,7 @@ def test_a_manifest_notices_every_change(tmp_path):
 
     (tmp_path / "deep" / "b").write_text("deg")
     assert files.verify(tmp_path, digests=False)
-    with pytest.raises(Damaged, match="deep/b is not as it was written"):
+    with pytest.raises(Damaged, match="deep/b is corrupt"):
         files.verify(tmp_path)
     (tmp_path / "deep" / "b").write_text("defg")
     with pytest.raises(Damaged, match="deep/b has 4 bytes instead of 3"):
@@ -54,7 +54,7 @@ def test_a_manifest_notices_every_change(tmp_path):
 
     text = (tmp_path / files.MANIFEST).read_text()
     (tmp_path / files.MANIFEST).write_text(text.replace(": 4", ": 40"))
-    with pytest.raises(Damaged, match="manifest.json is not as it was written"):
+    with pytest.raises(Damaged, match="manifest.json is corrupt"):
         files.read_manifest(tmp_path)
 
 
@@ -92,7 +92,7 @@ def test_bad_input_pipes_are_refused_not_waited_for(tmp_path):
 
 def test_bad_input_a_manifest_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / files.MANIFEST)
-    with pytest.raises(Damaged, match="manifest.json is no regular file"):
+    with pytest.raises(Damaged, match="manifest.json is not a regular file"):
         files.verify(tmp_path)
 
 

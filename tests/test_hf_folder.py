@@ -24,7 +24,7 @@ def test_what_changed_in_a_folder_is_found(tmp_path):
         assert_complains(lambda: lte_jax.load(folder), folder, name)
         (folder / name).write_bytes(kept)
     flip(folder / "manifest.json", 80)
-    assert_complains(lambda: lte_jax.load(folder), "manifest.json is not as it was written")
+    assert_complains(lambda: lte_jax.load(folder), "manifest.json is corrupt")
     (folder / "manifest.json").unlink()
     lte_jax.load(folder, verify=True)
 
@@ -34,7 +34,7 @@ def test_bad_input_folder_of_a_run(tmp_path):
     folder = lte_folder(tmp_path / "experts")
     pipeline._verify(folder)
     flip(folder / "model.safetensors")
-    words = [folder, "model.safetensors is not as it was written", "remove it", "again"]
+    words = [folder, "model.safetensors is corrupt", "remove it", "again"]
     assert_complains(lambda: pipeline._verify(folder), *words)
     flip(folder / "model.safetensors")
     pipeline._verify(folder)

@@ -183,4 +183,4 @@ def test_a_second_signal_ends_at_once():
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert err == "stopped at once by a second signal; the same command goes on\n"
+    assert err == "stopped at once by a second signal; run the same command to resume\n"

@@ -282,7 +282,7 @@ def test_float16_is_said_once_and_no_type_to_compute_in(caplog):
     lte_jax._compute_dtype.cache_clear()
     assert [lte_jax._compute_dtype("float16") for _ in range(2)] == ["float32"] * 2
     assert [r.getMessage() for r in caplog.records] == [
-        "weights stored in float16: computing in float32, on a cpu"
+        "weights are stored in float16; computing in float32 on cpu"
     ]
     for make in (
         functools.partial(Transformer, tiny.CONFIG),
@@ -296,7 +296,7 @@ def test_float16_is_computed_in_bfloat16_on_an_accelerator(monkeypatch, caplog):
     lte_jax._compute_dtype.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert lte_jax._compute_dtype("float16") == "bfloat16"
-    assert "computing in bfloat16, on a gpu" in caplog.text
+    assert "computing in bfloat16 on gpu" in caplog.text
     lte_jax._compute_dtype.cache_clear()
 
 

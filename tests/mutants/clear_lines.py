@@ -192,8 +192,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "29 an error is glued to the prompt",
         "lte_jax/__main__.py",
-        "            print()  # an error",
-        "            pass  # an error",
+        "            print()  # so that",
+        "            pass  # so that",
         "tests/test_errors.py::test_an_error_begins_on_a_line_of_its_own",
     ),
     Mutant(

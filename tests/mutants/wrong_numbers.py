@@ -15,7 +15,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "1 the type that is computed in is said at every load",
         "lte_jax/__init__.py",
-        "@_functools.cache  # what it decides is said once",
+        "@_functools.cache  # so that the choice is logged once",
         "@_functools.lru_cache(maxsize=0)",
         "tests/test_model.py::test_float16_is_said_once_and_no_type_to_compute_in",
     ),
