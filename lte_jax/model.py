@@ -1,8 +1,8 @@
 """One decoder-only Transformer (Flax Linen) whose config spans the Llama family.
 
-The modules declare the parameters of params.py, layers scanned, so that every layer's have a
-leading axis N; the arithmetic is in layers.py. The same forward pass trains, evaluates and, given a
-cache, continues a text; `decode` is that pass for one token a row, through the kernels.
+The modules declare the parameters of params.py and scan over layers, so parameters of layers have
+a leading axis N; the arithmetic is in layers.py. One forward pass trains, evaluates and, given a
+cache, continues a text; `decode` is that pass for one token per row, through the kernels.
 
 Dimension key: B batch  L length  T cache length  D model width  E experts  M neurons per expert
                N layers  H heads  K kv heads  C head width  V vocabulary
@@ -33,8 +33,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     lte: LTEConfig | None = None
-    # Of the computation, whatever the parameters are stored in: float32 or bfloat16. Router
-    # scores and logits are float32 always.
+    # Of the computation: float32 or bfloat16. Router scores and logits are always float32.
     dtype: str = "float32"
     remat: bool = False
 
@@ -56,12 +55,11 @@ class Transformer(nn.Module):
 
         Args:
           tokens: token ids.
-          routing: see routing.py; None takes `lte.routing` ("dense" where there are no experts).
-          mask: True (or a segment id > 0) at real tokens; tokens see only their own segment, and
-            each counts its positions for itself, padding left out wherever it lies. None: all
-            real, one segment a row.
+          routing: see routing.py; None: `lte.routing` ("dense" for a dense model).
+          mask: True (or a segment id > 0) at real tokens; tokens attend only to their own segment,
+            and positions count its real tokens. None: all real, one segment per row.
           threshold: in place of `lte.threshold`.
-          cache: keys and values so far (`init_cache`), to which these tokens are appended.
+          cache: of earlier tokens (`init_cache`), to which these are appended.
 
         Raises:
           UserError: on arguments that do not fit the model or each other.
@@ -99,7 +97,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, kv, slides, context):
-        """x, and of each layer (k, v) and what its FFN says of the experts."""
+        """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
         w = layers.Slice(declare(self, self.config, self.lte, "layers/", without="ffn"), self.dtype)
         ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
         x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, slides, context)
@@ -107,7 +105,7 @@ class Block(nn.Module):
 
 
 class ExpertFFN(nn.Module):
-    """The FFN of one block: dense (one expert, no router) where `lte` is None."""
+    """The FFN of one block: dense (one expert, no router) if `lte` is None."""
 
     config: ModelConfig
     lte: LTEConfig | None
@@ -118,12 +116,12 @@ class ExpertFFN(nn.Module):
     def __call__(
         self, x_BLD: Float[Array, "B L D"], threshold: Float[Array, ""] | float
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None]:
-        """The layer's output, router scores, active experts (None where all run)."""
+        """The layer's output, router scores, and active experts (None if all run)."""
 
         def sow(name: str, value: Array) -> None:
             self.sow("intermediates", name, value)
 
-        idle = not (self.routing.routed or self.is_initializing())  # moefy makes routers later
+        idle = not (self.routing.routed or self.is_initializing())  # moefy adds routers later
         weights = declare(
             self, self.config, self.lte, "layers/ffn/", without="router" if idle else ""
         )
@@ -132,7 +130,7 @@ class ExpertFFN(nn.Module):
 
 
 class Parameters(nn.Module):
-    """Those of the table whose path begins so, declared and returned as a nested dict."""
+    """The parameters of the table below `prefix`, as a nested dict."""
 
     config: ModelConfig
     lte: LTEConfig | None
@@ -140,14 +138,14 @@ class Parameters(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        """The parameters, of one layer where they are of layers."""
+        """The parameters; those of layers are of one layer."""
         return declare(self, self.config, self.lte, self.prefix)
 
 
 def declare(
     module: nn.Module, config: ModelConfig, lte: LTEConfig | None, prefix: str, without: str = ""
 ) -> dict[str, Any]:
-    """The parameters of the table below `prefix` as the module's own, but those of one part."""
+    """Declares the parameters below `prefix` on the module, except those of part `without`."""
     sizes, weights = parameters.dimension_sizes(config, lte), {}
     for row in parameters.table(config, lte):
         name, _, below = row.path.removeprefix(prefix).partition("/")
@@ -172,19 +170,19 @@ def decode(
     live_B: Bool[Array, " B"],
     implementation: str = "auto",
 ) -> Output:
-    """One more token of each row, through the kernels: what `model.apply` with the cache returns.
+    """Reads one more token per row through the kernels, like `model.apply` with a cache.
 
-    Only the weights of active experts are read, so the routing has to be one that skips idle
-    experts, and does not look at all neurons.
+    Only the weights of active experts are read, so the routing must skip idle experts, and must not
+    need the activations of all neurons.
 
     Args:
       model: dense or LTE.
       stack: its parameters, from `layers.stacked`.
-      tokens_B: the tokens to be read.
-      cache: of what was read before.
+      tokens_B: the tokens to read.
+      cache: of earlier tokens.
       routing: see above.
       threshold: of the routing.
-      live_B: False at rows that have ended, which use no experts.
+      live_B: False at finished rows, which use no experts.
       implementation: of the kernels.
     """
     config = model.config
@@ -212,8 +210,8 @@ def decode(
 def init_cache(model: Transformer, batch_size: int, length: int) -> Cache:
     """An empty cache for `batch_size` texts of up to `length` tokens.
 
-    k, v [N, B, T, K, C]; segments [B, T], > 0 where a real token lies; positions [B, T] of the
-    tokens in their segments; index: tokens so far.
+    k, v [N, B, T, K, C]; segments [B, T], > 0 at real tokens; positions [B, T] of tokens in their
+    segments; index: tokens so far.
     """
     c = model.config
     shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
@@ -227,5 +225,5 @@ def init_cache(model: Transformer, batch_size: int, length: int) -> Cache:
 
 
 def abstract_params(model: Transformer) -> Any:
-    """The parameter tree as ShapeDtypeStructs: shapes of any size at no cost."""
+    """The parameter tree as ShapeDtypeStructs, which take no memory."""
     return parameters.abstract(model.config, model.lte)

@@ -1,18 +1,18 @@
-"""Neurons into experts: which M neurons each expert gets, and the permutation that puts them there.
+"""Groups the neurons of each FFN into experts, and permutes the weights accordingly.
 
 A dense FFN is a sum over its F neurons in any order, so E experts of M neurons are an order of the
-neurons: `order_EM[e, m]` is the dense neuron that becomes neuron m of expert e. Three ways to find
-one for a layer (`LTEConfig.grouping`):
+neurons: `order_EM[e, m]` is the dense neuron that becomes neuron m of expert e. There are three
+ways to choose the order of a layer (`LTEConfig.grouping`):
 
-  kmeans        neurons whose first-matrix rows (gate, or up where there is no gate) point the same
-                way: balanced k-means on the L2-normalised rows, as in MoEfication (Zhang et al.,
-                2022, section 3.1) and the paper (section 4.1)
-  coactivation  neurons that are large on the same tokens: the same clustering with the covariance
+  kmeans        neurons whose first-matrix rows (of gate, or up without a gate) point the same way:
+                balanced k-means on the L2-normalised rows, as in MoEfication (Zhang et al., 2022,
+                section 3.1) and the paper (section 4.1)
+  coactivation  neurons that are large on the same tokens: the same clustering, with the covariance
                 of their magnitudes |h| over calibration tokens in place of inner products of rows
-  random        the control
+  random        a baseline
 
-Both clusterings (clustering.py) need only inner products between neurons. Layers are taken one
-after the other.
+Both clusterings (clustering.py) need only inner products between neurons. Layers are processed one
+at a time.
 
 Dimension key: N layers  F = E*M neurons of an FFN  E experts  M neurons per expert  D model width
                R calibration rows  L length  T tokens
@@ -37,7 +37,7 @@ from lte_jax.errors import UserError
 from lte_jax.model import Transformer
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
-COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices gathered in one pass over the calibration data
+COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices accumulated per pass over the calibration data
 
 
 # ------------------------------------------------------------------------------------ the pipeline
@@ -53,26 +53,26 @@ def to_experts(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Transformer, dict[str, Any], Int[np.ndarray, "N E M"]]:
-    """A dense model with its neurons in experts, all but the routers.
+    """Groups the neurons of a dense model into experts; adds no routers yet.
 
     Args:
       model: a dense Transformer.
-      params: its parameters, fully addressable from this process; they stay as they are.
-      lte: the expert size, and how neurons are grouped.
+      params: its parameters, fully addressable from this process; not changed.
+      lte: the expert size, and how to group neurons.
       calibration: token ids [R, L] of typical text, for grouping="coactivation".
-      mask: [R, L] as the model takes it, True or > 0 at real tokens. None: no padding.
+      mask: [R, L], True or > 0 at real tokens. None: no padding.
       seed: of the grouping.
-      progress: show a bar over the layers if standard error is a terminal.
+      progress: show a progress bar over the layers if standard error is a terminal.
 
     Returns:
       The model with `lte`, its parameters without routers, and the dense neuron in each slot.
 
     Raises:
-      UserError: where the expert size does not divide the FFN width, a layer's weights are not
-        finite, or co-activation is asked for without calibration tokens.
+      UserError: if the expert size does not divide the FFN width, a layer's weights are not finite,
+        or co-activation has no calibration tokens.
     """
     if model.lte is not None:
-        raise UserError("model: has experts already; expected a dense model, or `to_dense` of it")
+        raise UserError("model: already has experts; expected a dense model, or `to_dense` of it")
     num_experts(model.config, lte)
     num_layers = model.config.num_layers
     first_N1FD = params["layers"]["ffn"]["gate" if model.config.gated else "up"]
@@ -98,19 +98,19 @@ def add_routers(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The parameters of `to_experts` with routers as `model.lte.router_init` says.
+    """Adds routers to the parameters of `to_experts`, initialised by `model.lte.router_init`.
 
     Args:
       model: with experts.
-      params: its parameters, without routers or with others.
+      params: its parameters; routers in them are replaced.
       calibration: token ids [R, L] of typical text, for router_init="ridge": at least
-        `router_init.TOKENS_PER_UNKNOWN` real tokens for each of D + 1 unknowns, or a warning
-        says so. They are read row by row, in memory that does not grow with them.
-      mask: [R, L] as the model takes it, True or > 0 at real tokens. None: no padding.
-      seed: of random starts.
+        `router_init.TOKENS_PER_UNKNOWN` real tokens for each of D + 1 unknowns (fewer give a
+        warning). They are read row by row, so memory does not grow with them.
+      mask: [R, L], True or > 0 at real tokens. None: no padding.
+      seed: of random routers.
 
     Raises:
-      UserError: where ridge is asked for without calibration tokens, or with padding alone.
+      UserError: if ridge has no calibration tokens, or only padding.
     """
     config, lte = model.config, model.lte
     if lte.router_init != "ridge":
@@ -119,7 +119,7 @@ def add_routers(
     else:
         if calibration is None:
             raise UserError(
-                "lte.router_init='ridge' starts routers from data: give calibration token ids "
+                "lte.router_init='ridge' fits routers to data: pass calibration token ids "
                 "[rows, length], or choose lte.router_init='normal'"
             )
         mask_RL = np.ones(calibration.shape, np.int32) if mask is None else np.asarray(mask)
@@ -135,10 +135,10 @@ def add_routers(
 def to_dense(
     model: Transformer, params: Any, order_NEM: Int[np.ndarray, "N E M"]
 ) -> tuple[Transformer, dict[str, Any]]:
-    """The dense model with every neuron back in its place: `to_experts` undone, routers dropped.
+    """Undoes `to_experts`: puts every neuron back in its place and drops the routers.
 
     Raises:
-      UserError: where `order_NEM` is not an order of these neurons.
+      UserError: if `order_NEM` is not an order of these neurons.
     """
     ffn = {name: w for name, w in params["layers"]["ffn"].items() if name != "router"}
     params = params | {"layers": params["layers"] | {"ffn": ffn}}
@@ -153,20 +153,20 @@ def group_neurons(
     *,
     seed: int = 0,
 ) -> Int[np.ndarray, "E M"]:
-    """The neurons of each expert of one layer, ascending within an expert.
+    """Groups the neurons of one layer; ascending within an expert.
 
-    The same on every machine for the same weights, except that the covariance is only as
-    reproducible as the forward pass it comes from.
+    The same on every machine for the same weights and covariance; the covariance is only as
+    reproducible as the forward pass behind it.
 
     Args:
-      first_FD: the first matrix, a row a neuron, in any float type.
+      first_FD: the first matrix, one row per neuron, in any float dtype.
       lte: the expert size and grouping.
       layer: seeds each layer differently; named in errors.
       covariance_FF: of the neurons' magnitudes, for grouping="coactivation".
       seed: of the order in which neurons are visited.
 
     Raises:
-      UserError: where what neurons are grouped by is not finite, or the expert size does not
+      UserError: if the weights or the covariance are not finite, or the expert size does not
         divide F.
     """
     experts, rest = divmod(len(first_FD), lte.expert_size)
@@ -200,22 +200,22 @@ def coactivations(
     calibration: np.ndarray | Array | None,
     mask: np.ndarray | Array | None = None,
 ) -> Iterator[Float[np.ndarray, "F F"]]:
-    """For each layer in turn, the covariance of |h| over the real tokens.
+    """Yields, layer by layer, the covariance of |h| over the real tokens.
 
-    The data is read row by row, and once for as many layers as COACTIVATION_BYTES hold. On
-    babyllama (experts of 32, the half with the largest sum of |h| kept) the squared error of the
-    FFN outputs was 0.14 of theirs with k-means on rows, 0.12 with cosines of h, 0.105 with cosines,
-    correlations or top-decile counts of |h|, and 0.104 with this. (Its largest deviation is 5.2
-    medians; neurons beyond `clustering.LONGEST` medians count less, see clustering.py.)
+    The data is read row by row, once for as many layers as fit COACTIVATION_BYTES. On babyllama
+    (experts of 32, the half with the largest sum of |h| kept) the squared error of the FFN outputs,
+    relative to their square, was 0.14 with k-means on rows, 0.12 with cosines of h, 0.105 with
+    cosines, correlations or top-decile counts of |h|, and 0.104 with this covariance. (Its largest
+    deviation is 5.2 medians; clustering.py shortens those beyond `clustering.LONGEST` medians.)
 
     Raises:
-      UserError: where there are no calibration tokens, or not in rows.
+      UserError: if calibration tokens are missing, or not in rows.
     """
     if calibration is None or np.ndim(calibration) != 2 or not np.size(calibration):
         shape = None if calibration is None else np.shape(calibration)
         raise UserError(
             f"lte.grouping='coactivation': calibration has shape {shape}, expected token ids "
-            "[rows, length]; give some, or choose lte.grouping='kmeans'"
+            "[rows, length]; pass some, or choose lte.grouping='kmeans'"
         )
     mask_RL = np.ones(calibration.shape) if mask is None else mask
     mask_RL = np.asarray(mask_RL, np.int32)
@@ -257,13 +257,13 @@ def _magnitude_sums(
 
 
 def permute(params: Any, order_NEM: Int[np.ndarray, "N E M"]) -> dict[str, Any]:
-    """FFN neurons of each layer put into an order: [N, *, *, ...] becomes [N, E, M, ...].
+    """Reorders the FFN neurons of each layer: [N, *, *, ...] becomes [N, E, M, ...].
 
-    Gate, up, down and their biases move together, so the FFN computes the same; all else is
-    returned as it is. The original is not changed: one matrix (of all layers) is copied at a time.
+    Gate, up, down and their biases move together, so the FFN computes the same. Other parameters
+    are returned as they are. Copies one matrix (of all layers) at a time.
 
     Raises:
-      UserError: where `order_NEM` is not an order of these neurons.
+      UserError: if `order_NEM` is not an order of these neurons.
     """
     ffn = params["layers"]["ffn"]
     neurons = ffn["down"].shape[0], ffn["down"].shape[1] * ffn["down"].shape[2]
@@ -272,7 +272,7 @@ def permute(params: Any, order_NEM: Int[np.ndarray, "N E M"]) -> dict[str, Any]:
     if order_NF.shape != neurons or not np.array_equal(np.sort(order_NF, axis=1), identity_NF):
         raise UserError(
             f"expert order of shape {np.shape(order_NEM)}: expected for each of {neurons[0]} layers"
-            f" a permutation of its {neurons[1]} neurons; take the order this model was made with"
+            f" a permutation of its {neurons[1]} neurons; use the order this model was made with"
         )
     moved = {name: _permuted(ffn[name], order_NEM) for name in NEURON_MATRICES if name in ffn}
     return params | {"layers": params["layers"] | {"ffn": ffn | moved}}
@@ -285,6 +285,6 @@ def _permuted(w_NEMD: Array, order_NEM: Array) -> Array:
 
 
 def inverse(order_NEM: Int[np.ndarray, "N E M"]) -> Int[np.ndarray, "N 1 F"]:
-    """The order that undoes `order_NEM`: `permute` by it gives the dense layout."""
+    """The order that undoes `order_NEM`: `permute` with it restores the dense layout."""
     order_NF = np.asarray(order_NEM).reshape(len(order_NEM), -1)
     return np.argsort(order_NF, axis=1).astype(np.int32)[:, None]

@@ -1,8 +1,8 @@
-"""The one table of parameters: where each stands in the tree, its dimensions, when it exists.
+"""The table of all parameters: path in the tree, dimensions, and when each exists.
 
-The Flax modules declare from it, sharding.py and the readers of decoding follow its letters, and
-hf/families/ says what a checkpoint calls each row. A new parameter is a new row here, its use in
-layers.py, and its name in a family.
+The Flax modules declare from it, sharding.py and decoding follow its letters, and hf/families/ maps
+each row to its name in checkpoints. A new parameter needs a row here, its use in layers.py, and its
+name in a family.
 
 Dimension key: D model width  E experts  M neurons per expert  N layers  H heads  K kv heads
                C head width  V vocabulary
@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 
-# What each letter is called in a message: the model's key, where there is one.
+# The name of each letter in messages: the key of ModelConfig, if there is one.
 NAMES = {
     "V": "vocab_size",
     "D": "d_model",
@@ -32,7 +32,7 @@ NAMES = {
     "E": "experts",
     "M": "neurons",
 }
-LAYERS = "layers/"  # what lies under it has a leading axis N
+LAYERS = "layers/"  # parameters below it have a leading axis N
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Row:
     """One parameter."""
 
     path: str  # in the parameter tree
-    letters: str  # a letter for each dimension
+    letters: str  # one per dimension
     start: str  # "ones", "zeros", or normal with variance 1 / (the product of these dimensions)
     exists: Callable[[ModelConfig, LTEConfig | None], bool] = lambda config, lte: True
 
@@ -51,15 +51,15 @@ class Row:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies activations: what decoding reads in place, layers stacked."""
+        """Whether it is a matrix, which decoding reads in place from the stacked layers."""
         return self.start not in ("ones", "zeros")
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Of the whole array."""
+        """The shape of the whole array."""
         return tuple(sizes[letter] for letter in self.letters)
 
     def initializer(self, sizes: Mapping[str, int]) -> jax.nn.initializers.Initializer:
-        """How it starts in a model that was not trained yet."""
+        """The initializer for training from scratch."""
         if self.is_matrix:
             return jax.nn.initializers.normal(math.prod(sizes[c] for c in self.start) ** -0.5)
         return {"ones": jax.nn.initializers.ones, "zeros": jax.nn.initializers.zeros}[self.start]
@@ -96,19 +96,19 @@ BY_PATH: Mapping[str, Row] = {row.path: row for row in ROWS}
 
 
 def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
-    """All parameters of such a model; `lte` None: of the dense one."""
+    """The parameters of a model; `lte` None: of the dense one."""
     return tuple(row for row in ROWS if row.exists(config, lte))
 
 
 def dimension_sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
-    """The size that each dimension letter stands for."""
+    """The size of each dimension letter."""
     experts = num_experts(config, lte)
     ffn = {"E": experts, "M": config.d_ff // experts}
     return {letter: getattr(config, NAMES[letter]) for letter in "VDNHKC"} | ffn
 
 
 def abstract(config: ModelConfig, lte: LTEConfig | None) -> dict[str, Any]:
-    """The parameter tree as float32 ShapeDtypeStructs: shapes of any size at no cost."""
+    """The parameter tree as float32 ShapeDtypeStructs, which take no memory."""
     sizes = dimension_sizes(config, lte)
     shapes = {row.path: row.shape(sizes) for row in table(config, lte)}
     structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
@@ -116,5 +116,5 @@ def abstract(config: ModelConfig, lte: LTEConfig | None) -> dict[str, Any]:
 
 
 def is_router(path: str) -> bool:
-    """Whether a path is of the routers, which alone decide what runs."""
+    """Whether the path is that of a router parameter."""
     return path.startswith("layers/ffn/router/")

@@ -1,10 +1,10 @@
-"""From a dense checkpoint to a sparse one: the whole way, one function an arrow.
+"""The whole pipeline, from a dense checkpoint to a sparse one.
 
     dense --finetune--> dense --moefy--> experts and routers --router--> --adapt--> LTE folder
 
-Every arrow leaves a folder in the work directory, whole or absent, and is not done again where its
-folder stands; a stage that was interrupted goes on from its newest checkpoint. So the same command,
-given again after anything, ends in the same result.
+Models are written to the work directory atomically, and steps whose folder exists are skipped; an
+interrupted stage resumes from its newest checkpoint. So running the same command again always leads
+to the same result.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
 
 log = logging.getLogger(__name__)
-_GO_ON = "what was finished is saved, and the same command goes on from there"
+_GO_ON = "progress is saved; run the same command to resume"
 
 
 def train(
     experiment: Experiment, workdir: str | Path, *, profile: bool = False
 ) -> tuple[Transformer, Any]:
-    """Runs an experiment from its dense model to its LTE folder and the report on it.
+    """Runs an experiment from its dense model to its LTE folder and the report.
 
-    Without steps for the sparse stages it ends with the dense model: a control to compare with.
+    If the sparse stages have no steps, it ends with the dense model: a dense baseline.
     With `profile`, a few steps of each stage are traced into profile/<stage>/.
 
     Returns:
-      The last model and its parameters, as its folder holds them.
+      The last model and its parameters, as stored in its folder.
 
     Raises:
-      UserError: on bad configuration, data, models or folders, where another run holds `workdir`,
-        and where the loss is not finite.
-      Interrupted: a SystemExit with code 143 after SIGTERM and 130 after Ctrl-C, once what is in
-        hand is saved; call again to go on. Outside the main thread signals stay as they were.
+      UserError: on bad configuration, data, models or folders, if another run uses `workdir`, and
+        if the loss is not finite.
+      Interrupted: a SystemExit with code 143 after SIGTERM and 130 after Ctrl-C, once the state is
+        saved; call again to resume. Outside the main thread, signals are not handled.
     """
     if not isinstance(experiment, Experiment):
         kind = type(experiment).__name__
@@ -84,9 +84,9 @@ def train(
 
 
 def report_again(workdir: str | Path) -> tuple[Transformer, Any]:
-    """Measures the result of a finished run and writes the report on it anew.
+    """Evaluates the result of a finished run again and rewrites its report.
 
-    Returns and raises what `train` does; UserError also where the run has not come to its end.
+    Returns and raises what `train` does; UserError also if the run is not finished.
     """
     paths = Paths(files.expand(workdir, "workdir"))
     experiment = dataclasses.replace(work.read_experiment(paths), report=True)
@@ -94,15 +94,15 @@ def report_again(workdir: str | Path) -> tuple[Transformer, Any]:
         run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh))
         if not run.finished():
             raise UserError(
-                f"{paths.root} holds a run that has not come to its end: give its command again, "
-                "which goes on and makes the report"
+                f"{paths.root} holds a run that is not finished: run its command again, which "
+                "resumes it and writes the report"
             )
         return run.report(anew=True)
 
 
 @dataclasses.dataclass
 class _Run:
-    """One run of an experiment: what its arrows share."""
+    """One run of an experiment: the steps of the pipeline, and what they share."""
 
     experiment: Experiment
     paths: Paths
@@ -110,12 +110,12 @@ class _Run:
     profile: bool = False
 
     def finished(self) -> bool:
-        """Whether the last model stands."""
+        """Whether the last model is written."""
         sparse = preflight.is_sparse(self.experiment)
         return self.paths.has(self.paths.lte if sparse else self.paths.dense)
 
     def prepare(self) -> None:
-        """Checks all that can be checked, then claims the work directory."""
+        """Checks everything that can be checked, then claims the work directory."""
         for folder in self.paths.models:
             if self.paths.has(folder):
                 _on_first(functools.partial(_verify, folder))
@@ -126,7 +126,7 @@ class _Run:
         _on_first(claim)
 
     def train(self) -> None:
-        """Every arrow that is not done yet."""
+        """Runs every step that is not done yet."""
         self.writer = _writer(self.paths, self.experiment)
         try:
             self.dense()
@@ -134,27 +134,27 @@ class _Run:
                 self.experts()
                 self.sparse()
         except BaseException:
-            with contextlib.suppress(UserError):  # a full disk, say: the first error is the one
+            with contextlib.suppress(UserError):  # on a full disk, say: the first error counts
                 self.writer.close()
             raise
         self.writer.close()
 
     @functools.cached_property
     def parts(self) -> preflight.Parts:
-        """Tokenizer, records and the dense model's description; checked when first asked for."""
+        """Tokenizer, records and the dense model's config; read and checked on first access."""
         done = self.paths.dense if self.paths.has(self.paths.dense) else None
         return preflight.prepare(self.experiment, self.mesh, done, work.recorded(self.paths))
 
     @functools.cached_property
     def calibration(self) -> data.Records:
-        """Training records that group neurons, start routers and set the last threshold."""
+        """Training records used to group neurons, fit routers and set the final threshold."""
         records, rng = self.parts.records[0], np.random.default_rng(self.experiment.seed)
         asked, d_model = self.experiment.lte.calibration_records, self.parts.config.d_model
         chosen = enough_records(records.segments_RL, d_model, asked, rng)
         return data.Records(records.tokens_RL[chosen], records.segments_RL[chosen])
 
     def dense(self) -> None:
-        """The dense model, trained on the task where the experiment has a finetune stage."""
+        """Writes the dense model, trained on the task if the experiment has a finetune stage."""
         if self.paths.has(self.paths.dense):
             return
         source, model = self.parts.source, self._model(self.parts.config, None)
@@ -172,7 +172,7 @@ class _Run:
         self._save(self.paths.dense, model, params, source)
 
     def experts(self) -> None:
-        """Neurons grouped into experts, routers started on training data."""
+        """Groups neurons into experts and initialises routers."""
         if self.paths.has(self.paths.experts):
             return
         model = self._model(self.parts.config, None)
@@ -184,7 +184,7 @@ class _Run:
         self._save(self.paths.experts, model, params, self.paths.dense, order_NEM)
 
     def sparse(self) -> None:
-        """The stages that make it sparse, and the LTE folder."""
+        """Runs the sparse stages and writes the LTE folder."""
         model = self._model(*hf.read_config(self.paths.experts))
         assert model.lte is not None
         params, control = self._load(self.paths.experts, model), SparsityController.start(model.lte)
@@ -204,10 +204,10 @@ class _Run:
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
-        """Measures the result beside the dense model, if that is asked for and not done.
+        """Evaluates the result next to the dense model, if requested and not done.
 
-        Writes table.md, figures and, last, results.json. Where only a part is absent, it is made
-        from the results.
+        Writes table.md, figures and, last, results.json. If results.json exists, missing files are
+        made from it.
 
         Returns:
           The last model and its parameters.
@@ -250,7 +250,7 @@ class _Run:
         return results | {"environment": report.environment(), "source": source}
 
     def stages(self) -> tuple[stages.Stage, ...]:
-        """What this experiment runs."""
+        """The stages this experiment runs."""
         return stages.make(self.experiment.stages, self.experiment.lte)
 
     def _fit(self, model, stage, params, control, teacher) -> trainer.Trained:
@@ -273,23 +273,23 @@ class _Run:
         return Transformer(config, lte, dtype=compute.dtype, remat=compute.remat)
 
     def _load(self, folder: Path, model: Transformer) -> Any:
-        """Float32 masters, straight onto the mesh."""
+        """Loads float32 master weights directly onto the mesh."""
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
         return hf.load_params(folder, model.config, model.lte, "float32", shardings)
 
     def _result(self, folder: Path) -> tuple[Transformer, Any]:
-        """A model as its folder holds it, to be measured."""
+        """Loads a model from its folder, for evaluation."""
         config, lte = hf.read_config(folder)
         model = Transformer(config, lte, dtype=self.experiment.compute.dtype)
         return model, hf.load_params(folder, config, lte, model.dtype)
 
     def _save(self, folder: Path, model: Transformer, params: Any, source, order_NEM=None) -> None:
-        if jax.process_count() > 1:  # parts of arrays lie elsewhere: all processes take part
+        if jax.process_count() > 1:  # all processes must take part
             params = multihost_utils.process_allgather(params, tiled=True)
         if jax.process_index() == 0:
             own = source is None or self.experiment.source.tokenizer
             tokenizer = self.parts.tokenizer if own else None
-            dtype = model.config.dtype if source is None else "source"  # params are masters
+            dtype = model.config.dtype if source is None else "source"  # params are float32 masters
             hf.save(
                 folder,
                 model.config,
@@ -307,8 +307,8 @@ class _Run:
 
 @contextlib.contextmanager
 def _alone(paths: Paths) -> Iterator[None]:
-    """Signals wait for a safe point, and no other run works in the directory."""
-    one_process = jax.process_count() == 1  # of several, JAX hears the signals for all
+    """Defers signals to a safe point, and keeps other runs out of the directory."""
+    one_process = jax.process_count() == 1  # with several, JAX handles the signals
     with contextlib.ExitStack() as stack:
         stack.enter_context(interrupt.handled(_GO_ON, install=one_process))
         stack.enter_context(quiet_threads())
@@ -317,7 +317,7 @@ def _alone(paths: Paths) -> Iterator[None]:
 
 
 def _on_first(action: Callable[[], Any]) -> None:
-    """Runs `action` in process 0 of the run; where it fails there, all processes end."""
+    """Runs `action` in process 0; if it fails there, all processes raise."""
     problem = ""
     if jax.process_index() == 0:
         try:
@@ -326,19 +326,19 @@ def _on_first(action: Callable[[], Any]) -> None:
             problem = str(error)
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
-        problem = problem or ("process 0 refused to start, see there" if failed else "")
+        problem = problem or ("process 0 could not start: see its error" if failed else "")
     if problem:
         raise UserError(problem)
 
 
 def _results(path: Path) -> dict[str, Any] | None:
-    """What was measured; None where it has to be measured (again)."""
+    """The results in the file; None if they must be measured (again)."""
     if not path.exists():
         return None
     try:
         return report.read(path)
     except UserError as error:
-        log.warning("%s: measuring anew", error)
+        log.warning("%s: evaluating again", error)
         return None
 
 
@@ -352,10 +352,10 @@ def _writer(paths: Paths, experiment: Experiment) -> writers.Writer:
     try:
         several.append(writers.TensorBoardWriter(paths.root / "tensorboard"))
     except UserError as error:
-        log.info("no TensorBoard metrics: %s", error)
+        log.info("not writing TensorBoard metrics: %s", error)
     return writers.MultiWriter(several)
 
 
 def _verify(folder: Path) -> None:
-    """Raises unless a folder of this run is, bit for bit, as the run wrote it."""
-    hf.verify(folder, digests=True, mend="remove it, and the same command makes it again")
+    """Raises unless a folder of this run is unchanged since the run wrote it."""
+    hf.verify(folder, digests=True, mend="remove it; the same command makes it again")

@@ -1,7 +1,7 @@
-"""Everything that can be known before the first step of a run is checked before it.
+"""Checks everything that can be checked before the first training step.
 
-A misspelt file, a size that does not divide or a prompt that does not fit costs seconds here and
-hours after the pretraining. What was read on the way, the run goes on with.
+A misspelt file, a size that does not divide or a prompt that does not fit costs seconds here, but
+hours after training. What is read here, the run uses.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ _MODEL_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of, read and found to fit together."""
+    """The inputs of a run, read and checked against each other."""
 
     config: ModelConfig  # of the dense model
-    source: Path | None  # folder of the model that the dense one starts from; None: random weights
+    source: Path | None  # folder of the initial dense model; None: random weights
     tokenizer: Any
-    records: tuple[data.Records, data.Records]  # to train on, to validate on
-    inputs: dict[str, Any]  # name -> [number, digest] of all that was read
+    records: tuple[data.Records, data.Records]  # training, validation
+    inputs: dict[str, Any]  # name -> [number, digest] of everything read
 
 
 def prepare(
     experiment: Experiment, mesh: jax.sharding.Mesh, dense: Path | None, known: Mapping[str, Any]
 ) -> Parts:
-    """Reads the model's description, the tokenizer and the texts, and checks all against all.
+    """Reads the model's config, the tokenizer and the texts, and checks that they fit together.
 
     Args:
-      experiment: to be run.
+      experiment: to run.
       mesh: to run it on.
       dense: the finished dense model of this run; None: there is none yet.
-      known: the inputs it was begun with; what was measured for them is not measured again.
+      known: the inputs recorded when the run started; the end token is taken from them.
 
     Raises:
-      UserError: on whatever would end the run later.
+      UserError: on anything that would fail later.
     """
     source = None if dense is not None else _source(experiment)
     folder = dense or source
     config = hf.read_config(folder)[0] if folder else experiment.source.scratch
     if folder is None:
-        write_config(config, config.dtype)  # raises where the family cannot say what it is
+        write_config(config, config.dtype)  # raises if its family cannot express it
     else:
         hf.check_params(folder, config)
     _check_sizes(experiment, config, mesh)
@@ -72,7 +72,7 @@ def prepare(
         load = functools.partial(_load, folder, experiment, config, mesh) if folder else None
         end = data.end_token(experiment.data, tokenizer, config, load)
     if folder is None and end is not None and not config.eos_ids:
-        config = dataclasses.replace(config, eos_ids=(end,))  # which it learns to end texts with
+        config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
     records = data.build(experiment.data, tokenizer, config, experiment.seed, end)
     inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), data.digest(part)]
@@ -86,7 +86,7 @@ def prepare(
 
 
 def is_sparse(experiment: Experiment) -> bool:
-    """Whether the run ends in an LTE model, and not in a dense one to compare with."""
+    """Whether the run ends in an LTE model, not a dense baseline."""
     made = stages.make(experiment.stages, experiment.lte)
     return any(stage.sparse for stage in made)
 
@@ -96,8 +96,8 @@ def _source(experiment: Experiment) -> Path | None:
     if not path:
         if experiment.stages.finetune.steps == 0:
             raise UserError(
-                "source.path is empty and stages.finetune.steps=0: name a model, or give a model "
-                "from random weights some steps to learn in"
+                "source.path is empty and stages.finetune.steps=0: name a model, or set some steps "
+                "to train one from random weights"
             )
         return None
     folder = hf.resolve(path)
@@ -111,7 +111,7 @@ def _source(experiment: Experiment) -> Path | None:
 def _load(
     folder: Path, experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Transformer, Any]:
-    """The dense model, to be asked something."""
+    """Loads the dense model, for inference."""
     model = Transformer(config, dtype=experiment.compute.dtype)
     shardings = sharding.param_shardings(abstract_params(model), mesh)
     return model, hf.load_params(folder, config, None, model.dtype, shardings)
@@ -130,7 +130,7 @@ def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding
 
 
 def _check_sample(experiment: Experiment, config: ModelConfig, tokenizer: Any) -> None:
-    """The text of the report: at least one token has to fit after its prompt."""
+    """Checks the report's sample text: at least one token must fit after its prompt."""
     if experiment.sample_tokens < 0 or not experiment.sample_temperature >= 0:
         raise UserError(
             f"sample_tokens={experiment.sample_tokens}, sample_temperature="
@@ -141,7 +141,7 @@ def _check_sample(experiment: Experiment, config: ModelConfig, tokenizer: Any) -
     [prompt] = data.tokenize([experiment.sample_prompt], tokenizer)
     if not 0 < len(prompt) < config.max_length:
         raise UserError(
-            f"sample_prompt has {len(prompt)} tokens: expected 1 to {config.max_length - 1}, for "
+            f"sample_prompt has {len(prompt)} tokens: expected 1 to {config.max_length - 1}, as "
             f"the model has {config.max_length} positions (sample_tokens=0 writes no sample)"
         )
 

@@ -1,9 +1,9 @@
-"""From results to what people read: a Markdown table, figures, a folder with both.
+"""Reports on evaluation results: a Markdown table, figures, and a folder with both.
 
     python -m lte_jax.report runs/a/results.json runs/b/results.json --out runs/report
 
 Results are what `evaluation.evaluate` returns; several of them (other sparsities, other models)
-make one table and one figure of quality against sparsity. No number is typed anywhere by hand.
+make one table and one figure of quality against sparsity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PACKAGES = ("lte-jax", "jax", "jaxlib", "flax", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on besides the model: versions, commit, device."""
+    """What results depend on besides the model: versions, commit, device."""
     import jax
 
     versions = {"python": platform.python_version()}
@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, "+" where files differ from it; None outside git."""
+    """The commit of this checkout, with "+" if tracked files differ; None outside git."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -64,10 +64,10 @@ def _commit() -> str | None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Results from a results.json.
+    """Reads a results.json.
 
     Raises:
-      UserError: when the file is absent or something else.
+      UserError: if the file is absent or something else.
     """
     try:
         results = json.loads(expand(path).read_text(encoding="utf-8"))
@@ -86,23 +86,23 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> list[Path]:
-    """Writes table.md, the figures and, last, results.json (of one result) into a folder.
+    """Writes table.md, the figures and, last, results.json (of a single result) to a folder.
 
-    Each is whole or absent, so a folder with a results.json has all that could be drawn.
+    Each file is written atomically, so a folder with a results.json is complete.
 
     Returns:
       The files written.
 
     Raises:
-      UserError: when the folder cannot be written, or matplotlib is not there: the figures alone
-        are then missing.
+      UserError: if the folder cannot be written, or, after writing all else, if matplotlib is
+        missing.
     """
     out, problem = expand(out, "out"), None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{out} cannot be made a folder ({error.strerror}): name another place"
+            f"{out}: the folder cannot be created ({error.strerror}): name another place"
         ) from None
     made = [out / "table.md"]
     atomic_write(made[0], table(results) + "\n" + notes(results) + samples(results))
@@ -122,7 +122,7 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
 
 
 def absent(results: Sequence[Results], out: Path, figures: bool = True) -> list[str]:
-    """Names of the files that `write` would make and that are not there."""
+    """Names of the files that `write` would make and that do not exist."""
     names = ["table.md", *(drawable(results) if figures else ()), "results.json"]
     return [name for name in names if not (out / name).exists()]
 
@@ -131,14 +131,14 @@ def as_json(results: Mapping[str, Any]) -> str:
     """The text of results.json.
 
     Raises:
-      UserError: on NaN and infinities, which JSON has no word for; names the entry.
+      UserError: on NaN and infinities, which JSON cannot represent; names the entry.
     """
     try:
         return json.dumps(results, indent=1, allow_nan=False) + "\n"
     except ValueError:
         [where, value] = next(_not_finite(results, "results"))
         raise UserError(
-            f"{where}={value}: expected a finite number, as JSON has no other"
+            f"{where}={value}: expected a finite number, as JSON has no others"
         ) from None
 
 
@@ -152,7 +152,7 @@ def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
 
 
 def table(results: Sequence[Results]) -> str:
-    """All models of all results as a Markdown table, the dense ones first, then by sparsity."""
+    """All models of all results as a Markdown table, by sparsity, dense models first."""
     heads = [
         "model",
         "perplexity / token",
@@ -160,7 +160,7 @@ def table(results: Sequence[Results]) -> str:
         "FFN sparsity",
         "GFLOPs / token",
         "ms / token",
-        "time of dense",
+        "time / dense",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for entry, dense in with_dense(results):
@@ -178,11 +178,11 @@ def table(results: Sequence[Results]) -> str:
 
 
 def notes(results: Sequence[Results]) -> str:
-    """What the columns of `table` mean, and where the numbers are from."""
+    """What the columns of `table` mean, and where the numbers come from."""
     lines = [
-        "Perplexity in brackets is relative to the dense model. GFLOPs are 2^30 of attention "
+        "Perplexity in brackets is relative to the dense model. GFLOPs are 2^30 FLOPs of attention "
         "projections, FFN and router, without embedding, head and attention scores. ms per token "
-        "is the median of decoding one text; its ratio is to the dense model in the same run."
+        "is the median at batch size 1; its ratio is to the dense model in the same run."
     ]
     for result in results:
         env, source = result.get("environment", {}), result.get("source", {})
@@ -222,7 +222,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One table and one set of figures out of one or more results.json."""
+    """Makes one table and one set of figures from one or more results.json."""
     parser = Parser(prog="python -m lte_jax.report", description=main.__doc__)
     parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--out", required=True, help="folder for table.md and the figures")

@@ -1,4 +1,4 @@
-"""How routers start: regressed on what an oracle would choose, or knowing nothing.
+"""Initialises routers: by ridge regression on an oracle's choice of experts, or at random.
 
 Dimension key: B batch  L length  T tokens  R rows  D model width  K = D + 1 unknowns of a logit
                E experts  M neurons per expert  N layers  S bins of a histogram
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 TOKENS_PER_UNKNOWN = 32  # babyllama at 75%, untrained: perplexity 21.2 of 2, 14.6 of 8, 13.0 of 64
 LEAST_ROWS = 32
-BINS = 1024  # of a histogram of logits, over REACH standard deviations to either side of the mean
+BINS = 1024  # of a histogram of logits, over REACH standard deviations on either side of the mean
 REACH = 8.0
-_HIGHEST = jax.lax.Precision.HIGHEST  # accelerators round the operands of float32 products else
+_HIGHEST = jax.lax.Precision.HIGHEST  # by default accelerators round operands of float32 products
 
 
 def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: LTEConfig):
-    """Routers that know nothing: kernel [N, D, E] and bias [N, E].
+    """Random routers: kernel [N, D, E] and bias [N, E].
 
     "normal": zero-mean logits of standard deviation `router_init_std` on inputs of unit RMS.
-    "open": the same, smaller, and a bias that starts with all experts on.
+    "open": the same at a tenth of the size, with a bias that activates all experts.
 
     Raises:
-      UserError: "open" without a bias, which has nothing to open with.
+      UserError: for "open" without a bias.
     """
     if lte.router_init == "open" and not lte.router_bias:
         raise UserError("lte.router_init='open' needs lte.router_bias=True: a bias opens the gates")
@@ -54,10 +54,9 @@ def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: 
 def enough_records(
     segments_RL: Int[np.ndarray, "R L"], d_model: int, asked: int | None, rng: np.random.Generator
 ) -> Int[np.ndarray, " C"]:
-    """A random choice of rows to calibrate on, ascending.
+    """A random choice of `asked` rows to calibrate on, ascending; all rows if there are fewer.
 
-    `asked` of them; None: TOKENS_PER_UNKNOWN real tokens for each unknown of a logit, and at least
-    LEAST_ROWS rows. All rows where there are no more.
+    None: enough for TOKENS_PER_UNKNOWN real tokens per unknown of a logit, at least LEAST_ROWS.
     """
     order_R = rng.permutation(len(segments_RL))
     if asked is None:
@@ -66,7 +65,7 @@ def enough_records(
         asked = max(LEAST_ROWS, 1 + int(np.searchsorted(tokens_R, wanted)))
         if tokens_R[-1] < wanted:
             log.warning(
-                "calibration: takes all %d tokens of the training text, fewer than the %d wanted",
+                "calibration: uses all %d tokens of the training text, fewer than the %d wanted",
                 *(tokens_R[-1], wanted),
             )
     return np.sort(order_R[:asked])
@@ -78,19 +77,19 @@ def ridge_router(
     batches: Iterable[Mapping[str, Array | np.ndarray]],
     lte: LTEConfig,
 ):
-    """Routers regressed on what an oracle would choose: kernel [N, D, E] and bias [N, E].
+    """Routers regressed on an oracle's choice of experts: kernel [N, D, E] and bias [N, E].
 
     On each real token of `batches` ({"tokens", "segments"} [B, L]) the oracle keeps the experts
     of largest `contribution`; ridge regression of that choice on the FFN's input gives the
     direction of each expert's logit. A layer's logits are scaled to a standard deviation of
-    `router_init_std`; the bias puts each expert's quantile where the oracle's frequency is.
+    `router_init_std`; the bias makes each expert active as often as the oracle chooses it.
 
-    A logit has D + 1 unknowns: fewer than TOKENS_PER_UNKNOWN tokens for each are warned of. Runs
-    the dense model over the batches twice, once where there is no bias, in memory that does not
-    grow with them: sums of products first, then a histogram of each logit.
+    A logit has D + 1 unknowns; fewer than TOKENS_PER_UNKNOWN tokens for each give a warning. Runs
+    the dense model over the batches twice (once without a bias): first for sums of products, then
+    for a histogram of each logit. Memory does not grow with the number of batches.
 
     Raises:
-      UserError: where no token is real, or the model's activations are not finite.
+      UserError: if no token is real, or the model's activations are not finite.
     """
     experts = num_experts(model.config, lte)
     kept = 1.0 - lte.wanted_sparsity("lte.router_init='ridge'")
@@ -103,8 +102,8 @@ def ridge_router(
     if sums is None or not (count := float(sums["gram"][0, -1, -1])):
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     _warn_of_few(round(count), model.config.d_model)
-    # Float32 sums over R batches are off by R * 6e-8 of the diagonal at most: a hundredth of the
-    # ridge penalty after 160 batches. From here on float64, one layer at a time.
+    # Float32 sums over R batches err by at most R * 6e-8 of the diagonal: a hundredth of the ridge
+    # penalty after 160 batches. From here on, float64 and one layer at a time.
     layers = [
         _regress(np.asarray(gram_KK, np.float64), np.asarray(cross_KE, np.float64), lte, layer)
         for layer, (gram_KK, cross_KE) in enumerate(zip(sums["gram"], sums["cross"], strict=True))
@@ -122,7 +121,7 @@ def ridge_router(
         counts_NES += np.asarray(_histogram(model, params, batch, router["kernel"], *place))
     chosen_NE = np.asarray(sums["cross"][:, -1], np.float64)
     cut_NE = low_NE + width_NE * _upper(counts_NES, chosen_NE)
-    # An expert that is always chosen, or never, has a constant logit: rounding would toss a coin.
+    # An expert chosen always or never has a constant logit: keep it clear of rounding errors.
     clear = 0.1 * lte.router_init_std
     cut_NE += clear * ((chosen_NE < 0.5).astype(float) - (chosen_NE > count - 0.5))
     bias_NE = np.log(lte.threshold / (1 - lte.threshold)) - cut_NE
@@ -133,7 +132,7 @@ def ridge_router(
 def _moments(
     model: Transformer, top: int, params: Any, batch: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Sums over real tokens: gram [N, K, K] of (inputs, 1), cross [N, K, E] with the choice."""
+    """Sums over real tokens: gram [N, K, K] of (inputs, 1); cross [N, K, E] with the choice."""
     x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
     down_NEMD = params["layers"]["ffn"]["down"].astype(jnp.float32)
     chosen_NTE = largest(jax.vmap(contribution)(h_NTEM, down_NEMD), top)
@@ -149,16 +148,16 @@ def _moments(
 def _regress(
     gram_KK: np.ndarray, cross_KE: np.ndarray, lte: LTEConfig, layer: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kernel [D, E] of one layer, and mean and standard deviation [E] of its logits.
+    """The kernel [D, E] of one layer, and mean and standard deviation [E] of its logits.
 
-    The constant is not penalised, and dropped: quantiles take its place.
+    The constant is not penalised and then dropped: quantiles replace it.
     """
     if not (np.isfinite(gram_KK).all() and np.isfinite(cross_KE).all()):
         raise UserError(
             f"layers/ffn: activations of layer {layer} are not finite on the calibration tokens; "
             "expected the weights of a working model"
         )
-    import scipy.linalg  # slower to import than the whole of lte_jax
+    import scipy.linalg  # slower to import than all of lte_jax
 
     level = max(np.trace(gram_KK[:-1, :-1]) / (len(gram_KK) - 1), 1e-30)
     penalty_K = np.append(np.full(len(gram_KK) - 1, 1e-3 * level), 0.0)
@@ -179,7 +178,7 @@ def _histogram(
     low_NE: Array,
     width_NE: Array,
 ) -> Int[Array, "N E S"]:
-    """How many real tokens have their logit in each bin; the outer bins take what is beyond."""
+    """How many real tokens have their logit in each bin; outliers count in the outer bins."""
     x_NTD, _, real_T = _ffn_intermediates(model, params, batch)
     z_NTE = jnp.einsum("NTD,NDE->NTE", x_NTD, kernel_NDE, precision=_HIGHEST)
     bin_NTE = jnp.clip((z_NTE - low_NE[:, None]) / width_NE[:, None], 0, BINS - 1)
@@ -189,13 +188,13 @@ def _histogram(
 
 
 def _upper(counts_NES: np.ndarray, chosen_NE: np.ndarray) -> np.ndarray:
-    """The quantile, in bins, above which `chosen_NE` tokens lie: within a bin of `np.quantile`."""
+    """The quantile, in bins, with `chosen_NE` tokens above it; within a bin of `np.quantile`."""
     sums_NES = np.cumsum(counts_NES, axis=-1)
     last = sums_NES[0, 0, -1] - 1
     place_NE = np.clip((1.0 - chosen_NE / (last + 1)) * last, 0, last)
 
     def at(rank_NE: np.ndarray) -> np.ndarray:
-        """Where the logit of this rank lies, those of one bin being spread over it evenly."""
+        """The place of the logit of this rank, if those of a bin are spread over it evenly."""
         bin_NE1 = np.sum(sums_NES <= rank_NE[..., None], axis=-1, keepdims=True)
         here_NE = np.take_along_axis(counts_NES, bin_NE1, -1)[..., 0]
         before_NE = np.take_along_axis(sums_NES, bin_NE1, -1)[..., 0] - here_NE
@@ -211,14 +210,14 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
     if tokens < wanted:
         log.warning(
             "calibration: %d tokens are %.1f for each of the d_model + 1 = %d unknowns of a "
-            "router's logit; with fewer than %d routers start worse: give %d tokens "
-            "(lte.calibration_records, where an experiment sets it)",
+            "router's logit; with fewer than %d routers start worse: use %d tokens "
+            "(in an experiment: lte.calibration_records)",
             *(tokens, tokens / (d_model + 1), d_model + 1, TOKENS_PER_UNKNOWN, wanted),
         )
 
 
 def _ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array]):
-    """FFN inputs [N, T, D] and hidden activations [N, T, E, M], T = B*L, and which tokens count."""
+    """FFN inputs [N, T, D], hidden activations [N, T, E, M], and real tokens [T]; T = B*L."""
     _, sown = model.apply(
         {"params": params},
         batch["tokens"],
@@ -236,8 +235,8 @@ def _ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Arra
 def contribution(
     h_BLEM: Float[Array, "*B E M"], down_EMD: Float[Array, "E M D"]
 ) -> Float[Array, "*B E"]:
-    """The L2 norm of what each expert adds to the residual stream: how much it matters here."""
+    """The L2 norm of what each expert adds to the residual stream."""
     einsum = partial(jnp.einsum, precision=_HIGHEST)
-    gram_EMK = einsum("EMD,EKD->EMK", down_EMD, down_EMD)  # M x M an expert: no [.., E, D]
+    gram_EMK = einsum("EMD,EKD->EMK", down_EMD, down_EMD)  # avoids an array [.., E, D]
     squared_BLE = einsum("...EM,EMK,...EK->...E", h_BLEM, gram_EMK, h_BLEM)
     return jnp.sqrt(jnp.maximum(squared_BLE, 0.0))

@@ -1,16 +1,16 @@
-"""Which experts run for a token: one class for each way of choosing, and nothing else knows them.
+"""Which experts run for a token: one `Routing` class per way of choosing them.
 
-A router scores every expert for every token (Eq. 1). Five routings of the same weights (paper,
-section 4.2):
+A router scores every expert for every token (Eq. 1). There are five routings of the same weights
+(paper, section 4.2):
 
-  dense             all experts run; the router plays no part
+  dense             all experts run; the router is not used
   soft              all run, each multiplied by its score (Eq. 3)
-  hard              those with score > threshold run, unmultiplied (Eq. 2)
-  straight_through  hard forward, soft gradient: scores learn under the routing they will serve
-  top_k             the (1 - target_sparsity) E experts of largest score, for comparisons
+  hard              those with score > threshold run, not multiplied (Eq. 2)
+  straight_through  hard forward, soft gradient: scores train under the routing they are served with
+  top_k             the (1 - target_sparsity) E experts of largest score, for comparison
 
-A method that chooses by activations, not by router score, is another subclass of `Routing`, whose
-`scores` are made of the neurons.
+A method that chooses by activations instead of router scores is another subclass, whose `scores`
+come from the neurons.
 
 Dimension key: B batch  L length  E experts  M neurons per expert
 """
@@ -34,18 +34,18 @@ Active = Bool[Array, "*B E"]
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """From scores to the experts that run, and what each is multiplied by; here: hard routing."""
+    """Which experts run, given their scores, and the gate of each; the base class is hard."""
 
     routed: ClassVar[bool] = True  # whether experts are chosen at all
-    skips: ClassVar[bool] = True  # whether idle experts add nothing, so that none need be read
-    by_threshold: ClassVar[bool] = True  # whether the threshold decides, so that control steers it
-    reads_neurons: ClassVar[bool] = False  # whether scores are made of all neurons' activations
-    served: ClassVar[str] = "hard"  # what a model trained so is validated and served with
+    skips: ClassVar[bool] = True  # whether idle experts add nothing and need not be read
+    by_threshold: ClassVar[bool] = True  # whether the threshold decides, so it can be steered
+    reads_neurons: ClassVar[bool] = False  # whether scores come from all neurons' activations
+    served: ClassVar[str] = "hard"  # routing for validation and serving after training with this
 
     def scores(self, logits: Callable[[], Scores], h_BLEM: Float[Array, "*B E M"] | None) -> Scores:
-        """A score for each expert, float32; called with the router, and the neurons' activations.
+        """A float32 score per expert, from the router's `logits` or the neurons' activations.
 
-        `h_BLEM` is None in a kernel that reads active experts only, unless `reads_neurons`.
+        `h_BLEM` is None in kernels, which read only active experts, unless `reads_neurons`.
         """
         del h_BLEM
         return jax.nn.sigmoid(logits())
@@ -55,7 +55,7 @@ class Routing:
         return scores_BLE > threshold
 
     def gates(self, scores_BLE: Scores, active_BLE: Active) -> Scores:
-        """What the contribution of each expert is multiplied by."""
+        """The factor of each expert's contribution."""
         return active_BLE.astype(scores_BLE.dtype)
 
 
@@ -81,7 +81,7 @@ class Soft(Routing):
 
 
 class StraightThrough(Routing):
-    """Hard going forward; the gradient is that of soft routing."""
+    """Hard in the forward pass, with the gradient of soft routing."""
 
     def gates(self, scores_BLE: Scores, active_BLE: Active) -> Scores:
         """0 or 1, with the gradient of the scores."""
@@ -91,13 +91,13 @@ class StraightThrough(Routing):
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Routing):
-    """The `count` experts of largest score run; of equal scores, those of lowest index."""
+    """The `count` experts of largest score run; ties go to the lowest index."""
 
     by_threshold, served = False, "top_k"
     count: int
 
     def active(self, scores_BLE: Scores, threshold: Float[Array, ""] | float) -> Active:
-        """Exactly `count` for each token."""
+        """Exactly `count` per token."""
         del threshold
         return largest(scores_BLE, self.count)
 
@@ -112,12 +112,12 @@ KINDS: Mapping[str, type[Routing]] = {
 
 
 def make(routing: Routing | str | None, config: ModelConfig, lte: LTEConfig | None) -> Routing:
-    """The routing of this name, or the object itself; None: `lte.routing`.
+    """The routing with this name, or the object itself; None: `lte.routing`.
 
-    Of a dense model (`lte` None) all neurons run, whatever is asked for.
+    A dense model (`lte` None) always runs all neurons.
 
     Raises:
-      UserError: on a name that is none, and on "top_k" without `lte.target_sparsity`.
+      UserError: on an unknown name, and on "top_k" without `lte.target_sparsity`.
     """
     if isinstance(routing, Routing):
         return routing
@@ -132,10 +132,10 @@ def make(routing: Routing | str | None, config: ModelConfig, lte: LTEConfig | No
 
 
 def kind(name: str | None) -> type[Routing]:
-    """The class of this name; of None, Hard.
+    """The class with this name; None: Hard.
 
     Raises:
-      UserError: on a name that is none.
+      UserError: on an unknown name.
     """
     if name is not None and (not isinstance(name, str) or name not in KINDS):
         raise UserError(f"routing={name!r}: {nearest(str(name), KINDS)}")
@@ -143,14 +143,14 @@ def kind(name: str | None) -> type[Routing]:
 
 
 def largest(x_BE: Float[Array, "*B E"], count: int) -> Active:
-    """Where the `count` largest values of each row stand; of equal ones, those of lowest index."""
+    """True at the `count` largest values of each row; ties go to the lowest index."""
     return first_largest(x_BE, jax.lax.top_k(x_BE, count)[0][..., -1:], count)
 
 
 def first_largest(
     x_BE: Float[Array, "*B E"], least_B1: Float[Array, "*B 1"], count: Int[Array, "*B 1"] | int
 ) -> Active:
-    """`largest`, where the smallest of the values that are kept is known already."""
+    """`largest`, given the smallest value that is kept."""
     above_BE, equal_BE = x_BE > least_B1, x_BE == least_B1
     room_B1 = count - jnp.sum(above_BE, axis=-1, keepdims=True, dtype=jnp.int32)
     return above_BE | (equal_BE & (jnp.cumsum(equal_BE, axis=-1, dtype=jnp.int32) <= room_B1))

@@ -1,8 +1,8 @@
-"""Where every array lives on the device mesh: one table, from dimension to mesh axis.
+"""How arrays are sharded over the device mesh: one table, from dimension to mesh axis.
 
-params.py says which dimensions a parameter has. Fully sharded data parallelism cuts the model
-width D, tensor parallelism cuts heads, vocabulary and experts; the batch is cut over data and fsdp
-together.
+params.py gives the dimensions of each parameter. Fully sharded data parallelism splits the model
+width D, tensor parallelism splits heads, vocabulary and experts; the batch is split over data and
+fsdp together.
 
 Dimension key: B batch  L length  D model width  E experts  M neurons per expert
                N layers  H heads  K kv heads  C head width  V vocabulary
@@ -25,7 +25,7 @@ from lte_jax.params import BY_PATH, NAMES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Dimension of a parameter or activation -> mesh axis. Change sharding here and nowhere else.
+# Dimension of a parameter or activation -> mesh axis.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "B": ("data", "fsdp"),
     "D": "fsdp",
@@ -43,7 +43,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given), with axes `data`, `fsdp`, `tensor`.
 
     Raises:
-      UserError: where the axes do not multiply to the number of devices.
+      UserError: if the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [config.data, config.fsdp, config.tensor]
@@ -59,10 +59,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
-    """That a batch can be cut: over the devices that share it, the processes, and in microbatches.
+    """Checks that a batch can be split over its devices, the processes and the microbatches.
 
     Raises:
-      UserError: where it cannot; names the three numbers and batch sizes that can.
+      UserError: if it cannot; names the three numbers and batch sizes that work.
     """
     devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     unit = math.lcm(devices, microbatches, jax.process_count())
@@ -79,7 +79,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """The NamedSharding of each leaf of a tree of arrays or ShapeDtypeStructs.
 
     Raises:
-      UserError: where a dimension does not divide over its mesh axis.
+      UserError: if a mesh axis does not divide its dimension.
     """
     flat = traverse_util.flatten_dict(tree, sep="/")
     shardings = {path: _sharding(path, leaf.shape, mesh) for path, leaf in flat.items()}
@@ -87,17 +87,17 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first dimension is the batch."""
+    """The sharding of arrays whose first dimension is the batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["B"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """The sharding with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """`x` [B, ...] cut over the batch alone under `jax.set_mesh`; as it is where none is set."""
+    """`x` [B, ...] sharded over the batch only, under `jax.set_mesh`; unchanged without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["B"]))
@@ -108,9 +108,9 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
         raise UserError(f"no parameter {path!r} in the table of params.py: add a row")
     letters = BY_PATH[path].letters
     spec = [RULES[letter] for letter in letters]
-    if set(letters) <= set("NDC"):  # small: a copy on each device
+    if set(letters) <= set("NDC"):  # small: replicated
         spec = [None] * len(letters)
-    elif "EM" in letters and shape[1] == 1:  # a dense FFN is one expert: its neurons are cut
+    elif "EM" in letters and shape[1] == 1:  # a dense FFN is one expert: split its neurons
         spec[1], spec[2] = spec[2], spec[1]
     for size, letter, axis in zip(shape, letters, spec, strict=True):
         if axis and size % mesh.shape[axis]:

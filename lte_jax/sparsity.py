@@ -1,10 +1,9 @@
-"""How sparse, what it saves, and the control that makes it what the user asked for.
+"""Controls sparsity during training, and computes what it saves.
 
-Sparsity is the share of (real token, layer, expert) that does not run. A user asks for a sparsity;
-the weight of the efficiency loss that gives it depends on model, data and initialisation. So the
-weight is the output of a PI controller while routers learn, and once they are frozen the threshold
-follows in small steps (a frozen router drifts as the model under it moves). The last threshold is
-not that of the last batch: `settle` measures it.
+Sparsity is the fraction of (real token, layer, expert) that is skipped. The user sets a target; the
+efficiency-loss weight that reaches it depends on model, data and initialisation. So a PI controller
+sets the weight while routers train. Once they are frozen, the threshold follows in small steps, as
+scores still drift with the model. `settle` then measures the final threshold on many batches.
 
 Dimension key: B batch  L length  E experts  N layers  S bins of a histogram of scores
 """
@@ -23,39 +22,39 @@ from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.model import Transformer
 from lte_jax.routing import kind
 
-# A signed PI controller of e = active fraction - wanted fraction: in each step, weight = P e +
-# (sum of I e). The gains are from trials with a peak learning rate of routers of 2e-3, where the
-# sparsity came within a point of 50, 75 and 90%. Learning is an integrator, e' = -g weight, and g
-# is proportional to the rate (Adam). So e'' + g P e' + g I e = 0, with damping (P / 2) sqrt(g / I):
-# 0.49 in those trials, where g = 1.2e-3. If I is proportional to the rate as well, the damping is
-# the same at any rate, until one step of P overshoots (g P > 2, some 40 times the rate).
+# A signed PI controller of e = active fraction - target fraction: in each step, weight = P e +
+# (sum of I e). The gains are from trials with a peak router learning rate of 2e-3, where sparsity
+# came within a point of 50, 75 and 90%. Learning is an integrator, e' = -g weight, with g
+# proportional to the rate (Adam). So e'' + g P e' + g I e = 0, with damping (P / 2) sqrt(g / I):
+# 0.49 in those trials, where g = 1.2e-3. With I proportional to the rate as well, the damping is
+# the same at any rate, until one step of P overshoots (g P > 2, about 40 times the rate).
 INTEGRAL_GAIN, _PROPORTIONAL_GAIN = 2.0, 40.0
 _REFERENCE_RATE = 2e-3
 _WEIGHT_RANGE = (-5.0, 50.0)
-# The threshold acts at once and learns nothing, so this gain holds at any learning rate: a step
-# takes away 0.1 d of the error, d being the density of scores at the threshold (share per unit of
-# score; 1 where they are uniform). It oscillates from d = 10 on and diverges from 20 on.
+# The threshold acts at once, so this gain holds at any learning rate: a step removes 0.1 d of the
+# error, where d is the density of scores at the threshold (fraction per unit of score; 1 if
+# uniform). It oscillates from d = 10 on and diverges from 20 on.
 _THRESHOLD_GAIN = 0.1
 _THRESHOLD_RANGE = (0.01, 0.99)
 
-SETTLED = 0.002  # of sparsity: how near to the target the last threshold comes
+SETTLED = 0.002  # of sparsity: tolerance of the final threshold
 _SETTLING_PASSES = 8
 _BINS = 2**14  # edges are exact in float32
 
 
 @flax.struct.dataclass
 class SparsityController:
-    """What decides the sparsity of the next step; part of every checkpoint. Scalars, float32."""
+    """The state that controls sparsity; part of every checkpoint. Scalars, float32."""
 
-    # Not annotated by shape: shardings and abstract values take the arrays' places at times.
+    # Any, because shardings and abstract values may stand in for the arrays.
     efficiency_weight: Any  # eta of Eq. 6
     integral: Any  # of the PI controller
     threshold: Any  # tau of Eq. 2
-    target_sparsity: Any  # a value, so that one compiled step serves every target; 0: none
+    target_sparsity: Any  # an array, so that one compiled step serves every target; 0: none
 
     @classmethod
     def start(cls, lte: LTEConfig) -> SparsityController:
-        """The control before the first step."""
+        """The controller before the first step."""
         weight = lte.efficiency_weight
         values = (weight, weight, lte.threshold, lte.target_sparsity or 0.0)
         return cls(*(jnp.asarray(value, jnp.float32) for value in values))
@@ -63,40 +62,39 @@ class SparsityController:
     def steer_weight(
         self, active_fraction: Float[Array, ""], integral_gain: float = INTEGRAL_GAIN
     ) -> SparsityController:
-        """The next efficiency weight, after a step that ran this share of the experts."""
+        """Updates the efficiency weight after a step with this active fraction."""
         error = active_fraction - (1.0 - self.target_sparsity)
         integral = jnp.clip(self.integral + integral_gain * error, *_WEIGHT_RANGE)
         weight = jnp.clip(integral + _PROPORTIONAL_GAIN * error, *_WEIGHT_RANGE)
         return self.replace(integral=integral, efficiency_weight=weight)
 
     def steer_threshold(self, active_fraction: Float[Array, ""]) -> SparsityController:
-        """The next threshold, after a step that ran this share of the experts."""
+        """Updates the threshold after a step with this active fraction."""
         error = active_fraction - (1.0 - self.target_sparsity)
         threshold = self.threshold + _THRESHOLD_GAIN * error
         return self.replace(threshold=jnp.clip(threshold, *_THRESHOLD_RANGE))
 
 
 def integral_gain(router_rate: float) -> float:
-    """The gain for routers that learn at this peak rate, see above."""
+    """The integral gain for routers with this peak learning rate, see above."""
     return INTEGRAL_GAIN * router_rate / _REFERENCE_RATE
 
 
 def settle(
     histogram: Callable[[float], Int[np.ndarray, " S"]], threshold: float, target_sparsity: float
 ) -> tuple[float, float]:
-    """The threshold that gives the target, and the sparsity there.
+    """Finds the threshold that gives the target; returns it and the sparsity there.
 
-    Scores depend on the threshold through the layers before, so the quantile of the scores under
-    one threshold is tried as the next. Where that leads out of the bracket found so far, its
-    middle is.
+    Scores depend on the threshold through earlier layers. So the next try is the quantile of the
+    scores under the last one, or the middle of the bracket found so far if that is outside it.
 
     Args:
-      histogram: of all scores, `score_histogram` summed over the data, under a threshold.
+      histogram: from a threshold to `score_histogram` under it, summed over the data.
       threshold: to start from.
-      target_sparsity: share of scores that are not to be above the threshold.
+      target_sparsity: fraction of scores to lie at or below the threshold.
     """
     least, most = (round(bound * _BINS) for bound in _THRESHOLD_RANGE)
-    low, high = 0, _BINS  # edges known to give too little, too much
+    low, high = 0, _BINS  # edges known to give too little and too much
     edge, tried = min(max(round(threshold * _BINS), least), most), {}
     while edge not in tried and len(tried) < _SETTLING_PASSES:
         counts_S = histogram(edge / _BINS)
@@ -114,7 +112,7 @@ def settle(
 def score_histogram(
     model: Transformer, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
 ) -> Int[Array, " S"]:
-    """How many scores of real tokens lie in each bin of (0, 1], routed as served; to be jitted."""
+    """Counts scores of real tokens in each bin of (0, 1], under the served routing; jittable."""
     token_mask_BL = batch["segments"] > 0
     out = model.apply(
         {"params": params},
@@ -123,7 +121,7 @@ def score_histogram(
         mask=batch["segments"],
         threshold=threshold,
     )
-    # A score on an edge is not above it: it belongs to the bin below.
+    # A score equal to an edge is not above it, so it belongs to the bin below.
     bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
     real_NBLE = jnp.broadcast_to(token_mask_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)
     return jnp.zeros(_BINS, jnp.int32).at[bin_NBLE].add(real_NBLE)
@@ -132,10 +130,10 @@ def score_histogram(
 def flops_per_token(
     config: ModelConfig, lte: LTEConfig | None = None, sparsity: float = 0.0
 ) -> float:
-    """FLOPs of one token, counted as the paper's Table 1: attention projections, FFN, router.
+    """FLOPs of one token, counted as in the paper's Table 1: attention projections, FFN, router.
 
-    Table 1's "GFLOPs" are units of 2**30, and leave out embedding, head and attention scores;
-    LLaMA-7B has 12.0625 of them. The router is charged in full, which the table says of LTE.
+    Table 1's "GFLOPs" are units of 2**30 and exclude embedding, head and attention scores; LLaMA-7B
+    has 12.0625 of them. As in the table, LTE pays for the whole router.
     """
     return 2.0 * (_weights_per_token(config, sparsity) + _router_weights(config, lte))
 
@@ -143,10 +141,10 @@ def flops_per_token(
 def bytes_per_token(
     config: ModelConfig, lte: LTEConfig | None = None, sparsity: float = 0.0, width: int = 2
 ) -> float:
-    """Bytes of weights that one token of batch-1 decoding must read, `width` bytes each.
+    """Bytes of weights, `width` bytes each, that decoding one token at batch size 1 reads.
 
-    Counts what flops_per_token counts and the output head; routers are float32. The floor of a
-    decode step's time is this, and the cached keys and values, over the memory bandwidth.
+    Counts what flops_per_token counts, plus the output head; routers are float32. With the cached
+    keys and values, divided by memory bandwidth, this bounds the time of a decode step from below.
     """
     weights = _weights_per_token(config, sparsity) + config.vocab_size * config.d_model
     return width * weights + 4 * _router_weights(config, lte)

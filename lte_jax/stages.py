@@ -1,10 +1,10 @@
-"""The stages of training as data: what each trains, routes, loses and controls.
+"""The stages of training as data: parameters, routing, losses and control of each.
 
     finetune   the dense model, on the task (optional)
     router     routers and model together, with sparsity pressure (paper: stage 1, Eq. 6)
     adapt      the model alone under hard routing, routers frozen (paper: stage 2)
 
-An idea about training is a change here; the loop in trainer.py knows no stage by name.
+Change how models are trained here; the loop in trainer.py knows no stage by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lte_jax.routing import kind
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage, complete: the trainer needs nothing else to run it."""
+    """One stage: all that the trainer needs to run it."""
 
     name: str
     config: StageConfig
@@ -29,22 +29,22 @@ class Stage:
     rules: tuple[Rule, ...]  # (path pattern, learning-rate multiplier or None = frozen)
     task_weight: float = 1.0
     distill_weight: float = 0.0
-    efficiency: bool = False  # with the weight of the control
+    efficiency: bool = False  # weighted by the SparsityController
     separability_weight: float = 0.0  # lambda of Eq. 6
     steer: Literal["weight", "threshold"] | None = None
     integral_gain: float = sparsity.INTEGRAL_GAIN  # of steer="weight"
 
     @property
     def sparse(self) -> bool:
-        """Whether it trains a model with experts, and not the dense one."""
+        """Whether it trains a model with experts, not the dense one."""
         return kind(self.routing).routed
 
 
 def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
-    """The stages that an experiment runs, in order; those of no steps are left out.
+    """The stages that an experiment runs, in order; those without steps are left out.
 
     Raises:
-      UserError: where the model would be served with all experts on.
+      UserError: if the model would be served with all experts active.
     """
     served = kind(lte.routing).served
     if not kind(served).routed:

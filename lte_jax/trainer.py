@@ -1,7 +1,6 @@
-"""The one training loop: a stage, a state and batches in; a trained state out.
+"""The training loop of a stage: batches, checkpoints, validation, metrics, interruption.
 
-The maths of a step is in training_step.py; around it are batches, checkpoints, validation, metrics,
-and what to do when it is interrupted.
+The computation of a step is in training_step.py.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from lte_jax.writers import Writer
 
 log = logging.getLogger(__name__)
 
-PROFILED = 3  # steps of a trace
+PROFILED = 3  # steps per trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a stage ends with."""
+    """The result of a stage."""
 
     params: Any
     control: SparsityController
@@ -61,23 +60,23 @@ def fit(
     teacher: Any = None,
     profile: str | Path | None = None,
 ) -> Trained:
-    """Runs a stage, from its newest checkpoint in `folder` if there is one, to its last step.
+    """Runs a stage to its last step, from its newest checkpoint in `folder` if there is one.
 
     Args:
-      model: dense or LTE, as `params`.
+      model: dense or LTE.
       stage: what to train and how, see stages.py.
-      params: where the stage starts; copied.
-      control: likewise.
-      records: to train on, and to validate on.
+      params: initial parameters; copied.
+      control: initial state of the controller.
+      records: training and validation records.
       experiment: batch size, optimizer, seed, and how often to log, validate and save.
       folder: of this stage's checkpoints.
       writer: of metrics.
-      mesh: whose axes are those of sharding.py.
-      teacher: the dense model's parameters in the same layout, for a stage that distils.
-      profile: folder for a trace of PROFILED steps, the first that this process takes left out.
+      mesh: with the axes of sharding.py.
+      teacher: the dense model's parameters in the same layout, for a stage with distillation.
+      profile: folder for a trace of PROFILED steps, after the first one, which compiles.
 
     Raises:
-      UserError: on bad data or folders, and when the loss is not finite: the step's batch is then
+      UserError: on bad data or folders, and if the loss is not finite: the step's batch is then
         in `folder`/nonfinite-<step>.npz.
       Interrupted: after a signal, once the state is saved.
     """
@@ -98,7 +97,7 @@ def fit(
                 checkpointer.wait()
                 raise interrupt.Interrupted(f"after step {loop.step} of stage {stage.name!r}")
             if loop.step == steps:
-                checkpointer.wait()  # a signal may have come since
+                checkpointer.wait()  # a signal may have arrived since
                 interrupt.check(f"after step {loop.step} of stage {stage.name!r}")
                 return Trained(loop.state.params, loop.state.control, **loop.validation)
             with trace.step(loop.step):
@@ -106,7 +105,7 @@ def fit(
 
 
 class _Loop:
-    """A stage between two of its steps: compiled functions, the state, and what is due next."""
+    """A running stage: compiled functions, the training state, and what is due next."""
 
     def __init__(
         self,
@@ -124,10 +123,10 @@ class _Loop:
         self._batches = data.train_iterator(
             records[0], experiment.data.batch_size, seed, **_share()
         )
-        self._unchecked: tuple[int, Any, Any] | None = None  # a step, its metrics and its batch
+        self._unchecked: tuple[int, Any, Any] | None = None  # step, metrics, batch
 
     def begin(self, params: Any, control: SparsityController) -> None:
-        """Compiles; takes up the newest checkpoint, or starts from `params`."""
+        """Builds the step functions; restores the newest checkpoint, or starts from `params`."""
         experiment, stage = self._experiment, self._stage
         optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
@@ -143,7 +142,7 @@ class _Loop:
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
         self._eval_step = jax.jit(training_step.make_eval_step(self._model, stage))
         restored = self._checkpointer.restore(_with_shardings(abstract, shardings))
-        self.validation: dict[str, float] = {}  # of this step, where there is one
+        self.validation: dict[str, float] = {}  # of this step, if validated
         if restored is None:
             self.step, self.state = 0, jax.jit(start, out_shardings=shardings)(params)
         else:
@@ -154,7 +153,7 @@ class _Loop:
         self._writer.start(stage.name, self.step, stage.config.steps)
 
     def validate(self) -> None:
-        """Means over the validation records, where they are due and no signal cuts them short."""
+        """Measures the validation records if that is due; stops without a result on a signal."""
         due = self.step % self._experiment.eval_every == 0 or self.step == self._stage.config.steps
         if not (self.step and due) or self.validation:
             return
@@ -174,14 +173,14 @@ class _Loop:
         self._writer.write(self._stage.name, self.step, self.validation)
 
     def save(self) -> None:
-        """Saves the state and the place in the data, unless they are saved."""
+        """Saves the state and the position in the data, unless already saved."""
         if self.step > self._saved:
             self._check_finite()
             position = {"batches": self._batches.get_state(), "validation": self.validation}
             self._checkpointer.save(self.step, self.state, position, self.validation)
 
     def advance(self, teacher: Any) -> None:
-        """One step; whether the one before it was finite is seen meanwhile: no device waits."""
+        """Takes one step; checks meanwhile that the previous one was finite, so no device waits."""
         batch, self.validation = next(self._batches), {}
         self.state, metrics = self._train_step(self.state, _to_mesh(batch, self._mesh), teacher)
         self.step += 1
@@ -201,13 +200,13 @@ class _Loop:
         np.savez(path, step=step, **batch, **{f"metric_{k}": v for k, v in values.items()})
         bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
         raise UserError(
-            f"stage {name!r} step {step}: {bad}; its batch is in {path}. Checkpoints before it "
-            f"are whole: try a lower stages.{name}.learning_rate, or a smaller optim.clip_norm"
+            f"stage {name!r} step {step}: {bad}; its batch is in {path}. Earlier checkpoints "
+            f"are intact: try a lower stages.{name}.learning_rate, or a smaller optim.clip_norm"
         )
 
 
 class _Trace(contextlib.ExitStack):
-    """A trace of PROFILED steps in a folder; without one, none."""
+    """Traces PROFILED steps into a folder; does nothing if that is None."""
 
     def __init__(self, folder: str | Path | None):
         super().__init__()
@@ -215,7 +214,7 @@ class _Trace(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around each step."""
+        """Wraps a step."""
         if self._folder is not None and self._taken == 1:  # the first one compiles
             self.enter_context(jax.profiler.trace(self._folder))
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
@@ -233,9 +232,9 @@ def settle_threshold(
     batch_size: int,
     mesh: jax.sharding.Mesh,
 ) -> SparsityController:
-    """The control with the threshold that gives the wanted sparsity on `records`, hard routing.
+    """The control with the threshold that gives the target sparsity on `records`, hard routing.
 
-    Where scores crowd at one value it may be out of reach: a warning says what was reached.
+    If many scores are equal, the target may be out of reach: a warning gives the sparsity reached.
     """
     count = jax.jit(
         functools.partial(sparsity.score_histogram, model),
@@ -261,7 +260,7 @@ def settle_threshold(
 
 
 def _fetched(metrics: Mapping[str, Array]) -> dict[str, float]:
-    """Scalars from the devices."""
+    """Fetches scalars from the devices."""
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
@@ -271,7 +270,7 @@ def _share() -> dict[str, int]:
 
 
 def _stopping(step: int) -> bool:
-    """Whether to stop after this step: where several processes train, JAX decides for them all."""
+    """Whether to stop after this step; with several processes, JAX decides for all of them."""
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return interrupt.requested()

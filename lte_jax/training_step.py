@@ -1,6 +1,6 @@
-"""What one step of training computes: the loss of a stage, its gradient, the update.
+"""One training step: the loss of a stage, its gradient, and the update.
 
-Pure functions, to be jitted; the loop around them is in trainer.py.
+Pure functions, to be jitted; the training loop is in trainer.py.
 
 Dimension key: B batch  L length  N layers  E experts
 """
@@ -38,10 +38,10 @@ class TrainState:
 
 
 def make_loss(model: Transformer, stage: Stage) -> Callable:
-    """The loss of a stage: (params, teacher, batch, control, counts) -> (loss, its parts).
+    """The loss of a stage: (params, teacher, batch, control, counts) -> (loss, parts).
 
-    `counts` are the predicted and the real tokens of the whole batch, of which this may be a part.
-    `teacher` is the parameter tree of the dense model, in expert order, for distillation.
+    `counts` are the predicted and the real tokens of the whole batch; `batch` may be a microbatch.
+    `teacher` holds the dense model's parameters, in expert order, for distillation.
     """
 
     def loss(params, teacher, batch, control, counts):
@@ -137,12 +137,12 @@ def _count(mask: Array) -> Float[Array, ""]:
 
 
 def _interleave(x: Array, parts: int) -> Array:
-    """[B, ...] as [parts, B/parts, ...]: records i, i + parts, ... so that no row moves device."""
+    """[B, ...] as [parts, B/parts, ...]: records i, i + parts, ... so none changes device."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
 def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Array]]:
-    """Sums over a batch: (params, batch, threshold) -> sums; routing is as it will be served."""
+    """Sums over a batch under the served routing: (params, batch, threshold) -> sums."""
     routing = kind(stage.routing).served
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
@@ -163,7 +163,7 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of a whole (abstract) state: optimizer moments lie as their parameters do."""
+    """Shardings of a whole (abstract) state: optimizer moments follow their parameters."""
     params = sharding.param_shardings(state.params, mesh)
     by_path = traverse_util.flatten_dict(params)
     replicated = sharding.replicated(mesh)

@@ -1,15 +1,15 @@
-"""The work directory of a run: where things lie, who holds it, what it was begun with.
+"""The work directory of a run: its layout, its lock, and the configuration and inputs of the run.
 
     experiment.json          the configuration
-    inputs.json              number and SHA-256 of what was read: rows, source model, tokenizer
-    dense/ experts/ lte/     models, each whole or absent
+    inputs.json              number and SHA-256 of what was read: records, source model, tokenizer
+    dense/ experts/ lte/     models, written atomically
     checkpoints/<stage>/     training states
     metrics.jsonl tensorboard/ results.json table.md *.png
-    profile/<stage>/         traces, where they are asked for
-    .lock                    held by the process that works here
+    profile/<stage>/         traces, if requested
+    .lock                    held by the process that uses the directory
 
-The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so
-there is no stale one to clear. What a killed run leaves behind is put right at the next start.
+The lock is the kernel's (flock) and ends with its process, so there are no stale locks. What a
+killed run leaves behind is cleaned up at the next start.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from lte_jax import checkpoint, files
 from lte_jax.config import Experiment, from_mapping, moved
 from lte_jax.errors import UserError
 
-# Keys of an experiment on which no bit of what is trained depends: they may change on the way.
+# Keys of an experiment that do not affect what is trained: they may change on resuming.
 FREE = frozenset(
     "report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint"
     .split()
 )  # fmt: skip
-Inputs = Mapping[str, Any]  # name -> [number, digest], or a plain value that was read from data
+Inputs = Mapping[str, Any]  # name -> [number, digest], or a plain value read from data
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _DAMAGED = (
-    "bring it back from a backup; or remove it, if this is the command and the data that the run "
-    "was begun with: it is then written anew"
+    "restore it from a backup; or, if command and data are those the run was started with, remove "
+    "it: it is then written again"
 )
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """What a run leaves behind."""
+    """Paths in a work directory."""
 
     root: Path
 
@@ -61,22 +61,22 @@ class Paths:
 
     @property
     def inputs(self) -> Path:
-        """Number and digest of what the run reads, as JSON."""
+        """Number and digest of each input, as JSON."""
         return self.root / "inputs.json"
 
     @property
     def metrics(self) -> Path:
-        """What was measured while training, a JSON object a line."""
+        """Training metrics, one JSON object per line."""
         return self.root / "metrics.jsonl"
 
     @property
     def dense(self) -> Path:
-        """HF folder of the dense model that was converted."""
+        """HF folder of the dense model."""
         return self.root / "dense"
 
     @property
     def experts(self) -> Path:
-        """LTE folder before training: experts grouped, routers started."""
+        """LTE folder before training: neurons grouped, routers initialised."""
         return self.root / "experts"
 
     @property
@@ -89,20 +89,20 @@ class Paths:
         return self.root / "checkpoints" / stage
 
     def profile(self, stage: str) -> Path:
-        """A trace of some steps of a stage, for TensorBoard or Perfetto."""
+        """Trace of a few steps of a stage, for TensorBoard or Perfetto."""
         return self.root / "profile" / stage
 
     @property
     def models(self) -> tuple[Path, ...]:
-        """The model folders, in the order in which they are made."""
+        """The model folders, in the order they are made."""
         return self.dense, self.experts, self.lte
 
     def has(self, folder: Path) -> bool:
-        """Whether one of `models` is finished: they are whole or absent."""
+        """Whether one of `models` exists; they are written atomically."""
         return (folder / "config.json").exists()
 
     def begun(self) -> bool:
-        """Whether there is anything here that depends on the configuration."""
+        """Whether it contains anything that depends on the configuration."""
         return any(folder.exists() for folder in self.models) or any(
             self.root.glob("checkpoints/*/[0-9]*")
         )
@@ -113,12 +113,12 @@ class Paths:
 
 @contextlib.contextmanager
 def held(root: Path) -> Iterator[None]:
-    """Makes a work directory if need be, and keeps other runs out of it meanwhile.
+    """Creates a work directory if needed, and locks other runs out of it.
 
-    Left with nothing in it, the directory is removed again, with the parents made for it.
+    A directory created here that stays empty is removed again, with its new parents.
 
     Raises:
-      UserError: where it cannot be made or written to, or another run holds it.
+      UserError: if it cannot be created or written to, or another run uses it.
     """
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
@@ -126,7 +126,7 @@ def held(root: Path) -> Iterator[None]:
         lock = _lock(root)
     except OSError as error:
         raise UserError(
-            f"workdir {root} cannot be made or written to ({error.strerror}): name another place"
+            f"workdir {root} cannot be created or written to ({error.strerror}): name another"
         ) from None
     try:
         yield
@@ -149,7 +149,7 @@ def _lock(root: Path) -> int:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 log.warning(
-                    "%s: its file system has no locks (%s): let no other run work there",
+                    "%s: its file system has no locks (%s): do not start another run there",
                     *(root, error.strerror),
                 )
                 return lock
@@ -163,11 +163,11 @@ def _lock(root: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), path.lstat()):
                 break
-        os.close(lock)  # its last holder removed the directory just now
+        os.close(lock)  # its last holder has just removed the directory
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     words = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})"
-    with contextlib.suppress(OSError):  # a full disk: whatever is written next will tell
+    with contextlib.suppress(OSError):  # a full disk: the next write will report it
         os.ftruncate(lock, 0)
         os.pwrite(lock, words.encode(errors="replace"), 0)
     return lock
@@ -177,14 +177,14 @@ def _lock(root: Path) -> int:
 
 
 def put_right(paths: Paths) -> None:
-    """Takes back what a killed run had moved aside, removes what it left half-done, and says so."""
+    """Restores what a killed run had moved aside, removes what it left half-done, and logs it."""
     root = paths.root
     for folder in paths.models:
-        # Killed between two renames, a folder that is being replaced is there under another name.
+        # A run killed between the two renames of a replacement leaves the old folder renamed.
         for old in root.glob(f".{folder.name}.old-*"):
             if not folder.exists() and paths.has(old):
                 old.rename(folder)
-                log.warning("%s: put back, a run was killed while replacing it", folder)
+                log.warning("%s: restored; a run was killed while replacing it", folder)
     leftovers = list(root.glob(".*.half-written"))
     for folder in paths.models:
         leftovers += [*root.glob(f".{folder.name}.new-*"), *root.glob(f".{folder.name}.old-*")]
@@ -208,20 +208,20 @@ def _bytes(path: Path) -> int:
     return sum(file.lstat().st_size for file in (path, *inside) if not file.is_dir())
 
 
-# ------------------------------------------------------------------------- what it was begun with
+# ------------------------------------------------------------------------ configuration and inputs
 
 
 def check_same(paths: Paths, experiment: Experiment) -> None:
-    """Refuses a work directory in which something was made with another configuration.
+    """Refuses a work directory with results of another configuration.
 
     Raises:
-      UserError: if so, naming the keys; or where experiment.json is damaged.
+      UserError: if so, naming the keys; also if experiment.json is damaged.
     """
     if not paths.begun():
         return
     if not paths.experiment.exists():
         log.warning(
-            "%s is gone from a work directory in use: it is taken to be of this configuration",
+            "%s is missing from a work directory in use: assuming this configuration",
             paths.experiment,
         )
         return
@@ -229,8 +229,8 @@ def check_same(paths: Paths, experiment: Experiment) -> None:
     kept = [{k: v for k, v in side.items() if k not in FREE} for side in (old, new)]
     if different := sorted(_differences(*kept)):
         raise UserError(
-            f"{paths.root} holds a run of another configuration, which differs in "
-            f"{_some(different)}: set it as it was to go on, or name a fresh workdir"
+            f"{paths.root} holds a run with another configuration, which differs in "
+            f"{_some(different)}: restore it to resume, or choose a new workdir"
         )
 
 
@@ -238,18 +238,18 @@ def read_experiment(paths: Paths) -> Experiment:
     """The configuration of the run in a work directory.
 
     Raises:
-      UserError: where there is none, or it is damaged.
+      UserError: if it is missing or damaged.
     """
     if not paths.experiment.exists():
-        raise UserError(f"{paths.root} is no work directory of train.py: no experiment.json there")
+        raise UserError(f"{paths.root} is not a work directory of train.py (no experiment.json)")
     return from_mapping(Experiment, moved(files.read_json(paths.experiment, _DAMAGED)))
 
 
 def recorded(paths: Paths) -> dict[str, Any]:
-    """The inputs that the run was begun with; {} where it is not begun, or nothing says so.
+    """The inputs recorded when the run started; {} if there is no run or no record.
 
     Raises:
-      UserError: where inputs.json is damaged.
+      UserError: if inputs.json is damaged.
     """
     if not (paths.begun() and paths.inputs.exists()):
         return {}
@@ -257,10 +257,10 @@ def recorded(paths: Paths) -> dict[str, Any]:
 
 
 def check_inputs(paths: Paths, inputs: Inputs) -> dict[str, Any]:
-    """All inputs of the run: those it was begun with, checked against `inputs` and joined to them.
+    """Checks `inputs` against those recorded when the run started, and returns both merged.
 
     Raises:
-      UserError: where one is no longer what it was; names it, with number and digest.
+      UserError: if one has changed; names it, with number and digest.
     """
     old = recorded(paths)
     if not old:
@@ -274,20 +274,20 @@ def check_inputs(paths: Paths, inputs: Inputs) -> dict[str, Any]:
     ]
     if changed:
         raise UserError(
-            f"{paths.root} holds a run on other data ({_some(changed, '; ')}): bring back what it "
-            "was to go on, or name a fresh workdir"
+            f"{paths.root} holds a run on other data ({_some(changed, '; ')}): restore the data "
+            "to resume, or choose a new workdir"
         )
     return old | dict(inputs)
 
 
 def claim(paths: Paths, experiment: Experiment, inputs: Inputs) -> None:
-    """Writes down what the run is, once all that can be checked is checked.
+    """Records the configuration and inputs of the run, after all checks.
 
     Raises:
-      UserError: when that cannot be written.
+      UserError: if they cannot be written.
     """
     if not paths.begun():
-        paths.metrics.unlink(missing_ok=True)  # of a run that got nowhere
+        paths.metrics.unlink(missing_ok=True)  # of a run that made nothing
     for path, values in ((paths.inputs, dict(inputs)), (paths.experiment, _plain(experiment))):
         text = json.dumps(values, indent=1) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -295,7 +295,7 @@ def claim(paths: Paths, experiment: Experiment, inputs: Inputs) -> None:
 
 
 def _plain(experiment: Experiment) -> dict[str, Any]:
-    """As it comes back from JSON: tuples become lists."""
+    """The experiment as JSON returns it: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 

@@ -1,7 +1,7 @@
-"""Where metrics go: the terminal, JSON lines, TensorBoard.
+"""Writers of metrics: terminal, JSON lines, TensorBoard.
 
-A `Writer` is told when a stage starts or resumes, then any number of named values by step of that
-stage. The trainer knows one writer; `MultiWriter` makes several into one. Only process 0 writes.
+A `Writer` is told when a stage starts or resumes, then receives named values by step. The trainer
+has one writer; `MultiWriter` combines several. Only process 0 writes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lte_jax.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-# Shown while training, in this order and under these names, where they are among the values.
+# Shown on the terminal, in this order and under these names, if present.
 SHOWN = {
-    "task": "loss",  # nats per token; what is minimised has other parts, of either sign
+    "task": "loss",  # nats per token; the total loss has other terms, of either sign
     "distill": "distill",
     "sparsity": "sparsity",
     "validation_loss": "val",
@@ -33,7 +33,7 @@ SHOWN = {
 
 @runtime_checkable
 class Writer(Protocol):
-    """Where metrics go."""
+    """A destination for metrics."""
 
     def start(self, stage: str, step: int, steps: int) -> None:
         """`stage` starts (step 0) or resumes after `step` of its `steps`."""
@@ -42,7 +42,7 @@ class Writer(Protocol):
         """Values measured after `step` of `stage`."""
 
     def close(self) -> None:
-        """Flushes; nothing is written after this."""
+        """Flushes; no writes may follow."""
 
 
 class MultiWriter:
@@ -62,20 +62,20 @@ class MultiWriter:
             writer.write(stage, step, values)
 
     def close(self) -> None:
-        """See `Writer`; closes all, though one may fail."""
+        """See `Writer`; closes all, even if one fails."""
         with contextlib.ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)
 
 
 class TerminalWriter:
-    """A progress bar for each stage on a terminal; elsewhere (a file, CI) a plain line a write.
+    """A progress bar per stage on a terminal; elsewhere (a file, CI) one plain line per write.
 
-    Both show loss, sparsity and speed, and when the stage will be over.
+    Both show loss, sparsity, speed, and the time left in the stage.
 
     Args:
       tokens_per_step: of the global batch, for the speed.
-      file: the text stream to write to; None: standard error.
+      file: text stream to write to; None: standard error.
     """
 
     def __init__(self, tokens_per_step: int = 0, file: Any = None) -> None:
@@ -107,7 +107,7 @@ class TerminalWriter:
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
         self._shown |= {name: value for name, value in values.items() if name in SHOWN}
-        # Speed is measured from the first write on: before it, the step was compiled.
+        # Speed is measured from the first write on, to exclude compilation.
         self._first = self._first or (step, time.monotonic())
         seconds = time.monotonic() - self._first[1]
         steps_a_second = (step - self._first[0]) / max(seconds, 1e-9)
@@ -145,14 +145,14 @@ def _clock(seconds: float) -> str:
 
 
 class JsonlWriter:
-    """One line a write: {"stage": ..., "step": ..., name: value, ...}; null for NaN and infinity.
+    """One line per write: {"stage": ..., "step": ..., name: value, ...}; null for NaN and infinity.
 
-    Appends to what is there. A stage that starts or resumes first drops the lines from after its
-    step on, later stages with them, so that a run that was killed and resumed has each step once.
-    Lines that are no longer what was written are kept aside, in <name>.damaged.
+    Appends to an existing file. When a stage starts or resumes, lines after its step (and of later
+    stages) are dropped, so that a run that was killed and resumed has each step once. If lines are
+    damaged, the old file is kept as <name>.damaged.
 
     Raises:
-      UserError: when the file cannot be written.
+      UserError: if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -165,7 +165,7 @@ class JsonlWriter:
             aside = self._path.with_name(f"{self._path.name}.damaged")
             atomic_write(aside, self._path.read_bytes())
             log.warning(
-                "%s: line %d is not as it was written: all is kept in %s, here what can be read",
+                "%s: line %d is damaged: dropped what cannot be read; the old file is kept as %s",
                 *(self._path, damaged, aside),
             )
         atomic_write(self._path, "".join(kept))
@@ -182,9 +182,9 @@ class JsonlWriter:
 
 
 def _lines_before(path: Path, stage: str, step: int) -> tuple[list[str], int]:
-    """The lines written before any of `stage` after `step`, and the first damaged line, or 0.
+    """The lines before the first one of `stage` after `step`; number of the first damaged, or 0.
 
-    A last line without an end was cut off by a kill, which is no damage.
+    A last line without a newline was cut off by a kill; it does not count as damaged.
     """
     if not path.exists():
         return [], 0
@@ -214,10 +214,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 class TensorBoardWriter:
-    """Event files, one TensorBoard run a stage: <folder>/<stage>.
+    """TensorBoard event files, one TensorBoard run per stage: <folder>/<stage>.
 
     Raises:
-      UserError: where tensorboardX is not installed.
+      UserError: if tensorboardX is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -225,8 +225,7 @@ class TensorBoardWriter:
             import tensorboardX
         except ImportError:
             raise UserError(
-                "TensorBoard metrics need the package tensorboardX: "
-                "pip install 'lte-jax[tensorboard]'"
+                "TensorBoard metrics need tensorboardX: pip install 'lte-jax[tensorboard]'"
             ) from None
         self._make, self._folder = tensorboardX.SummaryWriter, Path(folder)
         self._events: Any = None
@@ -235,7 +234,7 @@ class TensorBoardWriter:
         """See `Writer`."""
         self.close()
         with _explained(self._folder):
-            # TensorBoard hides what an earlier process wrote from the purge step on.
+            # From the purge step on, TensorBoard hides what an earlier process wrote.
             self._events = self._make(str(self._folder / stage), purge_step=step + 1)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:

@@ -112,7 +112,7 @@ def test_bad_input_workdir_of_another_run(experiment, tmp_path):
     (tmp_path / "run" / "checkpoints" / "finetune" / "1").mkdir(parents=True)
     (tmp_path / "run" / "experiment.json").write_text(json.dumps(dataclasses.asdict(experiment)))
     other = change(experiment, lte={"target_sparsity": 0.7})
-    refused(other, tmp_path / "run", "config.lte.target_sparsity", "fresh workdir")
+    refused(other, tmp_path / "run", "config.lte.target_sparsity", "new workdir")
 
 
 def test_bad_input_workdir_that_cannot_be_made(experiment, tmp_path):

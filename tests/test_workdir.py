@@ -349,7 +349,7 @@ def test_what_a_killed_run_left_is_put_right_and_said_once(experiment, copy, fin
     assert sorted(p.name for p in stage.iterdir()) == ["1", "2"]
     [cleared] = [r.getMessage() for r in caplog.records if "cleared" in r.getMessage()]
     assert ".lte.new-abc" in cleared and "2.0 MB" in cleared and "damaged" in cleared
-    assert [r for r in caplog.records if "put back" in r.getMessage()]
+    assert [r for r in caplog.records if "restored" in r.getMessage()]
     caplog.clear()
     lte_jax.train(experiment, copy)
     assert "cleared" not in caplog.text
@@ -442,9 +442,9 @@ def test_the_report_alone(copy):
     pipeline.report_again(copy)  # anew, whatever is there
     assert json.loads((copy / "results.json").read_text())["tokens"] == measured["tokens"] > 1
     shutil.rmtree(copy / "lte")
-    with pytest.raises(UserError, match="has not come to its end"):
+    with pytest.raises(UserError, match="is not finished"):
         pipeline.report_again(copy)
-    with pytest.raises(UserError, match="no work directory"):
+    with pytest.raises(UserError, match="not a work directory"):
         pipeline.report_again(copy / "nothing")
 
 
@@ -462,7 +462,7 @@ def test_the_report_alone_on_the_command_line(copy, monkeypatch, capsys):
     assert (copy / "table.md").exists() and "| LTE |" in capsys.readouterr().out.replace("  ", " ")
     with pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, f"--workdir={copy / 'lte'}")
-    assert stopped.value.code == 2 and "is no work directory" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "is not a work directory" in capsys.readouterr().err
 
 
 def test_the_command_line_tells_of_the_report_alone(monkeypatch, capsys):
