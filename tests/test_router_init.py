@@ -248,7 +248,7 @@ def test_few_tokens_are_warned_of_once(caplog):
     moefy.add_routers(model, params, tokens)
     [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert record.getMessage().startswith("calibration: 128 tokens are 3.9 for each of the")
-    assert "give 1056 tokens" in record.getMessage()
+    assert "use 1056 tokens" in record.getMessage()
     caplog.clear()
     moefy.add_routers(model, params, np.tile(tokens, (9, 1)))
     assert not caplog.records
