@@ -1,12 +1,12 @@
-"""A small dense model becomes a sparse one, from nothing: no download, no GPU.
+"""Train a small dense model from scratch and make it sparse: no download, no GPU.
 
     python train.py --config=configs/demo.py --workdir=runs/demo        (or: make demo)
 
-A byte-level Llama of 1 M parameters learns the source of Python's standard library, its FFNs are
-cut into experts of 16, and both LTE stages follow.
+A byte-level Llama of 1 M parameters is trained on the source of Python's standard library, its FFNs
+are cut into experts of 16 neurons, and both LTE stages follow.
 
 Cost:   four minutes on two cores, seven of CPU time.
-Expect: half of the FFN skipped for about 1% more perplexity per byte; the table says what it was.
+Expect: half of the FFN skipped for about 1% more perplexity per byte; the table has the figures.
 
 Other sparsities: --config.lte.target_sparsity=0.75. Variants, joined by commas: ":paper" (the
 paper's losses), ":smoke" (a test).
@@ -35,7 +35,7 @@ def get_config(arg=""):
     c.data.max_validation_records = 128
 
     c.lte.expert_size = 16  # M
-    if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
+    if "paper" not in words:  # the paper fixes lte.efficiency_weight instead
         c.lte.target_sparsity = 0.5
 
     c.stages.finetune.steps = 240  # from random weights: this is the pretraining
@@ -48,7 +48,7 @@ def get_config(arg=""):
     c.checkpoint.every = 100
     c.sample_prompt, c.sample_temperature = "def read(", 0.7
 
-    if "smoke" in words:  # every part of it, in seconds
+    if "smoke" in words:  # every part, in seconds
         c.source.scratch.d_model, c.source.scratch.d_ff, c.source.scratch.num_layers = 32, 64, 2
         c.source.scratch.head_dim = 8
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8

@@ -1,15 +1,15 @@
-"""LLaMA2-7B on WikiText-103, with the paper's hyperparameters (Tables 5-7: LLaMA-7B).
+"""Make LLaMA2-7B sparse on WikiText-103, with the paper's hyperparameters (Tables 5-7: LLaMA-7B).
 
     python train.py --config=configs/llama7b.py --workdir=runs/llama7b
 
-Cost:   not measured here. 40e18 FLOPs: about 3.5 hours on eight 80 GB H100 at 40% of their peak.
+Cost:   not measured. 40e18 FLOPs: about 3.5 hours on eight 80 GB H100s at 40% of their peak.
         Parameters, gradients and AdamW's moments take 108 GB in float32, over all devices.
-Expect: not measured here. The paper prints a perplexity of 5.95 at 52% sparsity of the whole
-        model (Table 2, eta = 2), which is about 80% of the FFN. To compare with it and other
-        published figures, the lines of WikiText are one running text, in rows of 2048 tokens.
+Expect: not measured. The paper reports a perplexity of 5.95 at 52% sparsity of the whole model
+        (Table 2, eta = 2), which is about 80% of the FFN. For comparison with published figures,
+        WikiText's lines are joined into one running text, in records of 2048 tokens.
 
-Variants: `:paper` takes the paper's losses and one learning rate in place of the preset `ours`;
-`:smoke` is a tiny model on the text every machine has, for tests; `:paper,smoke` is both.
+Variants: `:paper` takes the paper's losses and one learning rate instead of the preset `ours`;
+`:smoke` is a tiny model on Python's own source, for tests; `:paper,smoke` is both.
 """
 
 from lte_jax import config
@@ -28,8 +28,8 @@ LLAMA2_7B = config.ModelConfig(
     eos_ids=(2,),
 )
 
-# Steps in which 16 rows of 2048 tokens show the training text once. The paper counts in epochs and
-# does not print its rows' length; 540 MB at 3.9 bytes a token, an estimate, are 138M tokens.
+# Steps of 16 records of 2048 tokens that cover the training text once. The paper counts epochs and
+# does not state its record length; 540 MB at an estimated 3.9 bytes a token are 138M tokens.
 EPOCH = 4200
 
 
@@ -39,12 +39,12 @@ def get_config(arg=""):
     c = config.to_config_dict(config.Experiment(lte=config.PRESETS[preset]))
 
     c.source.path = "meta-llama/Llama-2-7b-hf"
-    c.source.scratch = config.to_config_dict(LLAMA2_7B)  # with --config.source.path= : from nothing
+    c.source.scratch = config.to_config_dict(LLAMA2_7B)  # for --config.source.path= : from scratch
     c.compute.dtype = "bfloat16"
     c.compute.remat = True
 
     c.data.train = c.data.validation = "Salesforce/wikitext:wikitext-103-v1"
-    c.data.join = ""  # that set is one line a record, newline included: perplexity is of the text
+    c.data.join = ""  # its records are single lines with their newlines
     c.data.length = 2048
     c.data.batch_size = 16
     c.data.max_validation_records = 256  # all of it
@@ -58,7 +58,7 @@ def get_config(arg=""):
         stage.warmup_ratio = 0.06
     c.optim.weight_decay = 0.0
 
-    if preset == "paper":  # one rate for router and model; the schedule's shape is not printed
+    if preset == "paper":  # one rate for router and model; it does not state the schedule's shape
         c.stages.router.router_lr_multiplier = 1.0
         c.optim.b2 = 0.999
 

@@ -1,16 +1,16 @@
-"""A real pretrained Llama becomes sparse on real text: TinyStories.
+"""Make a pretrained Llama sparse on TinyStories.
 
     python train.py --config=configs/tinystories.py --workdir=runs/tinystories
     python train.py --config=configs/tinystories.py:stories260k --workdir=runs/stories260k
 
 Default: babyllama, 1 M parameters over 105 characters, experts of 32. ":stories260k": 260 k
-parameters, experts of 4 (its FFN width 172 divides by little else). Both, and the texts, are read
-from ../shared; on other machines name a Llama folder or hub id and a data set, such as
+parameters, experts of 4 (few other sizes divide its FFN width of 172). Models and texts are read
+from ../shared; without it, name a Llama folder or hub id and a data set, such as
 --config.source.path=... --config.data.train=roneneldan/TinyStories.
 
 Cost:   three to five minutes on two cores.
 Expect: validation perplexity within 12%, 28% and 55% of a dense baseline at target_sparsity 0.5,
-        0.75 and 0.9: docs/log.md has the table, which `make tinystories` makes.
+        0.75 and 0.9; docs/results.md has the table that `make tinystories` makes.
 
 Variants, joined by commas: ":stories260k", ":paper" (the paper's losses), ":smoke" (a test).
 """
@@ -32,7 +32,7 @@ def get_config(arg=""):
     c.data.max_validation_records = 128
 
     c.lte.expert_size = 32  # M
-    if "paper" not in words:  # which has a fixed weight, lte.efficiency_weight, instead
+    if "paper" not in words:  # the paper fixes lte.efficiency_weight instead
         c.lte.target_sparsity = 0.5
 
     c.stages.router.steps = 240
@@ -46,7 +46,7 @@ def get_config(arg=""):
     if "stories260k" in words:
         c.source.path = "../shared/models/stories260k"
         c.lte.expert_size = 4
-    if "smoke" in words:  # every part of it, in seconds
+    if "smoke" in words:  # every part, in seconds
         c.data.max_documents, c.data.length, c.data.batch_size = 40, 64, 4
         c.data.max_validation_records, c.lte.calibration_records = 8, 4
         for stage in (c.stages.router, c.stages.adapt):

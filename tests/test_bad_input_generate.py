@@ -26,7 +26,7 @@ GOOD = {"tokens": [[1, 2, 3]], "max_new_tokens": 4}
     [
         ({"tokens": []}, "no prompt"),
         ({"tokens": [[1], []]}, "prompt 1 is empty"),
-        ({"tokens": "Once"}, "is a text.*generate_text"),
+        ({"tokens": "Once"}, "is a string.*generate_text"),
         ({"tokens": [1, 2]}, "prompt 0 .*a list in a list"),
         ({"tokens": [[1.5]]}, "prompt 0 is float64"),
         ({"tokens": [[1, 64]]}, "token id 64, outside the vocabulary of 64"),

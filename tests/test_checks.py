@@ -136,7 +136,7 @@ def test_prompts_of_texts():
     model = Transformer(tiny.CONFIG.__class__(vocab_size=259, max_length=32))
     params = abstract_params(model)
     text = functools.partial(lte_jax.generate_text, model, params, tokenizer, max_new_tokens=2)
-    refused("prompt is list: expected a text", text, ["Once"])
+    refused("prompt is list: expected a string", text, ["Once"])
     refused("a prompt of 41 tokens.*max_length=32", text, "o" * 40)
     refused("seed=None", text, "Once", seed=None)
     evaluate = functools.partial(lte_jax.evaluate, model, params, ROWS, tokenizer=tokenizer)

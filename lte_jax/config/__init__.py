@@ -1,8 +1,7 @@
-"""What a model, its sparsity and an experiment are, and how they are read.
+"""Configurations of models, sparsity and experiments, and how they are read.
 
-schema.py has the keys, fields.py what each may hold, loading.py the way from files and flags.
-
-A file in configs/ starts from `to_config_dict(Experiment(...))` and changes what it wants changed:
+schema.py defines the keys, fields.py their types and ranges; loading.py reads files and flags.
+A file in configs/ starts from `to_config_dict(Experiment(...))` and sets what it needs:
 
     from lte_jax import config
 

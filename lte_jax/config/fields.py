@@ -1,4 +1,4 @@
-"""What the keys of a config may hold: types with ranges, checked wherever a dataclass is made."""
+"""The types and ranges of config keys, checked whenever a config dataclass is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lte_jax.errors import UserError, nearest
 
 T = TypeVar("T")
 
-# Keys of earlier versions and what they are called now; None: nothing takes their place.
+# Keys of earlier versions and their present names; None: removed.
 MOVED: Mapping[str, str | None] = {
     "source.compute_dtype": "compute.dtype",
     "source.remat": "compute.remat",
@@ -32,17 +32,16 @@ MOVED: Mapping[str, str | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a key may hold: Annotated[int, Range(...)].
+    """The numbers that a key may hold, as in Annotated[int, Range(...)].
 
-    Of integers only those of 32 bits, and of floats only finite ones; floats are tested as float32,
-    in which they are used.
+    Integers must fit in 32 bits; floats must be finite in float32, the type they are used in.
     """
 
     holds: Callable[[Any], bool]
     expected: str  # in the words of an error message
 
     def expects(self, number: int | float) -> str:
-        """What it expects in place of `number`; "" where that will do."""
+        """What it expects in place of `number`; "" if the number is in range."""
         if isinstance(number, int):
             fits, limit = abs(number) < 2**31, ", and less than 2**31"
         else:
@@ -73,7 +72,7 @@ Target = Annotated[
 
 
 class Checked:
-    """Base of the dataclasses of schema.py: each value is held to its key's type and range."""
+    """Base of the dataclasses in schema.py: checks each value against its type and range."""
 
     def __post_init__(self):
         for key, hint in _hints(type(self)).items():
@@ -81,11 +80,11 @@ class Checked:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Raises a UserError where values do not fit each other."""
+        """Raises a UserError if values contradict each other."""
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """A locked, mutable ConfigDict with the fields of a dataclass: the start of a configs/ file."""
+    """The fields of a dataclass as a locked ConfigDict, for a configs/ file to change."""
     fields = dataclasses.asdict(config)
     return ConfigDict(fields, convert_dict=True).lock()
 
@@ -94,9 +93,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: st
     """The dataclass `cls` with `values`; absent keys keep their defaults.
 
     Raises:
-      UserError: on a key that `cls` does not have (naming the nearest that it has), a value of
-        the wrong type or outside its range, or a key without a default that is absent; with the
-        dotted path of the key.
+      UserError: on an unknown key (naming the nearest valid one), a missing key without a default,
+        or a value of the wrong type or out of range; it names the key's dotted path.
     """
     hints = _hints(cls)
     made = {}
@@ -118,7 +116,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: st
 
 
 def unknown(path: str, hint: str) -> UserError:
-    """What is wrong with a key that is not there: where it went, or the `hint`."""
+    """The error for an unknown key: its new name if it was renamed, else the `hint`."""
     old = path.removeprefix("config.")
     if old not in MOVED:
         return UserError(f"unknown key {path}: {hint}")
@@ -127,7 +125,7 @@ def unknown(path: str, hint: str) -> UserError:
 
 
 def moved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an Experiment that an earlier version wrote, under the keys of this one."""
+    """An Experiment's values as an earlier version wrote them, under this version's keys."""
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for old, new in MOVED.items():
         section, name = _place(values, old)
@@ -141,7 +139,7 @@ def moved(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """The section of a dotted key, made where it is absent, and the key in it."""
+    """The section of a dotted key, created if absent, and the key's name in it."""
     section, _, name = path.rpartition(".")
     inside = values.setdefault(section, {}) if section else values
     return inside if isinstance(inside, dict) else {}, name
@@ -153,7 +151,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """The types that `A | B` allows; those of A alone are A."""
+    """The types that `A | B` allows; of a plain type, itself."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 
@@ -161,7 +159,7 @@ def options(hint: Any) -> tuple[Any, ...]:
 def convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type `hint`, or a UserError that names the key `where`.
 
-    Python's and numpy's numbers are one; a list becomes a tuple.
+    NumPy's numbers become Python's; a list becomes a tuple.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -185,7 +183,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     _check(right, where, value, spell(hint))
     try:
         return hint(value) if hint in (int, float) else value
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return math.inf
 
 
@@ -200,7 +198,7 @@ def _check(ok: bool, where: str, value: Any, expected: str) -> None:
 
 
 def spell(hint: Any) -> str:
-    """An annotated type in the words of an error message."""
+    """An annotated type, as error messages spell it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return spell(args[0])

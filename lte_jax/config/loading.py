@@ -1,7 +1,7 @@
-"""From a file in configs/ and the flags of a command line to an `Experiment`.
+"""Reads a file in configs/ and command-line flags into an `Experiment`.
 
-The types of the dataclasses decide how the text of a flag is read, so that keys which are None or
-a tuple can be set like any other. Everything that a user can get wrong ends in one line.
+The types of the dataclasses decide how the text of a flag is parsed, so a key that is None or a
+tuple can be set like any other.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
     """The experiment that a file in configs/ describes.
 
     The file is plain Python with a function `get_config(arg="")` that returns a ConfigDict, as
-    `to_config_dict(Experiment())` makes it. It is run by its path, never imported: `configs` is
-    no package, and a file of your own may lie anywhere.
+    `to_config_dict(Experiment())` makes it. It is run by path, not imported, so it may be anywhere.
 
     Args:
       spec: path of the file; after a colon the argument of get_config: "configs/demo.py:smoke".
@@ -44,8 +43,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
         and false are written as in Python; a tuple is written 1,2 and the empty one ().
 
     Raises:
-      UserError: the file is absent, fails, or returns something else; an unknown key, naming the
-        nearest valid one; a value of the wrong type. One line, with the file's line where it fails.
+      UserError: if the file is missing, fails (with the line) or returns something else; on an
+        unknown key, naming the nearest valid one; on a value of the wrong type or out of range.
     """
     path, colon, arg = spec.partition(".py:")
     values = _run_config(path + ".py" if colon else path, arg)
@@ -81,7 +80,7 @@ def _run_config(path: str, arg: str) -> dict[str, Any]:
         config = get_config(arg) if arg else get_config()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever the file does wrong, named by its line
+    except Exception as error:  # the file may raise anything
         raise UserError(_blame(path, error)) from error
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
@@ -90,12 +89,12 @@ def _run_config(path: str, arg: str) -> dict[str, Any]:
 
 
 def _blame(path: str, error: Exception) -> str:
-    """One line for a config file that fails: the file, the line in it, and what went wrong."""
+    """One line on a config file that failed: the file, the line in it and the error."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines = [error.lineno]
-    # ConfigDict puts all that it holds into its message on a misspelt key.
+    # On a misspelt key, ConfigDict's message lists everything it holds.
     message = re.sub(r'\. Other fields present: "{.*}"', ".", str(error), flags=re.DOTALL)
     message = " ".join(message.replace(r"\n", " ").split())
     for old in MOVED:
@@ -140,19 +139,19 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _parse(hint: Any, text: str) -> Any:
-    """The Python value that `text` on a command line means for a key of type `hint`."""
+    """The Python value of command-line `text` for a key of type `hint`."""
     if hint is str or text in typing.get_args(hint):  # "none" may be a word of a Literal
         return text
     try:
         value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all from its depths
-        return text  # a word of a Literal, or wrong: `convert` tells
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # literal_eval's own
+        return text  # a word of a Literal, or wrong: `convert` decides
     is_tuple = any(typing.get_origin(option) is tuple for option in options(hint))
     return (value,) if is_tuple and isinstance(value, int | float) else value
 
 
 def flag(hint: Any) -> Callable[[str], Any]:
-    """The `type=` of a flag whose value is held to a range of fields.py, before any work begins."""
+    """The `type=` of an argparse flag whose value is checked against a type of fields.py."""
 
     def parse(text: str) -> Any:
         try:
@@ -169,7 +168,7 @@ def parse_flags(
     """The flags of `parser`, and the experiment of --config=FILE and --config.KEY=VALUE.
 
     Raises:
-      UserError: whatever `load_config` raises. A wrong flag ends the program, as argparse does.
+      UserError: as `load_config` does. On a wrong flag, argparse ends the program.
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(["--config.KEY=VALUE, keys and their defaults:", *_describe_keys()])
@@ -177,7 +176,7 @@ def parse_flags(
         "--config",
         required=True,
         metavar="FILE.py[:VARIANT]",
-        help="a file in configs/; --config.KEY=VALUE replaces one of its values",
+        help="a file in configs/; --config.KEY=VALUE overrides one of its values",
     )
     flags, rest = parser.parse_known_args(argv)
     if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
@@ -186,7 +185,7 @@ def parse_flags(
 
 
 def _describe_keys() -> Iterator[str]:
-    """Each key that --config.KEY=VALUE can replace, with its default, type and documentation."""
+    """Each key that --config.KEY=VALUE can set, with its default, type and documentation."""
     documented = _documentation(Experiment)
     for key, hint in _leaves(Experiment).items():
         default: Any = Experiment()

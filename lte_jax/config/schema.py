@@ -1,8 +1,7 @@
-"""What a model, its sparsity and an experiment are, as frozen data.
+"""The frozen dataclasses that describe a model, its sparsity and an experiment.
 
-Plain data without arrays: the model module, the importer, the trainer and the reports all read
-the same dataclasses. `Experiment` is what a file in configs/ and the flags of train.py become.
-The trailing comments are the documentation of the keys; their types hold their ranges (fields.py).
+A file in configs/ and the flags of train.py become an `Experiment`. The comment beside a key is its
+documentation in `train.py --help`; its type holds its range (fields.py).
 
 Dimension key: B batch  L length  D model width  E experts  M neurons per expert  F = E*M
                N layers  H heads  K kv heads  C head width  V vocabulary
@@ -35,56 +34,56 @@ from lte_jax.errors import UserError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RoutingName = Literal["dense", "soft", "hard", "straight_through", "top_k"]
-MAX_PARAMS = 10**12  # of a model: more is a slip of the pen
+MAX_PARAMS = 10**12  # of a model; more is surely a typo
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(Checked):
     """Stretching of the rotary frequencies (`rope_scaling` of an HF config)."""
 
-    kind: Literal["linear", "llama3"]  # all frequencies alike, or as Llama 3.1
-    factor: Positive  # by which wavelengths grow
-    low_freq_factor: Positive = 1.0  # llama3 only: longest waves are stretched in full
-    high_freq_factor: Positive = 4.0  # llama3 only: shortest waves stay
-    original_max_length: Count = 8192  # llama3 only: positions before stretching
+    kind: Literal["linear", "llama3"]  # linear: all frequencies alike; llama3: as in Llama 3.1
+    factor: Positive  # factor by which the wavelengths grow
+    low_freq_factor: Positive = 1.0  # llama3: waves above original_max_length / this grow by factor
+    high_freq_factor: Positive = 4.0  # llama3: waves below original_max_length / this stay
+    original_max_length: Count = 8192  # llama3: context length before stretching
 
     def _check_together(self):
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
                 f"low_freq_factor={self.low_freq_factor} is not below "
-                f"high_freq_factor={self.high_freq_factor}: expected two ends of a range"
+                f"high_freq_factor={self.high_freq_factor}: set a smaller low_freq_factor"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The dense Transformer: everything its forward pass needs besides the weights."""
+    """A dense Transformer: everything its forward pass needs besides the weights."""
 
-    vocab_size: Count = 259  # V; of the byte tokenizer
-    d_model: Count = 64  # D; width of the residual stream
-    d_ff: Count = 192  # F; neurons of an FFN
-    num_layers: Layers = 2  # N; blocks
-    num_heads: Count = 4  # H; query heads
-    num_kv_heads: Count = 4  # K; = num_heads: multi-head attention, 1: multi-query
-    head_dim: Count = 16  # C; width of a head
-    max_length: Count = 256  # longest sequence the positions were trained for
-    family: str = "llama"  # HF model_type
-    activation: Activation = "silu"  # of the FFN
-    gated: bool = True  # True: gate and up matrices (SwiGLU), False: up alone
-    norm_eps: Positive = 1e-5  # added to the mean square of a norm
+    vocab_size: Count = 259  # V: vocabulary size; 259 is the byte tokenizer's
+    d_model: Count = 64  # D: width of the residual stream
+    d_ff: Count = 192  # F: neurons of each FFN
+    num_layers: Layers = 2  # N: Transformer blocks
+    num_heads: Count = 4  # H: query heads
+    num_kv_heads: Count = 4  # K: kv heads; num_heads: multi-head attention, 1: multi-query
+    head_dim: Count = 16  # C: width of an attention head
+    max_length: Count = 256  # longest sequence that the positions were trained for
+    family: str = "llama"  # model_type of Hugging Face's config.json
+    activation: Activation = "silu"  # activation function of the FFN
+    gated: bool = True  # True: gate and up matrices (SwiGLU); False: up only
+    norm_eps: Positive = 1e-5  # epsilon of RMSNorm, added to the mean square
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
-    rope_scaling: RopeScaling | None = None  # how the rotary frequencies are stretched
-    tie_embeddings: bool = False  # True: the embedding is the output head, too
-    qkv_bias: bool = False  # of the query, key and value projections
-    out_bias: bool = False  # of the attention output projection
-    mlp_bias: bool = False  # of all matrices of the FFN
-    qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
-    sliding_window: Count | None = None  # attend to this many latest positions (self included)
-    sliding_layers: tuple[bool, ...] | None = None  # which layers slide; None: all of them
-    bos_id: Whole | None = None  # token that begins a text
-    eos_ids: tuple[Whole, ...] = ()  # tokens that end a text; (): what training appends
-    pad_id: Whole | None = None  # token that fills up rows
-    dtype: str = "float32"  # of the stored weights
+    rope_scaling: RopeScaling | None = None  # stretching of the rotary frequencies; None: none
+    tie_embeddings: bool = False  # whether the embedding is the output head, too
+    qkv_bias: bool = False  # whether the query, key and value projections have biases
+    out_bias: bool = False  # whether the attention output projection has a bias
+    mlp_bias: bool = False  # whether the FFN matrices have biases
+    qk_norm: bool = False  # whether each query and key head has an RMSNorm (Qwen3)
+    sliding_window: Count | None = None  # positions attended to, self included; None: all
+    sliding_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all
+    bos_id: Whole | None = None  # token that begins a text; None: there is none
+    eos_ids: tuple[Whole, ...] = ()  # tokens that end a text; (): the one that training appends
+    pad_id: Whole | None = None  # padding token; None: there is none
+    dtype: str = "float32"  # type of the stored weights
 
     def _check_together(self):
         if self.num_heads % self.num_kv_heads:
@@ -99,7 +98,7 @@ class ModelConfig(Checked):
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise UserError(
                 f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each of "
-                f"{self.num_layers} layers"
+                f"the {self.num_layers} layers"
             )
         ids = {"bos_id": (self.bos_id,), "eos_ids": self.eos_ids, "pad_id": (self.pad_id,)}
         for key, values in ids.items():
@@ -119,7 +118,7 @@ class ModelConfig(Checked):
 
     @property
     def num_params(self) -> int:
-        """Parameters of all matrices; norms and biases, which are small, are left out."""
+        """Parameters of all matrices, without norms and biases, which are small."""
         attention = 2 * self.d_model * self.head_dim * (self.num_heads + self.num_kv_heads)
         ffn = (3 if self.gated else 2) * self.d_model * self.d_ff
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model
@@ -128,52 +127,46 @@ class ModelConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class LTEConfig(Checked):
-    """Experts, routers and the losses that teach them. Defaults are the preset `ours`."""
+    """Experts, routers and the losses that train them. The defaults are the preset `ours`."""
 
-    expert_size: Count = 32  # M; must divide F. The paper: 32 for every model
-    # What puts neurons into one expert: similar rows of the first matrix ("kmeans", as the paper),
-    # being large on the same tokens ("coactivation"), or nothing ("random").
+    expert_size: Count = 32  # M: neurons per expert, a divisor of d_ff; 32 in the paper
+    # How neurons are grouped: by similar rows of the first matrix ("kmeans", as in the paper), by
+    # firing strongly on the same tokens ("coactivation"), or at random ("random").
     grouping: Literal["kmeans", "coactivation", "random"] = "coactivation"
-    router_bias: bool = True  # of a router's logits; the paper's Eq. 1 has none
-    # How routers start: regressed on the choice of an oracle ("ridge"), at random ("normal"), or at
-    # random with a bias that turns all experts on ("open").
+    router_bias: bool = True  # whether router logits have a bias; the paper's Eq. 1 has none
+    # How routers start: regressed on an oracle's choice of experts ("ridge"), at random ("normal"),
+    # or at random with a bias that turns all experts on ("open").
     router_init: Literal["ridge", "normal", "open"] = "ridge"
-    router_init_std: NotNegative = 2.0  # standard deviation of a router's logits at the start
-    # Records of text that group neurons, start routers and, in training, set the last threshold.
-    # None: training takes at least 32, and 32 real tokens for each of a router's D + 1 inputs;
-    # `moefy` all that it is given.
+    router_init_std: NotNegative = 2.0  # standard deviation of the router logits at the start
+    # Records used to group neurons, start routers and, in training, set the final threshold. None:
+    # in training at least 32, and 32 tokens for each of a router's D + 1 inputs; in `moefy` all.
     calibration_records: Count | None = None
-    threshold: Inside = 0.5  # tau of Eq. 2: an expert runs where score > tau
-    routing: RoutingName = "hard"  # what `apply` and `generate` use unless told otherwise
-    stage1_routing: Literal["soft", "straight_through"] = "straight_through"  # the paper: "soft"
-    target_sparsity: Target | None = 0.5  # share of experts to skip; None: fixed weight, threshold
-    efficiency_weight: Finite = 0.0  # eta of Eq. 6; with a target_sparsity, its start
-    efficiency_power: Literal[1, 2] = (
-        2  # of a score in the efficiency loss; Eq. 4 prints the square
-    )
-    separability_weight: NotNegative = 0.0  # lambda of Eq. 6; the paper: 0.5
-    separability_eps: Positive = 1e-2  # guard of Eq. 5, which divides by zero as printed
-    distill_weight: Share = 1.0  # 1: only the KL to the dense model, 0: only the task loss
+    threshold: Inside = 0.5  # tau of Eq. 2: an expert runs if its score is above it
+    routing: RoutingName = "hard"  # default routing of `apply` and `generate`
+    # Routing of the router stage; "soft" in the paper.
+    stage1_routing: Literal["soft", "straight_through"] = "straight_through"
+    target_sparsity: Target | None = 0.5  # share of experts to skip; None: fixed efficiency_weight
+    efficiency_weight: Finite = 0.0  # eta of Eq. 6; with a target_sparsity, its initial value
+    efficiency_power: Literal[1, 2] = 2  # power of a score in the efficiency loss; 2 in Eq. 4
+    separability_weight: NotNegative = 0.0  # lambda of Eq. 6; 0.5 in the paper
+    separability_eps: Positive = 1e-2  # guard against division by zero in Eq. 5
+    distill_weight: Share = 1.0  # 1: only the KL to the dense model; 0: only the task loss
 
     def wanted_sparsity(self, who: str) -> float:
-        """`target_sparsity`, for `who` cannot do without one.
-
-        Raises:
-          UserError: where there is none.
-        """
+        """`target_sparsity`, or a UserError that says that `who` needs one."""
         if self.target_sparsity is None:
             raise UserError(
-                f"{who} needs lte.target_sparsity, the share of experts that are not to run: "
-                "expected a number, found None"
+                f"{who} needs lte.target_sparsity, the share of experts to skip: expected a "
+                "number, found None"
             )
         return self.target_sparsity
 
 
 def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
-    """E: how many experts an FFN has; 1 for a dense model.
+    """E, the number of experts of an FFN; 1 for a dense model.
 
     Raises:
-      UserError: where the expert size does not divide the FFN width.
+      UserError: if the expert size does not divide the FFN width.
     """
     if lte is None:
         return 1
@@ -191,8 +184,8 @@ def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
 PRESETS: Mapping[str, LTEConfig] = types.MappingProxyType(
     {
         "ours": LTEConfig(),
-        # Settings as the paper prints them (section 5.1), the guard of Eq. 5 aside. Eq. 1 has no
-        # bias and the initialisation is not stated: small normal weights are the usual choice.
+        # The paper's settings (section 5.1), except for the guard of Eq. 5. It does not state the
+        # initialisation of routers: small normal weights are the usual choice.
         "paper": LTEConfig(
             grouping="kmeans",
             router_bias=False,
@@ -212,16 +205,16 @@ PRESETS: Mapping[str, LTEConfig] = types.MappingProxyType(
 class SourceConfig(Checked):
     """Where the dense model comes from."""
 
-    path: str = ""  # HF or LTE folder, or hub id; "" starts from random weights
-    scratch: ModelConfig = ModelConfig()  # the model to make where path is ""
-    tokenizer: str = ""  # folder or hub id; "": the model's own, or bytes if path is ""
+    path: str = ""  # Hugging Face or LTE folder, or hub id; "": random weights
+    scratch: ModelConfig = ModelConfig()  # the model to make if path is ""
+    tokenizer: str = ""  # folder or hub id; "": the model's own, or bytes without a source.path
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Checked):
     """How the model computes; parameters in training and optimizer states are float32."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations and products
     remat: bool = False  # recompute activations in the backward pass: less memory, a third slower
 
 
@@ -229,43 +222,43 @@ class ComputeConfig(Checked):
 class DataConfig(Checked):
     """Text in, batches of token ids out."""
 
-    train: str = ""  # JSON-lines file, hub id ("name" or "name:config"), or "python-stdlib"
-    validation: str = ""  # likewise; "": a part of the training text is held out
-    column: str = "text"  # of the records
-    join: str | None = None  # None: a record is a document; "" or " ": records make one text
-    # Appended to each training document: what the pretrained model expects there of its tokenizer's
-    # eos and bos, measured ("auto"; from scratch: eos), one of them, or nothing.
+    train: str = ""  # training text: .jsonl or .txt file, hub id ("name:config") or "python-stdlib"
+    validation: str = ""  # validation text, likewise; "": hold out a part of the training text
+    column: str = "text"  # key of the text in each record
+    join: str | None = None  # joins all records into one text; None: a record is a document
+    # Token appended to each training document; "auto": eos or bos, whichever the pretrained model
+    # is measured to expect there (from scratch: eos).
     end_token: Literal["auto", "eos", "bos", "none"] = "auto"
-    length: Length = 256  # L; tokens in a row of a batch
-    batch_size: Count = 16  # sequences a step, over all hosts and microbatches
-    pack: bool = True  # fill rows with several documents (attention stays within each), or pad
-    newline: str = "\n"  # what replaces newlines, which some character models never saw
-    max_documents: Count | None = None  # of each source; None: all of them
-    max_validation_records: Count = 64  # rows of `length`
+    length: Length = 256  # L: tokens per record
+    batch_size: Count = 16  # B: records per step, over all hosts and microbatches
+    pack: bool = True  # True: several documents per record, attention within each; False: pad
+    newline: str = "\n"  # replacement for newlines, which some character models never saw
+    max_documents: Count | None = None  # documents to read from each source; None: all
+    max_validation_records: Count = 64  # validation records to keep, of data.length tokens each
 
     def _check_together(self):
         if self.join is not None and not self.pack:
             raise UserError(
-                f"pack=False: expected True where join={self.join!r} makes one text of all "
-                "records, of which padding would keep one row"
+                f"pack=False: expected True, as join={self.join!r} makes one text of all records, "
+                "and padding would keep only its beginning"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig(Checked):
-    """Length and speed of one stage; what it trains and which losses it has is in stages.py."""
+    """Length and learning rate of one stage; stages.py says what it trains and on which losses."""
 
-    steps: Whole = 0  # 0 skips the stage
-    learning_rate: NotNegative = 1e-4  # of the model, at the peak
-    router_lr_multiplier: NotNegative = 1.0  # routers learn at this many times learning_rate
-    warmup_ratio: Share = 0.06  # share of the steps in which the rate grows linearly
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate after that
-    final_lr_ratio: Share = 0.1  # of the peak, at the last step
+    steps: Whole = 0  # optimizer steps; 0 skips the stage
+    learning_rate: NotNegative = 1e-4  # peak learning rate of the model
+    router_lr_multiplier: NotNegative = 1.0  # learning rate of the routers over that of the model
+    warmup_ratio: Share = 0.06  # share of the steps with linear warmup
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay after the warmup
+    final_lr_ratio: Share = 0.1  # learning rate of the last step over the peak
 
 
 @dataclasses.dataclass(frozen=True)
 class StagesConfig(Checked):
-    """The stages in the order in which they run."""
+    """The stages, in the order they run."""
 
     finetune: StageConfig = StageConfig()  # dense, before experts are made
     router: StageConfig = StageConfig(steps=1000, router_lr_multiplier=25.0)
@@ -278,35 +271,35 @@ class OptimConfig(Checked):
 
     b1: Decay = 0.9  # decay of the mean gradient
     b2: Decay = 0.99  # decay of the mean squared gradient
-    eps: Positive = 1e-8  # added to the root of the latter
-    weight_decay: NotNegative = 0.0  # decoupled, times the learning rate; the paper: 0
-    clip_norm: NotNegative = 1.0  # norm of the gradient, routers and model apart; 0: no clipping
-    microbatches: Count = 1  # parts that a batch is cut into: gradient accumulation
+    eps: Positive = 1e-8  # added to the root of the mean squared gradient
+    weight_decay: NotNegative = 0.0  # decoupled, times the learning rate; 0 in the paper
+    clip_norm: NotNegative = 1.0  # largest gradient norm, routers and model apart; 0: no clipping
+    microbatches: Count = 1  # gradient accumulation: parts that each batch is cut into
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
     """Devices along each mesh axis; their product is the number of devices. -1: all the rest."""
 
-    data: Axis = -1  # copies of the model, each with its part of the batch
-    fsdp: Axis = 1  # parts of the batch, the width of all parameters being cut as well
-    tensor: Axis = 1  # heads, experts and vocabulary are cut
+    data: Axis = -1  # data-parallel copies of the model, each with its part of the batch
+    fsdp: Axis = 1  # devices that split the batch and, by width, all parameters
+    tensor: Axis = 1  # devices that split heads, experts and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Checked):
-    """How often, and how many, training states are kept."""
+    """How often training states are saved, and how many are kept."""
 
-    every: Count = 200  # steps between two
-    keep_last: Count = 2  # the newest
-    keep_best: Whole = 1  # those of least validation loss
+    every: Count = 200  # steps between two checkpoints
+    keep_last: Count = 2  # how many of the newest checkpoints to keep
+    keep_best: Whole = 1  # how many checkpoints of lowest validation loss to keep
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Checked):
     """One run of train.py: what `get_config()` of a file in configs/ describes."""
 
-    seed: Whole = 0  # of everything random: order of data, initial weights, grouping
+    seed: Whole = 0  # seed of all random numbers: data order, initial weights, grouping
     source: SourceConfig = SourceConfig()
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
@@ -317,10 +310,10 @@ class Experiment(Checked):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval_every: Count = 100  # steps between two validations
     log_every: Count = 10  # steps between two lines of metrics
-    report: bool = True  # measure the result at the end, beside the dense baseline
-    sample_prompt: str = "Once upon a time"  # of the text that the report shows
-    sample_tokens: Whole = 100  # length of that text; 0: none
-    sample_temperature: NotNegative = 0.0  # of that text; 0: the likeliest token each time
+    report: bool = True  # whether to evaluate the result at the end, beside the dense baseline
+    sample_prompt: str = "Once upon a time"  # prompt of the sample in the report
+    sample_tokens: Whole = 100  # length of that sample in tokens; 0: no sample
+    sample_temperature: NotNegative = 0.0  # temperature of that sample; 0: greedy
 
     def _check_together(self):
         parts, size = self.optim.microbatches, self.data.batch_size

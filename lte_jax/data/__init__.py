@@ -1,16 +1,15 @@
 """Text in, batches of token ids out: reading, tokenising, packing, shuffling, sharding.
 
-Every document gets in front what the tokenizer itself puts there (for most Llamas a token that
-begins a text, for others nothing) and, in training, a token that ends the text (`end_token`). It is
-laid into records of L tokens beside as many segment ids: 1, 2, ... for the documents of the record,
-0 for padding. The target of token t is token t + 1 of the same segment: a record has a loss where
-`segments[t] == segments[t + 1] != 0`, and attention stays within equal ids. Of a document longer
-than a record, the end stands after the last piece, or nowhere where records are padded and it is
-cut. Validation is the text alone: its perplexity says nothing of ends.
+A document starts with what the tokenizer puts in front (for most Llamas a beginning-of-text token,
+for others nothing); in training it ends with an end-of-text token (`end_token`). Documents are laid
+into records of L tokens and L segment ids: 1, 2, ... for a record's documents, 0 for padding.
+The target of token t is token t + 1, with a loss where `segments[t] == segments[t + 1] != 0`;
+attention stays within a segment. A document longer than a record ends after its last piece, or,
+where records are padded, is cut and has no end. Validation is the text alone, without end tokens.
 
-The stream of training batches is a function of records, batch size and seed alone: every epoch is
-shuffled anew before anything is split, shards cut equal slices out of the same batches, and its
-whole state is one index. So a run resumes exactly, on as many hosts as it likes.
+The training batches depend on records, batch size and seed alone: each epoch is shuffled before
+anything is split, shards are equal slices of the same batches, and the whole state is one index. So
+a run resumes exactly, on any number of hosts.
 
 Dimension key: B batch  L length  R records
 """

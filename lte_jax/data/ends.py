@@ -1,4 +1,4 @@
-"""Which token ends a text, so that a model in training does not unlearn where texts end.
+"""Chooses the token that ends training texts, so the model does not unlearn where texts end.
 
 Dimension key: B batch  L length  V vocabulary
 """
@@ -22,8 +22,8 @@ from lte_jax.data.tokens import tokenize
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
 
-DOCUMENTS = 64  # that a model is asked about
-ROWS = 4  # at a time
+DOCUMENTS = 64  # that the model is measured on
+ROWS = 4  # documents per batch
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +39,17 @@ def end_token(
     Args:
       data: where the texts are, and which token to take.
       tokenizer: the model's.
-      model_config: of the model, for its vocabulary.
-      load: gives the pretrained model and its parameters. "auto" asks it which of the tokenizer's
-        eos and bos it expects after the first 64 documents of data.train: models differ (many never
-        saw an eos, their texts were separated by the bos of the next). None: the model starts from
-        random weights; "auto" is the eos.
+      model_config: the model's, for its vocabulary.
+      load: returns the pretrained model and its parameters, which "auto" measures: does it expect
+        the tokenizer's eos or bos after the first 64 documents of data.train? (Many models never
+        saw an eos: their texts were separated by the next one's bos.) None: the model starts from
+        random weights, and "auto" is the eos.
 
     Returns:
-      The id; None where there is to be none, or "auto" finds none within the vocabulary.
+      The id; None if there is to be none, or "auto" finds none within the vocabulary.
 
     Raises:
-      UserError: where the tokenizer lacks the token asked for, or the model's vocabulary does.
+      UserError: if the tokenizer or the model's vocabulary lacks the token asked for.
     """
     named = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}
     ids = {k: v for k, v in named.items() if v is not None and v < model_config.vocab_size}
@@ -97,7 +97,7 @@ def end_probabilities(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _after_last(model, params, tokens_BL, segments_BL):
-    """Probabilities [B, V] of what follows the last real token of each row."""
+    """Probabilities [B, V] of the token after the last real token of each row."""
     logits_BLV = model.apply({"params": params}, tokens_BL, mask=segments_BL).logits
     last_B = jnp.maximum(jnp.sum(segments_BL > 0, axis=1) - 1, 0)
     logits_BV = jnp.take_along_axis(logits_BLV, last_B[:, None, None], axis=1)[:, 0]

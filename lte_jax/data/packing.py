@@ -1,4 +1,4 @@
-"""Documents to token records, records to batches; `build` is all of it at once.
+"""Documents to token records, and records to batches.
 
 Dimension key: B batch  L length  R records
 """
@@ -40,10 +40,10 @@ class Records:
 
 
 def pack(documents: Iterable[np.ndarray], length: int) -> Records:
-    """Records that hold several documents each; every token of every document stands in one.
+    """Packs several documents into each record; no token is dropped.
 
     Documents longer than a record are cut into pieces of `length`; each piece then goes into the
-    fullest record that still has room for it (best fit, in order), so no other document is cut.
+    fullest record with room for it (best fit, in order), so no other document is cut.
     """
     pieces_by_row: list[list[np.ndarray]] = []
     free: list[tuple[int, int]] = []  # (tokens left, record), sorted
@@ -63,7 +63,7 @@ def pack(documents: Iterable[np.ndarray], length: int) -> Records:
 
 
 def pad(documents: Iterable[np.ndarray], length: int) -> Records:
-    """One document a record, cut at `length` or padded to it."""
+    """One document per record, cut or padded to `length`."""
     return _fill_rows([[document[:length]] for document in documents], length)
 
 
@@ -81,7 +81,7 @@ def _fill_rows(pieces_by_row: Sequence[Sequence[np.ndarray]], length: int) -> Re
 
 
 def digest(records: Records) -> str:
-    """SHA-256 over the records' shape, tokens and segments: the same where training is the same."""
+    """SHA-256 of the records' shape, tokens and segments: all of the data that training sees."""
     sha = hashlib.sha256(repr(records.tokens_RL.shape).encode())
     for array_RL in records.tokens_RL, records.segments_RL:
         sha.update(np.ascontiguousarray(array_RL, "<i4"))
@@ -96,10 +96,10 @@ def train_iterator(
 ) -> Any:
     """An endless Grain iterator of {"tokens": [B, L], "segments": [B, L]}, int32 NumPy.
 
-    Each epoch is shuffled anew; a batch may hold the end of one and the start of the next. Each
-    of `shard_count` processes gets its equal slice, B = batch_size / shard_count, of the same
-    global batches. `get_state()` is a small JSON-able dict; `set_state` of any shard's state
-    continues exactly, whatever the number of shards.
+    Each epoch is reshuffled; a batch may hold the end of one and the start of the next. Each of
+    `shard_count` processes gets an equal slice, B = batch_size / shard_count, of the same global
+    batches. `get_state()` is a small JSON-able dict; `set_state` resumes exactly from any shard's
+    state, whatever the number of shards.
     """
     import grain
 
@@ -121,7 +121,7 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every record once, in order, in batches like those of `train_iterator`.
 
-    The last one is filled up with records of segments 0 (and tokens 0), which count in no loss.
+    The last batch is filled up with records of zeros (segment 0), which count in no loss.
     """
     mine = _shard(batch_size, shard_index, shard_count)
     for start in range(0, len(records), batch_size):
@@ -152,20 +152,20 @@ def build(
 ) -> tuple[Records, Records]:
     """Training and validation records as `data` describes them.
 
-    A validation source of "" holds out a seeded choice of the training documents, or of records'
-    lengths of a single one: enough for `max_validation_records`, at most a tenth. Of more
+    If data.validation is "", a seeded choice of the training documents (or of the blocks of a
+    single one) is held out: enough for `max_validation_records`, at most a tenth. If there are more
     validation records than that, a seeded choice is kept.
 
     Args:
       data: sources, and how they are laid into records.
-      tokenizer: of the model.
-      model_config: of the model, for its vocabulary and length.
+      tokenizer: the model's.
+      model_config: the model's, for its vocabulary and length.
       seed: of what is held out and kept.
       end: the id to append to each training document, see `end_token`. Validation records are the
-        text alone, so that their perplexity is the text's, comparable with others' figures.
+        text alone, so that their perplexity compares with published figures.
 
     Raises:
-      UserError: where data, tokenizer and model do not fit each other.
+      UserError: if data, tokenizer and model do not fit together.
     """
     _check(data, tokenizer, model_config)
     documents = _documents(data, data.train, "train", tokenizer, model_config)
@@ -236,14 +236,14 @@ def _documents(
 
 
 def _with_end(ids: np.ndarray, end: int, length: int) -> np.ndarray:
-    """The document and its end, which is left out where it would begin a record: unpredicted."""
+    """The document and its end token; none where it would begin a record, unpredicted."""
     return np.append(ids, np.int32(end)) if len(ids) % length else ids
 
 
 def _hold_out(
     documents: list[np.ndarray], train: list[np.ndarray], data: DataConfig, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits documents: (the rest of `train` in order, a random choice of `documents`)."""
+    """(The rest of `train` in order, a random choice of `documents`)."""
     order = rng.permutation(len(documents))
     sizes = np.cumsum([len(documents[i]) for i in order])
     enough = int(np.searchsorted(sizes, data.max_validation_records * data.length)) + 1
@@ -255,9 +255,9 @@ def _hold_out(
 def _hold_out_blocks(
     document: np.ndarray, train: np.ndarray, data: DataConfig, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits one document: (what is left between, a random choice of blocks of a record's length).
+    """(The rest of one document in pieces, a random choice of its blocks of a record's length).
 
-    The last block stays in training, with the end of the text.
+    The last block, with the end of the text, stays in training.
     """
     length, count = data.length, (len(document) - 1) // data.length
     if count < 2:

@@ -19,7 +19,7 @@ from typing import Any
 from lte_jax.errors import UserError, nearest
 
 STDLIB = "python-stdlib"
-# Packages installed into the library's folder, and tests, which some distributions leave out.
+# Installed packages, and tests, which some distributions leave out.
 NOT_OF_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 FILE_KINDS = (".jsonl", ".json", ".txt")  # each may be followed by .gz
 SPLITS = ("train", "validation")
@@ -37,20 +37,20 @@ def read_texts(
     r"""The documents of `source`, empty ones left out.
 
     Args:
-      source: a file of JSON lines (.jsonl; a .json list; .txt is one document; each also .gz), a
-        dataset of the Hugging Face hub ("name", "name:config" or "name:config:split"), or
+      source: a file (.jsonl of JSON lines, .json with a list, .txt with one document; each also
+        .gz), a dataset of the Hugging Face hub ("name", "name:config" or "name:config:split"), or
         "python-stdlib": the source files of this Python's standard library, sorted by name
         (":train" and ":validation" are its two parts, chosen by a hash of each file's name).
-      column: the key of the text in each row.
+      column: the key of the text in each record.
       newline: what replaces every "\n".
-      limit: only the first so many records.
-      split: the part to read where `source` has parts and names none. None: a hub dataset's
-        "train", all of the standard library.
-      join: None: each record is a document. A text: all records, empty ones too, make one running
-        text with this between them, such as "" for sets of lines that carry their own newline.
+      limit: how many records to read, from the first. None: all.
+      split: the part to read if `source` has parts and names none. None: a hub dataset's "train",
+        all of the standard library.
+      join: None: each record is a document. A string joins all records, empty ones too, into one
+        running text: "" for data sets of lines that keep their newlines.
 
     Raises:
-      UserError: when there is nothing there, or a row is not as described; names file and line.
+      UserError: if there is no text, or a record is malformed; it names file and line.
     """
     if not source:
         raise UserError(
@@ -111,7 +111,7 @@ def _file_records(path: Path, column: str) -> Iterator[str]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+        if not stat.S_ISREG(mode):  # opening a pipe waits for its writer
             what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
             raise UserError(f"{path}: is {what}: expected a file ({', '.join(FILE_KINDS)})")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -137,7 +137,7 @@ def _file_records(path: Path, column: str) -> Iterator[str]:
 
 
 def _json_rows(path: Path, kind: str, file: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with the place to name in an error."""
+    """The records of a file, each with its place for error messages."""
     start = file.tell()
     if kind == ".json" and file.read(1) == b"[":
         file.seek(start)

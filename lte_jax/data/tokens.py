@@ -1,8 +1,8 @@
-"""Texts to token ids, as the tokenizer itself would have them, in bounded memory.
+"""Texts to the token ids that the tokenizer itself gives, in bounded memory.
 
-A tokenizer holds some 180 bytes for each token at work. So short texts go to it in batches of
-bounded size, and a long one in windows that overlap; windows are joined where both have the same
-tokens, which makes the ids those of the whole text.
+A tokenizer takes some 180 bytes of memory per token. So short texts are tokenised in batches of
+bounded size and long ones in overlapping windows, which are joined where both have the same tokens:
+the ids are those of the whole text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lte_jax import interrupt
 from lte_jax.data.texts import SURROGATE
 from lte_jax.errors import UserError
 
-BATCH_TEXTS = 256  # of a call to the tokenizer, at most
+BATCH_TEXTS = 256  # at most, in a call to the tokenizer
 BATCH_CHARACTERS = 2**17  # likewise; a longer text is tokenised in windows
 WINDOW = 2**14  # characters
 OVERLAP = 2**10  # characters that a window shares with the one before
-AGREE = 8  # tokens on each side of a place where windows are joined that both must have
+AGREE = 8  # tokens that windows must share on each side of the place where they are joined
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +65,15 @@ def _byte_characters() -> list[str]:
 def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     """Each text as an int32 array of token ids.
 
-    In front stands what the tokenizer itself puts there, such as <s>, unless the text begins with
-    it; nothing at the end. Lone surrogates, which are no characters, become U+FFFD and are counted
-    in one log line. A progress bar appears on a terminal once it takes more than two seconds.
+    The ids start with what the tokenizer puts in front, such as <s>, unless the text begins with
+    it; nothing is added at the end. Lone surrogates, which are not characters, become U+FFFD and
+    are counted in one log line. On a terminal, a progress bar appears after two seconds.
     """
     from tqdm import tqdm
 
     if not callable(tokenizer):
         kind = type(tokenizer).__name__
-        raise UserError(f"tokenizer is {kind}: expected one as load_tokenizer makes it")
+        raise UserError(f"tokenizer is {kind}: expected the result of load_tokenizer")
     prefix = _prefix(tokenizer)
     documents, replaced = [], 0
     total = sum(map(len, texts))
@@ -112,7 +112,7 @@ def _with_prefix(ids: np.ndarray, prefix: np.ndarray) -> np.ndarray:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts in order, together no more than the tokenizer should hold; a long one is alone."""
+    """Texts in order, in batches of bounded size; a long text is a batch of its own."""
     batch, size = [], 0
     for text in texts:
         if batch and (len(batch) == BATCH_TEXTS or size + len(text) > BATCH_CHARACTERS):
@@ -125,13 +125,13 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _encode(batch: list[str], tokenizer: Any, progress: Callable[[int], Any]) -> list[np.ndarray]:
-    """The ids of each text; `progress` hears of characters that are done."""
+    """The ids of each text; `progress` is called with the number of characters done."""
     if len(batch[0]) > BATCH_CHARACTERS:
         if getattr(tokenizer, "is_fast", False):
             return [_encode_long(batch[0], tokenizer, progress)]
         log.warning(
-            "a text of %d characters is tokenised at once, in much memory: only fast tokenizers "
-            "(tokenizer.json) tell where their tokens stand",
+            "a text of %d characters is tokenised at once, which takes much memory: only fast "
+            "tokenizers (tokenizer.json) give the positions of tokens",
             len(batch[0]),
         )
     # verbose=False: documents longer than the model's context are cut later.
@@ -147,7 +147,7 @@ def _encode(batch: list[str], tokenizer: Any, progress: Callable[[int], Any]) ->
 class _Window:
     """Tokens of text[start:end]; columns of `tokens` [T, 3]: id, first character, character after.
 
-    Those before `first` belong to the window before.
+    Tokens before `first` belong to the previous window.
     """
 
     start: int
@@ -164,7 +164,7 @@ def _encode_long(text: str, tokenizer: Any, progress: Callable[[int], Any]) -> n
     """The ids of one text, window by window.
 
     Where two windows share no tokens, as within a letter repeated for pages, the first is widened
-    until they do, or until it is the whole.
+    until they do, or until it is the whole text.
     """
     ids = array.array("i")  # grows in place
     step, at_once = WINDOW - OVERLAP, BATCH_CHARACTERS // WINDOW
@@ -203,17 +203,17 @@ def _windows(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Ite
 
 
 def _widened(window: _Window, text: str, tokenizer: Any) -> _Window:
-    """The window with as much text again behind it."""
+    """The window extended by its own length."""
     span = window.start, 2 * window.end - window.start
     [wider] = _windows(text, [span], tokenizer)
     return dataclasses.replace(wider, first=window.first)
 
 
 def _cut(left: _Window, right: _Window) -> tuple[int, int] | None:
-    """Where to go over from one window to the next: an index into the tokens of each.
+    """Where to switch from one window to the next: an index into the tokens of each, or None.
 
-    It is the place nearest to the middle of their overlap where AGREE tokens on each side are the
-    same in both. Then every pair of neighbouring tokens is one that the tokenizer made itself.
+    It is the place nearest the middle of their overlap where AGREE tokens on each side are the same
+    in both, so that every pair of neighbouring tokens is one that the tokenizer made itself.
     """
     around = np.arange(-AGREE, AGREE)
     i = np.arange(left.first + AGREE, len(left.tokens) - AGREE + 1)

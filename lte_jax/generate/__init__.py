@@ -1,9 +1,8 @@
 """Text generation: prompts in, continuations out; only active experts' weights are read.
 
-Prompts of different length stand side by side, padded on the left, and each gets what it would get
-alone. They are read whole (all experts, masked); then one compiled loop decodes token by token, its
-with the sparse kernels behind its FFNs (decoding.py). The text of a row depends on its
-prompt, its place in the batch and the seed; not on other rows, nor on streaming.
+Prompts are padded on the left to one length. Prefill computes all experts and masks them; then one
+compiled loop decodes token by token with the sparse kernels (decoding.py). A row's text depends on
+its prompt, its place in the batch and the seed, not on other rows, nor on streaming.
 
 Dimension key: B batch  L prompt length  V vocabulary  S new tokens
 """
@@ -36,7 +35,7 @@ from lte_jax.model import Transformer
 from lte_jax.routing import Routing
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of byte fallback
-STREAM_CHUNK = 8  # tokens between two calls of a stream
+STREAM_CHUNK = 8  # tokens between two calls of `stream`
 
 
 def generate(
@@ -135,13 +134,12 @@ def generate_text(
 ) -> str:
     """The text that follows `prompt`; `settings` are those of `generate`.
 
-    `write` gets it piece by piece as it comes, never half a character; the pieces add up to the
-    text returned.
+    `write` is called with each piece of it as it comes, never half a character.
     """
     checks.model(model, params)
     checks.function("write", write)
     if not isinstance(prompt, str):
-        raise UserError(f"prompt is {type(prompt).__name__}: expected a text (for ids: generate)")
+        raise UserError(f"prompt is {type(prompt).__name__}: expected a string (for ids: generate)")
     given = tokenize([prompt], tokenizer)[0].tolist()
     ids, skip, shown = list(given), len(decode(tokenizer, given)), 0
 
@@ -164,10 +162,9 @@ def generate_text(
 def settled_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """The beginning of the text of `ids` that no further token can change.
 
-    A character cut in two decodes to replacement characters at the end: they wait. Where bytes
-    that fit no other token are tokens "<0x41>" (byte fallback), a run of them is decoded as a
-    whole: one byte that fits no character turns all characters of the run into replacements. So a
-    run waits for its end, across special tokens, which decoding leaves out.
+    Half a character decodes to replacement characters at the end, which are held back. So is a run
+    of byte-fallback tokens ("<0x41>"): it is decoded as a whole, and one invalid byte turns all its
+    characters into replacements. Special tokens, which decoding skips, do not end a run.
     """
     end, special = len(ids), set(tokenizer.all_special_ids)
     while end and (
@@ -179,7 +176,7 @@ def settled_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of token ids, special tokens left out and spaces left alone."""
+    """The text of token ids, without special tokens and with spaces as they are."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -192,8 +189,8 @@ def decode_config(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> DecodeConfig:
-    """The config of these settings of `generate`, for this model."""
-    resolve(implementation)  # refuses a name that is none
+    """The DecodeConfig of these settings of `generate`, for this model."""
+    resolve(implementation)  # raises on an unknown name
     return DecodeConfig(
         routing=routings.make(routing, model.config, model.lte),
         implementation=implementation,
@@ -216,7 +213,7 @@ def _eos_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...]:
 def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
     """Each prompt as an array of token ids."""
     if isinstance(tokens, str):
-        raise UserError("tokens is a text: expected a list of lists of token ids (generate_text?)")
+        raise UserError("tokens is a string: expected lists of token ids (or call generate_text)")
     if mask is not None:
         tokens, mask = _array(tokens), checks.array(mask, "mask")
         if tokens.ndim != 2:
@@ -252,7 +249,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _array(rows: Any) -> np.ndarray:
-    """An array; of rows of different length, a vector."""
+    """`rows` as an array: a vector if they differ in length."""
     try:
         return np.asarray(rows)
     except ValueError:

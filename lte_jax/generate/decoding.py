@@ -1,4 +1,4 @@
-"""What generation compiles: reading the prompts, and the loop that decodes token by token.
+"""The compiled parts of generation: prefill, and the loop that decodes token by token.
 
 Dimension key: B batch  L prompt length  E experts  N layers  V vocabulary  S new tokens
 """
@@ -21,12 +21,12 @@ from lte_jax.attention import Cache
 from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.routing import Dense, Routing, first_largest, largest
 
-_BUCKET = 32  # prompts and new tokens are rounded up to multiples of this: fewer compiled programs
+_BUCKET = 32  # numbers of tokens are rounded up to multiples of this, to compile fewer programs
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """What a compiled program depends on besides shapes."""
+    """The settings that a compiled program depends on, besides shapes."""
 
     routing: Routing = Dense()
     implementation: str = "xla"  # of the sparse FFN
@@ -38,7 +38,7 @@ class DecodeConfig:
 
 @flax.struct.dataclass
 class SamplingParams:
-    """What may change without compiling anew; scalars, float32."""
+    """The settings that can change without recompiling: float32 scalars."""
 
     threshold: Array
     temperature: Array
@@ -47,19 +47,19 @@ class SamplingParams:
 
 @flax.struct.dataclass
 class DecodeState:
-    """A batch in the midst of generation."""
+    """A batch during generation."""
 
     tokens_B: Array  # chosen last, not yet read by the model
     done_B: Array  # bool: an end-of-text token has been chosen
     step: Array  # int32, tokens chosen so far
     key: Array
-    read: Array  # float32: share of experts used by the batch, mean of layers, summed over steps
+    read: Array  # float32: share of experts read, mean over layers, summed over steps
     cache: Cache
-    finite: Array  # bool: so were the logits of all tokens chosen
+    finite: Array  # bool: the logits of all tokens chosen so far were finite
 
 
 def sampling_params(model, threshold=None, temperature=0.0, top_p=None) -> SamplingParams:
-    """SamplingParams as arrays; what is None is the model's own, or off."""
+    """These settings as arrays. None: the model's own threshold, no top_p."""
     if threshold is None:
         threshold = 0.5 if model.lte is None else model.lte.threshold
     values = (threshold, temperature, 1.0 if top_p is None else top_p)
@@ -67,10 +67,9 @@ def sampling_params(model, threshold=None, temperature=0.0, top_p=None) -> Sampl
 
 
 def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters in the types they are used in: what every step would else convert anew.
+    """The parameters in the types they are used in, so that no step converts them again.
 
-    Those that have their type already are not copied. Routers are float32, all else is the
-    model's.
+    Routers are float32, all else is of the model's type; what has its type is not copied.
     """
 
     def convert(path, leaf):
@@ -81,7 +80,7 @@ def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def round_up(count: int) -> int:
-    """To the next multiple of the bucket."""
+    """`count` rounded up to a multiple of the bucket."""
     return -(-count // _BUCKET) * _BUCKET
 
 
@@ -97,7 +96,7 @@ def prefill(
 ) -> DecodeState:
     """The state after reading the prompts and choosing the first new token of each.
 
-    `room` is the number of new tokens that the cache shall have place for.
+    `room` is the number of new tokens that the cache has place for.
     """
     length = round_up(max(len(prompt) for prompt in prompts))
     tokens_BL = np.zeros((len(prompts), length), np.int32)
@@ -158,7 +157,7 @@ def extend(
     """Up to `limit` more tokens of each row, at most `size`; stops early once all rows are done.
 
     Returns:
-      tokens_BS: int32 [B, size]; -1 where a row had ended, and beyond what was asked for.
+      tokens_BS: int32 [B, size]; -1 after a row's end and beyond `limit`.
       the state after them.
     """
     stack = stack_for(model, params, config.routing)
@@ -190,7 +189,7 @@ def decode_step(
 ) -> tuple[Array, Cache, Array]:
     """Logits [B, V] after `state.tokens_B`, the cache with that token, the share of experts read.
 
-    `stack` is of `stack_for`. A routing for which it is None reads all experts.
+    `stack` is from `stack_for`; if it is None, all experts are read.
     """
     if stack is None:
         out = model.apply(
@@ -219,7 +218,7 @@ def decode_step(
 
 
 def stack_for(model: Transformer, params: Mapping[str, Any], routing: Routing) -> Any:
-    """The parameters for `decode`; None for a routing that the kernels do not serve."""
+    """The parameters for `decode`; None for a routing that the kernels do not support."""
     if not routing.skips or routing.reads_neurons:
         return None
     return layers.stacked(model.config, params, jnp.dtype(model.dtype))
@@ -232,7 +231,7 @@ def _choose(
     logits_BV: Array,
     cache: Cache,
 ) -> DecodeState:
-    """The state with the next token of each row chosen; rows that were done stay as they are."""
+    """The state with each row's next token chosen; rows that are done stay as they are."""
     if config.greedy:
         tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     else:

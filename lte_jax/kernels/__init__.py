@@ -1,8 +1,8 @@
-"""Dispatch to the sparse kernels: one function, whatever the hardware.
+"""Dispatch to the sparse kernels for this hardware.
 
-The kernels themselves lie in the top-level folder kernels/, importable as lte_jax.kernels.<module>.
-That folder has no __init__.py on purpose: a package named `kernels` would shadow Hugging Face's.
-A wheel carries the modules beside this file instead.
+The kernels are in the top-level folder kernels/, importable as lte_jax.kernels.<module>. It has no
+__init__.py on purpose: a package named `kernels` would shadow Hugging Face's. In a wheel, the
+modules are beside this file.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  H heads
                K kv heads (of linear: inputs)  O outputs  C head width  T tokens so far
@@ -48,22 +48,22 @@ def sparse_ffn(
     layer: Array | int | None = None,
     implementation: str = "auto",
 ) -> Array:
-    """Output of the active experts of each row, summed; only experts that some row uses are read.
+    """Each row's sum over its active experts; only experts that some row uses are read.
 
     Args:
       x_BD: one token per row, float.
       active_BE: bool, the experts each row uses; no row gets another row's experts.
-      weights: gate (absent in an FFN without), up and down, each [E, M, D], and where there are
-        biases gate_bias, up_bias, each [E, M]. The output's bias is the caller's: it belongs to no
-        expert. All of x_BD's type.
+      weights: up, down and, if the FFN is gated, gate, each [E, M, D]; up_bias and gate_bias, if
+        there are any, each [E, M]. All of x_BD's type. The caller adds the output bias, which
+        belongs to no expert.
       activation: silu, gelu, gelu_tanh or relu.
-      layer: with it the weights are stacked, [N, E, M, D] and [N, E, M], and this layer is used
-        without being sliced out as a whole.
-      implementation: one of IMPLEMENTATIONS, or "auto" for the one that suits the device.
+      layer: the layer to use of stacked weights, [N, E, M, D] and [N, E, M], without slicing it
+        out. None: weights are not stacked.
+      implementation: one of IMPLEMENTATIONS, or "auto" for the device's best.
 
     Raises:
-      UserError: on an implementation that cannot run here, shapes or types that do not agree, and
-        on differentiation: the kernels are for inference.
+      UserError: if the implementation cannot run here, if shapes or types do not agree, and on
+        differentiation: the kernels are for inference.
     """
     if layer is None:
         weights, layer = {key: w[None] for key, w in weights.items()}, 0
@@ -84,13 +84,13 @@ def linear(
     transposed: bool = False,
     implementation: str = "auto",
 ) -> Array:
-    """x w for a few rows, at the speed at which w can be read: float32 [B, O].
+    """x w for a few rows, at the speed of reading w: float32 [B, O].
 
     Args:
       x_BK: float.
       w: [K, O] or, transposed, [O, K]; of x_BK's type.
-      layer: with it w is stacked, [N, K, O] or [N, O, K], and this layer is used in place.
-      transposed: see w.
+      layer: the layer to use of a stacked w, [N, K, O] or [N, O, K]. None: w is not stacked.
+      transposed: whether w is [O, K].
       implementation: as in sparse_ffn.
 
     Raises: as sparse_ffn.
@@ -121,17 +121,17 @@ def attend(
     index: Array | int,
     implementation: str = "auto",
 ) -> tuple[Array, Array, Array]:
-    """Attention of one new token a row over the keys and values so far, itself included.
+    """Attention of one new token per row over all keys and values so far, its own included.
 
     Args:
       q_BHC: queries of the new tokens.
       k_BKC: their keys; K divides H.
       v_BKC: their values.
       k_NBTKC: the cache of keys, all layers.
-      v_NBTKC: that of values. All of one type.
-      visible_BT: bool, the places each row sees, `index` among them.
+      v_NBTKC: the cache of values. All arrays are of one type.
+      visible_BT: bool, the positions each row sees, `index` among them.
       layer: of the cache.
-      index: the new tokens' place in the cache.
+      index: the new tokens' position in the cache.
       implementation: as in sparse_ffn.
 
     Returns:
@@ -161,10 +161,10 @@ def attend(
 
 
 def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> Array:
-    """Records of the table: [B, D], of its type.
+    """Rows of the table: [B, D], of its type.
 
     Args:
-      tokens_B: integers, one token a row; those outside 0 to V - 1 are undefined.
+      tokens_B: integers, one token per row; rows of those outside 0 to V - 1 are undefined.
       table_VD: of any type.
       implementation: as in sparse_ffn.
 
@@ -185,29 +185,29 @@ def resolve(implementation: str) -> str:
     """The name itself, or what "auto" stands for here.
 
     Raises:
-      UserError: on a name that is none of these.
+      UserError: on an unknown name.
     """
     named = isinstance(implementation, str)
     name = _choose() if named and implementation == "auto" else implementation
     if not named or name not in IMPLEMENTATIONS:
         valid = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise UserError(f"implementation={name!r} is not there: valid are {valid}")
+        raise UserError(f"implementation={name!r} is unknown: valid are {valid}")
     return name
 
 
 def unavailable(name: str) -> str | None:
-    """Why this implementation cannot run here, in words; None if it can."""
+    """Why this implementation cannot run here; None if it can."""
     kernel = _module(name)
     return kernel.unavailable() if hasattr(kernel, "unavailable") else None
 
 
 @functools.cache
 def _choose() -> str:
-    """The implementation for this process's device, said once in the log."""
+    """The implementation for this process's device, logged once."""
     backend = jax.default_backend()
     name = _BEST.get(backend, "xla")
     if reason := unavailable(name):
-        _log.warning("kernels: the slower XLA loop, as %r cannot run: %s", name, reason)
+        _log.warning("kernels: using the slower XLA loop, as %r cannot run: %s", name, reason)
         return "xla"
     _log.info("kernels: %s on %s", name, backend)
     return name
@@ -223,7 +223,7 @@ def _module(name: str):
 
 
 def _run(function: Callable[..., Any], operands: tuple, implementation: str) -> Any:
-    """`function` of the implementation's module; what it refuses goes to "xla" under "auto"."""
+    """Calls `function` with the implementation's module; "auto" gives what it refuses to "xla"."""
     from .reference import Unsupported
 
     name = resolve(implementation)
@@ -232,7 +232,7 @@ def _run(function: Callable[..., Any], operands: tuple, implementation: str) -> 
     except Unsupported as reason:
         if implementation != "auto":
             raise UserError(f"implementation={name!r} cannot run: {reason}") from reason
-        _say_once(f"kernels: the slower XLA loop, as {name!r} cannot run: {reason}")
+        _say_once(f"kernels: using the slower XLA loop, as {name!r} cannot run: {reason}")
         return _inference_only(functools.partial(function, _module("xla")), *operands)
 
 
@@ -250,7 +250,7 @@ def _refuse(ffn, primals, tangents):
 
 
 def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Array], activation: str) -> None:
-    """Refuse what no implementation could make sense of; weights are stacked here."""
+    """Raises on what no implementation could run; the weights are stacked by now."""
     from .reference import ACTIVATIONS
 
     if activation not in ACTIVATIONS:
