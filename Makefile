@@ -1,11 +1,11 @@
-# `make` lists what there is. Every target first makes its environment, from Python and pip alone.
+# `make` lists the targets. Each first makes its environment, from Python and pip alone.
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS := dev,plot,tensorboard
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# A worker a core, whole files, in the order of tests/conftest.py.
+# One worker per core, whole files, in the order of tests/conftest.py.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Tests that write a model folder or read those of ../shared: see tests/hf_models.py.
 READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
@@ -26,51 +26,51 @@ $(READY): pyproject.toml constraints.txt
 	  --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-env: $(READY)  ## the environment alone: .venv
+env: $(READY)  ## make the environment only: .venv
 
-demo: $(READY)  ## a small dense model becomes a sparse one, before your eyes
+demo: $(READY)  ## train a small dense model and make it sparse: four minutes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
 # Most of their time is compiling. `make test XLA_FLAGS=` optimises fully, as the last part of CI.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
-test: $(READY)  ## the fast tests, nearly all there are
+test: $(READY)  ## run the fast tests, which are nearly all
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
-check: $(READY)  ## the slow tests: whole runs, killed runs, fuzzing
+check: $(READY)  ## run the slow tests: whole runs, killed runs, fuzzing
 	$(BIN)/pytest $(PARALLEL) -m slow
 
-test-sources: $(READY)  ## tests that read models, these stored in float16, then in bfloat16
+test-sources: $(READY)  ## run the tests that read models on float16, then on bfloat16 models
 	LTE_JAX_SOURCE_DTYPE=float16 $(BIN)/pytest $(PARALLEL) $(READING)
 	LTE_JAX_SOURCE_DTYPE=bfloat16 $(BIN)/pytest $(PARALLEL) $(READING)
 
-lint: $(READY)  ## style, formatting and types
+lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 
-format: $(READY)  ## mend what lint finds, where that can be done by itself
+format: $(READY)  ## fix what lint can fix by itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY)  ## kernels, decoding, what learning costs, grouping of one LLaMA2-7B layer
+bench: $(READY)  ## time kernels, decoding, training steps and the grouping of a LLaMA2-7B layer
 	$(BIN)/python benchmarks/ffn.py --json runs/bench/ffn.json
 	$(BIN)/python benchmarks/decode.py --new-tokens 8 --rounds 3 --json runs/bench/decode.json
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/kmeans.py --layer 11008x4096
 
-tinystories: $(READY)  ## LTE against its controls on real models and text: half an hour
+tinystories: $(READY)  ## compare LTE with its baselines on real models and text: half an hour
 	$(BIN)/python benchmarks/tinystories.py --out=runs/tinystories-table
 
-thousand: $(READY)  ## a thousand steps of each config at both presets stay finite: a quarter of an hour
+thousand: $(READY)  ## check that 1,000 steps of each config and preset stay finite: 15 minutes
 	$(BIN)/python benchmarks/thousand.py --out=runs/thousand
 
-resume: $(READY)  ## runs killed 60 times, stopped, out of disk end in the same bits: half an hour
+resume: $(READY)  ## check that killed, stopped and full-disk runs resume bit for bit: half an hour
 	LTE_JAX_KILLS=60 LTE_JAX_STOPS=12 LTE_JAX_DISKS=10 $(BIN)/pytest tests/test_resume.py
 
-fuzz: $(READY)  ## hostile files, flags and arguments for ten minutes: success or one line, each
+fuzz: $(READY)  ## try hostile files, flags and arguments for ten minutes: success or a one-line error
 	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10
 
-mutants: $(READY)  ## one-line faults, each of which a test must see: ten minutes
+mutants: $(READY)  ## check that the tests catch one-line faults: ten minutes
 	$(BIN)/python tests/mutants
 
 clean:  ## remove environments, builds and caches; runs/ stays

@@ -1,15 +1,15 @@
-"""Decoding end to end at LLaMA2-7B's shapes: dense, and at chosen FFN sparsities.
+"""Time decoding end to end at LLaMA2-7B's shapes: dense, and at chosen FFN sparsities.
 
     python benchmarks/decode.py --new-tokens 8 --rounds 3       (CPU: 14 GB, ten minutes)
     python benchmarks/decode.py --prompt 128,512,2048 --json benchmarks/results/decode.json    (GPU)
     python benchmarks/decode.py --model runs/demo/lte           (a trained model as it is)
 
-Weights are random; every layer's logits are about standard normal, and the threshold is set to
-leave the share of experts that is asked for: the share that was really read stands in the table.
-Dense and sparse are the same weights by the same code, dense with all experts on and no router.
-They take turns; ms per token is the median over rounds of decoding `--new-tokens` after a prompt of
-that length, without the reading of the prompt. Predicted is the ratio of the bytes that a step
-reads: weights of attention, active experts, router and head, and the cached keys and values.
+Weights are random; every layer's router logits are about standard normal, and the threshold is set
+for the sparsity asked for; the table has the share of experts that was really skipped. Dense and
+sparse use the same weights and code, dense with all experts on and no router. They take turns; ms
+per step is the median over rounds of decoding `--new-tokens` after a prompt of that length, without
+prefill. Predicted is the ratio of the bytes a step reads: weights of attention, active experts,
+router and head, and the cached keys and values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lte_jax.sparsity import bytes_per_token
 
 
 def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
-    """LLaMA2-7B with experts of 32, cut to `layers`; parameters of that type, layers all alike."""
+    """LLaMA2-7B with experts of 32, cut to `layers`; parameters of `dtype`, all layers alike."""
     experiment = load_config(str(pathlib.Path(__file__).parents[1] / "configs/llama7b.py"))
     config = experiment.source.scratch
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
@@ -55,7 +55,7 @@ def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
         of_layer = leaf.shape[1:] if "layers" in name else leaf.shape
         key = jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode()))
         kind = "float32" if "router" in name else dtype
-        # Logits of unit variance on inputs of unit RMS: a threshold's quantile is the sparsity.
+        # Inputs of unit RMS give logits of unit variance: a threshold's quantile is the sparsity.
         one = jax.random.normal(key, of_layer, kind) * config.d_model**-0.5
         return jnp.broadcast_to(one, leaf.shape)
 
@@ -65,7 +65,7 @@ def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
 
 
 def started(model: Transformer, batch: int, prompt: int, room: int) -> DecodeState:
-    """A state as after reading prompts of that length; what the keys are makes no difference."""
+    """A state as after prefill of prompts of that length; the values of the keys do not matter."""
     cache = init_cache(model, batch, prompt + room)
     cache["segments"] = cache["segments"].at[:, :prompt].set(1)
     cache["index"] = jnp.int32(prompt)
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, help="of LLaMA2-7B's 32, where memory is short")
+    parser.add_argument("--layers", type=int, help="fewer than LLaMA2-7B's 32, to save memory")
     parser.add_argument("--model", help="an LTE folder, in place of random weights")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=listed(int), default=(1,))

@@ -1,21 +1,20 @@
-"""The sparse FFN kernel against the best dense FFN and against what the bytes allow.
+"""Time the sparse FFN kernel against the best dense FFN and the limit of memory bandwidth.
 
     python benchmarks/ffn.py                                (LLaMA2-7B's FFN, batch 1: two minutes)
     python benchmarks/ffn.py --batch 1,2,4,8,16 --dtype bfloat16 --json benchmarks/results/ffn.json
 
-A sparse time is of all that routing costs: router product, threshold, finding the active experts,
-and their FFN. It is the median over interleaved rounds, in which every measurement takes its turn;
-a round goes through `--layers` different layers, so that no cache holds what the next call reads.
-Dense is the faster of XLA's own (plain jax on whole matrices) and this implementation with all
-experts on and no router; they are compared first, and the faster takes its turn in every round (the
-slower would leave its temporaries behind for the others). The floor is the bytes of the active
-experts and the router over the bandwidth measured in the same run: of reading on a CPU, of copying
-elsewhere.
+Sparse times include the cost of routing: router product, threshold, finding the active experts, and
+their FFN. They are medians over interleaved rounds, in which every measurement takes its turn; a
+round goes through `--layers` different layers, so that no cache holds what the next call reads.
+Dense is the faster of plain jax on whole matrices and this implementation with all experts on,
+without a router; the two are compared first, and only the faster joins the rounds (the slower would
+leave its temporaries behind for the others). The floor is the bytes of the active experts and the
+router over the bandwidth measured in the same run: of reading on a CPU, of copying elsewhere.
 
-Rows are as a router makes them. `uniform`: each row of the batch picks its experts independently.
-`skewed`: experts differ in popularity (normally distributed logits shared by all rows, as strong as
-the token's own), so that rows overlap, as they do in trained models. The table's sparsity is of a
-row; `union` is the share of experts that no row of the batch uses, which is what saves time.
+Routing `uniform`: each row of the batch picks its experts independently. `skewed`: experts differ
+in popularity (normally distributed logits shared by all rows, as strong as the token's own), so
+rows overlap, as in trained models. The table's sparsity is that of a row; `union` is the share of
+experts that no row of the batch uses, which is what saves time.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def make_weights(flags, dtype: str) -> dict[str, jax.Array]:
 
 
 def sparse(weights, x_BD, threshold_NB, strength, implementation: str):
-    """The layers' outputs, added up: routers decide."""
+    """The sum of the layers' outputs, with experts chosen by the routers."""
 
     def layer(y_BD, scanned):
         popularity_E, threshold_B, index = scanned
@@ -102,7 +101,7 @@ def sparse(weights, x_BD, threshold_NB, strength, implementation: str):
 
 
 def dense(weights, x_BD, implementation: str):
-    """The layers' outputs, added up: all experts on, no router."""
+    """The sum of the layers' outputs, with all experts on and no router."""
     active_BE = jnp.ones((len(x_BD), weights["up"].shape[1]), bool)
 
     def layer(y_BD, index):
@@ -127,7 +126,7 @@ def _ffn(weights, x_BD, active_BE, index, implementation: str):
 
 
 def thresholds(weights, x_BD, strength: float, sparsity: float) -> jax.Array:
-    """[N, B], float32: those that leave each row just the experts asked for."""
+    """The thresholds [N, B], float32, that give each row this sparsity."""
     logits_NBE = jnp.einsum("BD,NDE->NBE", x_BD.astype(jnp.float32), weights["router"])
     logits_NBE += strength * weights["popularity"][:, None]
     sorted_NBE = jnp.sort(jax.nn.sigmoid(logits_NBE), axis=-1)
@@ -159,7 +158,7 @@ def measure(flags, dtype: str, bytes_per_s: float) -> list[dict]:
         best = min(denses, key=first.__getitem__)
         calls: dict[object, Callable[[], object]] = {best: denses[best]}
         run = jax.jit(functools.partial(sparse, implementation=flags.implementation))
-        # One row has nobody to overlap with.
+        # A single row overlaps with no other.
         for routing in flags.routing if batch > 1 else flags.routing[:1]:
             strength = {"uniform": 0.0, "skewed": 1.0}[routing]
             for sparsity in flags.sparsity:
@@ -211,7 +210,7 @@ def interleave(calls, rounds: int, title: str) -> dict:
 
 
 def check(weights, x_BD, active_BE, implementation: str) -> None:
-    """The output of a layer is the reference's, or there is nothing to time."""
+    """Ends the program if a layer's output differs from the reference's."""
     got, expected = (
         _ffn(weights, x_BD, active_BE, jnp.int32(0), name).astype(jnp.float32)
         for name in (implementation, "reference")
@@ -224,7 +223,7 @@ def check(weights, x_BD, active_BE, implementation: str) -> None:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [  # the last column is the share of the bandwidth that is put to use
+    lines = [  # the last column is the share of the bandwidth that is used
         "| type | batch | rows | sparsity | union | ms | dense ms | of dense | floor ms | used |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -266,7 +265,7 @@ def main() -> None:
 
 
 def publish(benchmark: str, rows: list[dict], table: str, bytes_per_s: float, flags) -> None:
-    """Prints the table and, with --json, writes the rows and where they were measured."""
+    """Prints the table and, with --json, writes the rows with their environment."""
     print(table)
     print(f"\nbandwidth {bytes_per_s / 1e9:.1f} GB/s; medians of {flags.rounds} rounds")
     if flags.json:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that is measured on a GPU, in under nine minutes: block sizes, the FFN kernel, decoding.
+# Measures everything on a GPU in under nine minutes: block sizes, the FFN kernel, decoding.
 #
 #     benchmarks/gpu.sh [FOLDER]          (default benchmarks/results)
 #
-# Needs this repository, jax for the GPU and the extra `gpu` (jax-triton), whose triton must suit it:
-# jax-triton 0.3.1 goes with triton 3.6. Writes FOLDER/<device>.json with commit, versions and
-# command; what was measured before a failure stays in FOLDER/parts. PYTHON names the interpreter.
+# Needs this repository, jax for the GPU and the extra `gpu` (jax-triton) with a matching triton:
+# 3.6 for jax-triton 0.3.1. Writes FOLDER/<device>.json with commit, versions and command; after a
+# failure, FOLDER/parts has what was measured before. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results}
@@ -17,12 +17,12 @@ mkdir -p "$parts"
 import jax
 from lte_jax import kernels
 if jax.default_backend() != "gpu":
-    raise SystemExit(f"error: jax runs on {jax.default_backend()}: this needs a GPU")
+    raise SystemExit(f"error: jax runs on {jax.default_backend()}: expected a GPU")
 if reason := kernels.unavailable("triton"):
     raise SystemExit(f"error: the Triton kernels cannot run: {reason}")
 CHECK
 
-# Each part has its share of nine minutes: 1.5 of tests, 2 of tuning, 2 of the FFN, 3 of decoding.
+# Nine minutes in all: 1.5 of tests, 2 of tuning, 2 of the FFN, 3 of decoding.
 timeout 90 "$python" -m pytest -q tests/test_kernels.py -k triton -p no:cacheprovider |
   tee "$parts/tests.log" || echo "FAILED or cut short: see $parts/tests.log"
 timeout 120 "$python" -m lte_jax.kernels.tune --rows 1 |

@@ -1,4 +1,4 @@
-"""Time and inertia of the balanced clustering of neurons, against what else there is.
+"""Time and inertia of the balanced clustering of neurons, compared with alternatives.
 
     python benchmarks/kmeans.py --layer 11008x4096
     python benchmarks/kmeans.py --layer 2816x1024 --package
@@ -8,9 +8,9 @@
 A layer FxD is made of random vectors with some structure; a tensor is read from a safetensors
 file. Inertia is the sum of squared distances of the L2-normalised rows to the mean of their
 cluster. Compared are `lte_jax`, a random grouping, k-means without balance (ten rounds of Lloyd's
-algorithm from random rows; clusters may be of any size) and, with --package, k-means-constrained
-(pip install k-means-constrained; its defaults, random_state=0), which takes 15 minutes at
-11008x4096. CPU seconds are of all threads together.
+algorithm from random rows; clusters of any size) and, with --package, k-means-constrained (pip
+install k-means-constrained; its defaults, random_state=0), which takes 15 minutes at 11008x4096.
+CPU seconds are summed over threads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lte_jax.moefy import group_neurons
 
 
 def structured(rows: int, width: int, seed: int = 0) -> np.ndarray:
-    """Records [F, D] around one centre for each 32 of them, in dimensions of falling variance."""
+    """Rows [F, D] around random centres, one for 32 rows, in dimensions of falling variance."""
     rng = np.random.default_rng(seed)
     spread_D = (np.arange(1, width + 1) ** -0.5).astype(np.float32)
     noise_FD = rng.standard_normal((rows, width), dtype=np.float32) * spread_D

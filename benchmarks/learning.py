@@ -1,10 +1,10 @@
-"""What learning to be sparse costs: time of a router-stage step over that of dense fine-tuning.
+"""The cost of learning to be sparse: time of a router-stage step over that of dense fine-tuning.
 
     python benchmarks/learning.py            (D 512, F 2048, E 64, N 8; 8 rows of 256 tokens)
 
-Steps are timed in turn, so that whatever else the machine does falls on all alike; the ratio is
-that of medians. The dense model's own forward pass, which the preset `ours` distils from, is a
-choice of losses and not of routing: it is a row of its own.
+Steps are timed in turn, so that other load on the machine affects all alike; the ratio is that of
+medians. The forward pass of the dense model that the preset `ours` distils from is due to the loss,
+not to routing, so there is a row without it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From measurements of kernels and decoding to a file a device, the README's table and a figure.
+"""Makes a file per device, the README's tables and a figure from kernel and decoding measurements.
 
     python benchmarks/report.py --merge ffn.json decode.json   (to benchmarks/results/<device>.json)
-    python benchmarks/report.py --readme README.md             (tables and figure of all there is)
+    python benchmarks/report.py --readme README.md             (tables and figure of all results)
 
-No number is copied by hand: the table in the README stands between two marks and is made anew.
+No number is copied by hand: the README's tables stand between two marks and are replaced.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _TITLES = {
 
 
 def merge(paths: list[pathlib.Path], results: pathlib.Path) -> pathlib.Path:
-    """One file of what several benchmarks measured on one device.
+    """Merges the results of several benchmarks on one device into its file.
 
     Raises:
-      UserError: on a file that is none of theirs, or of another device.
+      UserError: on a file that is not a benchmark's, or of another device.
     """
     parts = {}
     for path in paths:
@@ -67,7 +67,7 @@ def _read(path: pathlib.Path) -> dict:
 
 
 def brief(row: dict) -> bool:
-    """Whether a row is one of the README's few: bfloat16, one token at a time.
+    """Whether a row is shown in the README: bfloat16, one token at a time.
 
     All rows are in benchmarks/results/README.md.
     """
@@ -97,7 +97,7 @@ def summary(results: pathlib.Path, whole: bool) -> str:
 
 
 def figure(results: pathlib.Path, path: pathlib.Path) -> None:
-    """Time against sparsity at batch 1, over dense: a panel a device, a line a type."""
+    """Time over dense against sparsity at batch size 1: a panel per device, a line per type."""
     import matplotlib
 
     matplotlib.use("Agg")

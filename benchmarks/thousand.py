@@ -1,9 +1,9 @@
-"""A thousand steps at both presets on every config that a small machine can run: all finite?
+"""Checks that 1,000 steps stay finite at both presets on every config that a small machine can run.
 
     python benchmarks/thousand.py --out=runs/thousand     (or: make thousand; a quarter of an hour)
 
-700 steps of the router stage and 300 of adaptation, two rows a step. Training itself stops at the
-first loss that is not finite; here every number in metrics.jsonl is looked at as well.
+700 steps of the router stage and 300 of adaptation, two records per step. Training itself stops at
+the first loss that is not finite; this checks every number in metrics.jsonl as well.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ OVERRIDES = {
 
 
 def run(config: str, preset: str, out: pathlib.Path) -> str:
-    """Trains, unless that was done; a row of the table."""
+    """Trains, unless already done; returns a row of the table."""
     joined = ("," if ":" in config else ":").join((config, preset))
     folder = out / joined.replace(".py", "").replace(":", "-").replace(",", "-")
     command = [sys.executable, "train.py", f"--config=configs/{joined}", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-    # One run a core.
+    # One run per core.
     env = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "TQDM_DISABLE": "1"}
     out.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("a") as log:

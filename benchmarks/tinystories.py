@@ -1,4 +1,4 @@
-"""LTE against a dense baseline and two frozen routers, on real pretrained models and real text.
+"""Compares LTE with a dense baseline and frozen routers, on pretrained models and real text.
 
     python benchmarks/tinystories.py --out=runs/tinystories-table            (or: make tinystories)
 
@@ -11,8 +11,8 @@ Every row is one run of train.py on configs/tinystories.py, all with the same st
 
 stories260k takes half the steps. Frozen routers are compared at 75%, with --all at every target.
 Perplexity is over all 324 validation stories, cut at 256 tokens, under hard routing. Two runs go
-side by side, a core each. What is done is not done again: a killed table goes on. Writes table.md,
-results.json and quality.png into --out.
+side by side, a core each. A killed table resumes where it was. Writes table.md, results.json and
+quality.png to --out.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         parts = (self.model, self.method, self.expert_size, self.target)
         words = "-".join(str(part) for part in parts if part is not None)
         return words.replace(", ", "-").replace(" ", "-")
 
 
 def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Run]:
-    """Every row, those that others are compared with first."""
+    """Every row, baselines first."""
     for model, sizes, share in (("babyllama", (32, 8), 1), ("stories260k", (4,), 2)):
         router, adapt = router_steps // share, adapt_steps // share
         steps = router + adapt
@@ -86,7 +86,7 @@ def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Ru
 
 
 def result(run: Run, out: Path) -> dict:
-    """The row of a run: trained and measured, unless it was before."""
+    """The row of a run, trained and measured unless already done."""
     path = out / run.name / "measured.json"
     if not path.exists():
         start = time.monotonic()
@@ -98,9 +98,9 @@ def result(run: Run, out: Path) -> dict:
 
 
 def one_core_each(workers: int) -> ThreadPoolExecutor:
-    """Threads that keep to a core each, as do the processes that they start.
+    """Threads pinned to a core each, as are the processes that they start.
 
-    Two processes of two threads each would pass their data from core to core: a third slower.
+    Two processes of two threads each would move their data between cores: a third slower.
     """
     if not hasattr(os, "sched_setaffinity"):  # macOS
         return ThreadPoolExecutor(workers)
@@ -121,13 +121,13 @@ def train(run: Run, out: Path) -> None:
         f"--config=configs/tinystories.py{variant}",
         f"--workdir={folder.absolute()}",
     ]
-    # Records are many: no report on each, and little validation, at the end of a stage only.
+    # There are many runs: no reports, and little validation, only at the end of a stage.
     spared = ("report=False", "eval_every=1000", "data.max_validation_records=16")
     command += [f"--config.{o}" for o in (*run.overrides, *spared)]
-    # Two runs on one core each are faster than one after the other on two.
+    # Two runs on one core each are faster than one after another on two.
     flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
     env = os.environ | {"XLA_FLAGS": flags, "TQDM_DISABLE": "1"}
-    # Many rows run the same programs: to compile them anew would take a quarter of the time.
+    # Many rows run the same programs: compiling them again would take a quarter of the time.
     env["JAX_COMPILATION_CACHE_DIR"] = str((out / "compiled").absolute())
     with (out / f"{run.name}.log").open("a") as log:
         code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
@@ -158,7 +158,7 @@ def measure(run: Run, out: Path) -> dict:
 def table(results: list[dict]) -> str:
     """Markdown; the change is against the dense baseline of the same model."""
     lines = [
-        "| model | method | experts of | target | FFN sparsity | perplexity | against control |",
+        "| model | method | experts of | target | FFN sparsity | perplexity | against dense |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     control = {r["model"]: r["perplexity"] for r in results if r["target"] is None}
@@ -178,7 +178,7 @@ def table(results: list[dict]) -> str:
 
 
 def figure(results: list[dict], path: Path) -> None:
-    """Perplexity against sparsity, a panel a model and expert size, a line a method."""
+    """Perplexity against sparsity: a panel per model and expert size, a line per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="frozen routers at every target")
     flags = parser.parse_args()
     if not (ROOT / DATA).exists():
-        raise SystemExit(f"error: {DATA} is not there: this table needs its models and texts")
+        raise SystemExit(f"error: {DATA} is missing: this table needs its models and texts")
     os.chdir(ROOT)
     flags.out.mkdir(parents=True, exist_ok=True)
     start, wanted = time.monotonic(), list(runs(flags.router_steps, flags.adapt_steps, flags.all))

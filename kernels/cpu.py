@@ -1,11 +1,11 @@
 """The sparse kernels for CPUs: C++ called by XLA, compiled at first use.
 
-cpu_ffn.cc beside this file becomes a shared library in a cache folder of the user's, under a name
-that holds a digest of all it depends on (source, compiler and flags, jax, CPU) and one of itself:
-a damaged or half-written library is never loaded, and processes that build at once do not meet.
-The folder is $LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache. A library is code that
-runs as whoever loads it, so folder and library must be this user's and no one else may write them;
-where that is not so, each process builds for itself. $CXX is the compiler, else g++ or clang++.
+cpu_ffn.cc becomes a shared library in the user's cache folder. Its name holds a digest of all
+it depends on (source, compiler and flags, jax, CPU) and one of itself: a damaged or half-written
+library is never loaded, and processes that build at once do not interfere. The folder is
+$LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache. Loading a library runs its code, so
+folder and library must belong to this user and be writable by no one else; otherwise each process
+builds for itself. The compiler is $CXX, else g++ or clang++.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
                O outputs  H heads  C head width  T tokens so far
@@ -49,7 +49,7 @@ def sparse_ffn(
     """Output [B, D] of x's type, accumulated in float32; weights are stacked [N, E, M, D].
 
     Raises:
-      Unsupported: on a type other than float32 and bfloat16, or where the library cannot be built.
+      Unsupported: on a type other than float32 and bfloat16, or if the library cannot be built.
     """
     _ready(x_BD)
     names = ("up", "down", "gate", "up_bias", "gate_bias")
@@ -89,7 +89,7 @@ def attend(
     layer: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`.
+    """Attention of one new token per row, [B, H, C], and the caches with it at `index` of `layer`.
 
     Raises: as sparse_ffn.
     """
@@ -101,14 +101,14 @@ def attend(
 
 
 def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """Rows of the table: [B, D]. XLA's, in bfloat16, first converts the table."""
+    """Rows of the table: [B, D]. In bfloat16, XLA would first convert the whole table."""
     _load()
     out = jax.ShapeDtypeStruct((tokens_B.size, table_VD.shape[1]), table_VD.dtype)
     return jax.ffi.ffi_call("lte_jax_embed", out)(tokens_B, table_VD)
 
 
 def unavailable() -> str | None:
-    """Why these kernels cannot run here, in words; None if they can."""
+    """Why these kernels cannot run here; None if they can."""
     if jax.default_backend() != "cpu":
         return f"it is for CPUs, and jax runs on {jax.default_backend()}"
     try:
@@ -126,7 +126,7 @@ def _ready(x: jax.Array) -> None:
 
 @functools.cache
 def _load() -> None:
-    """Registers the calls with XLA, once a process."""
+    """Registers the calls with XLA, once per process."""
     try:
         library = ctypes.CDLL(str(_build()))
     except OSError as error:
@@ -137,7 +137,7 @@ def _load() -> None:
 
 
 def _build() -> pathlib.Path:
-    """The library, from the cache or made."""
+    """The path of the library, found in the cache or built."""
     compiler = _compiler()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ("-O3", native, "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-w")
@@ -158,14 +158,14 @@ def _build() -> pathlib.Path:
         data = draft.read_bytes()
         if not data:
             raise Unsupported(f"{' '.join(compiler)} wrote nothing: name a C++ compiler in $CXX")
-        draft.chmod(0o700)  # compilers go by the umask
+        draft.chmod(0o700)  # compilers apply the umask
         return draft.replace(folder / f"{name}{_digest(data)}.so")
     finally:
         draft.unlink(missing_ok=True)
 
 
 def _compiler() -> list[str]:
-    """The words that begin a compiler's command: $CXX may be "ccache g++"."""
+    """The compiler command as a list of words: $CXX may be "ccache g++"."""
     chosen = os.environ.get("CXX", "").strip()
     try:
         words = [chosen] if shutil.which(chosen) else shlex.split(chosen)
@@ -202,13 +202,13 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> pathlib.Path:
-    """A folder that this user alone can write; at worst one of this process alone."""
+    """A folder that only this user can write; failing that, one for this process alone."""
     chosen = os.environ.get("LTE_JAX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = pathlib.Path(chosen or f"{base}/lte_jax")
     try:
         folder = pathlib.Path(os.path.abspath(folder.expanduser()))
-        folder = folder.parent.resolve() / folder.name  # links above it are followed once
+        folder = folder.parent.resolve() / folder.name  # its own link is left, to be refused
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         why = _distrust(folder, stat.S_ISDIR) or next(
             filter(None, map(_unsafe, folder.parents)), ""
@@ -223,7 +223,7 @@ def _cache_folder() -> pathlib.Path:
     return pathlib.Path(_private_folder(folder, why).name)
 
 
-@functools.cache  # one warning, too
+@functools.cache  # so it warns once, too
 def _private_folder(instead: pathlib.Path, why: str) -> tempfile.TemporaryDirectory:
     _log.warning(
         "%s %s: each process builds the CPU kernels for itself, three seconds; name a folder of "
@@ -235,7 +235,7 @@ def _private_folder(instead: pathlib.Path, why: str) -> tempfile.TemporaryDirect
 
 
 def _is_sound(library: pathlib.Path, digest: str) -> bool:
-    """Whether to load a library found in the cache; one that is not to be loaded is removed."""
+    """Whether a library found in the cache may be loaded; if not, it is removed."""
     try:
         why = _distrust(library, stat.S_ISREG)
         if not why:
@@ -251,7 +251,7 @@ def _is_sound(library: pathlib.Path, digest: str) -> bool:
 
 
 def _distrust(path: pathlib.Path, is_kind: Callable[[int], bool]) -> str:
-    """Why another than this user may have made or changed what is at `path`; "" if none can."""
+    """Why another user may have made or changed what is at `path`; "" if none could."""
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
         return "is a symbolic link"
@@ -265,7 +265,7 @@ def _distrust(path: pathlib.Path, is_kind: Callable[[int], bool]) -> str:
 
 
 def _unsafe(parent: pathlib.Path) -> str:
-    """Why another user may put something else where a folder of `parent` is; "" if none can."""
+    """Why another user could replace a folder inside `parent`; "" if none can."""
     found = parent.stat()
     writers = stat.S_IWOTH
     if found.st_gid != found.st_uid:  # else the group that many systems give to each user alone

@@ -1,15 +1,15 @@
-// The sparse expert feed-forward network for CPUs, and what else decoding needs: matrix-vector
-// products, attention of one token, embedding. XLA FFI calls.
+// The sparse expert FFN for CPUs, and the other functions of a decode step: matrix-vector products,
+// attention of one token, embedding. XLA calls them through its FFI.
 //
-// At a few rows a token costs the time of streaming weights from memory: each weight is read once,
-// in the order it lies, and used for all rows that want it. Two inner loops do all the work:
+// With few rows, the time goes into streaming weights from memory: each weight is read once, in the
+// order it is stored, and used for all rows that need it. Two inner loops do all the work:
 //
 //   Dots   out[r][m] = sum_d weights[m][d] x[r][d]      (gate, up; keys)
 //   Axpys  y[r][d]  += sum_m h[r][m] weights[m][d]      (down; values; x w)
 //
-// Work is cut into chunks of neighbouring experts (or rows of a matrix), each with a sum of its own;
-// the sums are added in the order of the chunks, so the same input gives the same bits, whichever
-// thread took which chunk. The contract is in README.md beside this file.
+// Work is cut into chunks of neighbouring experts (or rows of a matrix), each with its own sum; the
+// sums are added in the order of the chunks, so the same input gives the same bits, whichever thread
+// took which chunk. README.md beside this file is the contract.
 //
 // Letters: B rows  D model width  E experts  M neurons per expert  N layers  K, O inputs and outputs;
 // in attention H query heads  K kv heads  G = H/K  C head width  T tokens so far
@@ -32,15 +32,15 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// ---- Vectors: GCC's and Clang's own, which they split where the CPU's are shorter.
+// ---- Vectors: the extension of GCC and Clang, which split them if the CPU's are shorter.
 //
-// Weights are read kStep at a time, as two vectors. A bfloat16 is the upper half of a float, so in
-// 32-bit words that hold two of them a shift makes floats of the even ones and a mask of the odd
-// ones, with no shuffling. Whatever meets such weights, x and sums, lies in the same order, which
-// Place gives: in each block of kStep the even elements, then the odd ones. Floats lie as they are.
+// Weights are read kStep at a time, as two vectors. A bfloat16 is the upper half of a float, so of a
+// 32-bit word that holds two of them, a shift makes the even one a float and a mask the odd one,
+// without shuffling. x and sums are stored in the resulting order, given by Place: in each block of
+// kStep the even elements, then the odd ones. With float weights the order is unchanged.
 
 #ifdef __AVX512F__
-constexpr int kLanes = 16, kTile = 4;  // rows of x at a time, as many as the registers have room for
+constexpr int kLanes = 16, kTile = 4;  // kTile rows of x at a time: as many as fit in registers
 #else
 constexpr int kLanes = 8, kTile = 2;
 #endif
@@ -79,7 +79,7 @@ inline Pair LoadPair(const BFloat16* p) {
 
 inline int64_t Place(const float*, int64_t i, int64_t) { return i; }
 inline int64_t Place(const BFloat16*, int64_t i, int64_t width) {
-  if (i >= width / kStep * kStep) return i;  // what is left over lies as it is
+  if (i >= width / kStep * kStep) return i;  // the remainder keeps its order
   const int64_t r = i % kStep;
   return i - r + r % 2 * kLanes + r / 2;
 }
@@ -98,12 +98,12 @@ inline float Sum(Vec v) {
   return total;
 }
 
-// ---- The two inner loops. R rows of x and W rows of weights at a time.
+// ---- The two inner loops, over R rows of x and W rows of weights at a time.
 
 template <int R, int W, class T>
 inline void DotTile(const T* weights, int64_t stride, const float* const* x, int64_t width, float* out,
                     int64_t out_stride) {
-  constexpr int kSums = R == 1 ? 2 : 1;  // enough of them under way to hide what an addition takes
+  constexpr int kSums = R == 1 ? 2 : 1;  // enough independent sums to hide the latency of additions
   Vec sums[R][W][kSums] = {};
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
@@ -127,8 +127,8 @@ inline void DotTile(const T* weights, int64_t stride, const float* const* x, int
   }
 }
 
-// out[r * out_stride + m] = weights[m] . x[r], for `rows` rows of x and `count` of weights, which
-// lie `stride` apart.
+// out[r * out_stride + m] = weights[m] . x[r], for `rows` rows of x and `count` rows of weights,
+// `stride` apart.
 template <class T>
 void Dots(const T* weights, int64_t stride, int64_t count, int64_t width, const float* const* x,
           int64_t rows, float* out, int64_t out_stride) {
@@ -162,7 +162,7 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
       StoreVec(y[r] + d + kLanes, sum.second);
     }
   }
-  if constexpr (std::is_same_v<T, float>) {  // one vector more, where there is room for it
+  if constexpr (std::is_same_v<T, float>) {  // one vector more, if it fits
     for (; d + kLanes <= width; d += kLanes) {
       for (int r = 0; r < R; ++r) {
         Vec sum = LoadVec(y[r] + d);
@@ -176,13 +176,13 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
       for (int j = 0; j < W; ++j) y[r][d] += h[r * h_stride + j] * Load(weights + j * stride + d);
 }
 
-// y[r] += sum_m h[r * h_stride + m] weights[m], for `rows` rows of y and `count` of weights, which
-// lie `stride` apart.
+// y[r] += sum_m h[r * h_stride + m] weights[m], for `rows` rows of y and `count` rows of weights,
+// `stride` apart.
 template <class T>
 void Axpys(const T* weights, int64_t stride, int64_t count, int64_t width, const float* h,
            int64_t h_stride, int64_t rows, float* const* y) {
   int64_t m = 0;
-  if (rows == 1)  // registers are free for more weights, so the sums pass through them less often
+  if (rows == 1)  // registers are free for more weights: the sums are loaded and stored less often
     for (; m + 8 <= count; m += 8) AxpyTile<1, 8>(weights + m * stride, stride, h + m, 0, width, y);
   for (; m + 4 <= count; m += 4) {
     const T* w = weights + m * stride;
@@ -199,8 +199,8 @@ void Axpys(const T* weights, int64_t stride, int64_t count, int64_t width, const
 // ---- Threads.
 
 // Calls work(0) ... work(chunks - 1) on XLA's threads and this one. This thread takes chunks too and
-// waits only for those that others have begun, so it ends even where the pool never runs a helper:
-// several calls may be under way on few threads.
+// waits only for those that others have begun, so it ends even if the pool never runs a helper, as
+// when several calls share few threads.
 template <class Work>
 void ParallelFor(ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
   struct Shared {
@@ -224,13 +224,13 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
   shared->all_done.wait(lock, [&] { return shared->done == chunks; });
 }
 
-// More chunks than threads, so that a thread that was held up is waited for less.
+// More chunks than threads, so that a delayed thread delays the others less.
 int64_t NumChunks(const ffi::ThreadPool& pool, int64_t items) {
   return std::max<int64_t>(1, std::min<int64_t>(items, 8 * pool.num_threads()));
 }
 
-// Runs work(chunk, sums [B][width]) on every chunk, then out = the chunks' sums in order. Sums lie
-// as weights of type T do.
+// Runs work(chunk, sums [B][width]) on every chunk, then adds the sums into out in order. Sums are
+// stored in the order of weights of type T.
 template <class T, class Out, class Work>
 void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t width, Out* out,
                    const Work& work) {
@@ -255,7 +255,7 @@ void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t
 
 // ---- The sparse FFN.
 
-enum Activation { kSilu, kGelu, kGeluTanh, kRelu };  // as reference.ACTIVATIONS
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu };  // in the order of reference.ACTIVATIONS
 
 inline float Activate(Activation activation, float z) {
   switch (activation) {
@@ -272,7 +272,7 @@ inline float Activate(Activation activation, float z) {
 
 template <class T>
 struct Weights {
-  const T *gate, *up, *down, *gate_bias, *up_bias;  // null where the model has none
+  const T *gate, *up, *down, *gate_bias, *up_bias;  // null if the model has none
 };
 
 // y[b] += down^T act(gate x[b]) * (up x[b]) for one expert and the rows that use it.
@@ -300,7 +300,7 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   Axpys(w.down, D, M, D, h, M, rows, y.data());
 }
 
-// The rows of x as floats: in their order, or as weights of type T lie.
+// The rows of x as floats: in their order, or in that of weights of type T.
 template <class T>
 std::vector<float> ToFloat(const T* x, int64_t rows, int64_t width, bool placed) {
   std::vector<float> made(rows * width);
@@ -343,7 +343,7 @@ void SparseFfn(ffi::ThreadPool& pool, const T* x, const bool* active, Weights<T>
   });
 }
 
-// Operands after x, active and layer: up, down, then of gate, up_bias, gate_bias those that are there.
+// Operands after x, active and layer: up, down, then gate, up_bias and gate_bias if present.
 template <class T>
 ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& active,
                   int64_t layer, const ffi::RemainingArgs& rest, ffi::Result<ffi::AnyBuffer> y,
@@ -422,7 +422,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
 // ---- Attention of one new token a row over the keys and values so far.
 
 // One row and one kv head: y [G, C] = softmax(q k^T / sqrt(C)) v for its G query heads. Keys and
-// values of neighbouring tokens lie `stride` apart; those that are not visible count for nothing.
+// values of neighbouring tokens are `stride` apart; invisible ones are masked.
 template <class T>
 void AttendHead(const T* q, const T* k, const T* v, const bool* visible, T* y, int64_t G, int64_t C,
                 int64_t stride, int64_t begin, int64_t end) {
@@ -479,7 +479,7 @@ ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::
   return ffi::Error::Success();
 }
 
-// The caches come in as buffers that go out as well: XLA copies them first if it still needs them.
+// The caches are updated in place: XLA copies them first if it still needs the old ones.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v,
                   ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer visible,
                   ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> index,

@@ -1,10 +1,10 @@
 """The sparse kernels for NVIDIA GPUs: Triton, called through jax-triton.
 
-Two launches. `hidden` has a program for every few neurons of every expert; those of idle experts
-end after one load, the others leave hidden activations and, between them, the list of used experts
-with its count. `combine` multiplies them with the down projection: its programs walk equal shares
-of that list. Their partial sums are added by XLA in a fixed order. Nothing waits for the host.
-The kernels themselves are in triton_kernels.py, their block sizes are chosen by `blocks` here.
+Two launches. `hidden` has a program for each few neurons of each expert; programs of idle experts
+end after one load, the others write hidden activations and, together, the list of used experts and
+its count. `combine` multiplies by the down projection; its programs take equal shares of that list,
+and XLA adds their partial sums in a fixed order. Nothing waits for the host. The kernels are in
+triton_kernels.py; `blocks` here chooses their block sizes.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
                O outputs  S splits
@@ -22,24 +22,24 @@ import jax
 import jax.numpy as jnp
 
 from .reference import Unsupported
-from .xla import attend, embed  # XLA's own: a few percent of a step
+from .xla import attend, embed  # a few percent of a step
 
 __all__ = ["attend", "embed", "linear", "sparse_ffn", "unavailable"]
 
 TUNED = pathlib.Path(__file__).with_name("tuned")  # <device>.json, by tune.py
-ROWS = (1, 8, 16, 32, 64)  # what rows of x are padded to; each has block sizes of its own
+ROWS = (1, 8, 16, 32, 64)  # numbers of rows that x is padded to, each with its block sizes
 _TYPES = ("float32", "bfloat16")
-_PROGRAMS = 512  # that `combine` is split into: about four for each of an H200's 132 processors
+_PROGRAMS = 512  # of `combine`: about four for each of an H200's 132 multiprocessors
 
 
 class Blocks(NamedTuple):
-    """How one kernel is cut: a tile is `m` rows of the weights by `d` columns."""
+    """Block sizes of one kernel: a tile is `m` rows of the weights by `d` columns."""
 
     m: int
     d: int
     warps: int
-    stages: int  # tiles on their way at once, and one in use
-    splits: int = 1  # shares of the sum (`combine`)
+    stages: int  # tiles in flight, plus one in use
+    splits: int = 1  # parts of the sum (`combine`)
 
 
 def sparse_ffn(
@@ -53,7 +53,7 @@ def sparse_ffn(
     """Output [B, D] of x's type, accumulated in float32; weights are stacked [N, E, M, D].
 
     Raises:
-      Unsupported: on other types than float32 and bfloat16, more than 64 rows, or no jax-triton.
+      Unsupported: on types other than float32 and bfloat16, more than 64 rows, or no jax-triton.
     """
     e, m, d = weights["up"].shape[1:]
     b, dtype = x_BD.shape[0], x_BD.dtype.name
@@ -72,12 +72,12 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     cut = blocks(kernel, x_BK.shape[0], w.shape[1], w.shape[2], x_BK.dtype.name)
     if transposed:
         return project(x_BK, w, layer, cut=cut)
-    # K weighted rows to be summed, like the experts' of a down projection: all of one expert.
+    # A weighted sum of K rows, like a down projection with a single expert.
     return combine(x_BK[None], w[:, None], layer, cut=cut)
 
 
 def unavailable() -> str | None:
-    """Why these kernels cannot run here, in words; None if they can."""
+    """Why these kernels cannot run here; None if they can."""
     if jax.default_backend() != "gpu":
         return f"it is for NVIDIA GPUs, and jax runs on {jax.default_backend()}"
     device = jax.devices()[0]
@@ -105,7 +105,7 @@ def hidden(
     activation: str,
     cut: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden activations of the used experts, and which they are.
+    """Hidden activations of the used experts, and the list of these experts.
 
     Returns:
       h_EBM: of x's type, zero where a row does not use an expert; undefined where no row does.
@@ -123,7 +123,7 @@ def hidden(
     return _call(
         "hidden",
         (x_BD, active_BE, layer, up)
-        # What is not there is not read, but a kernel takes a fixed number of arrays.
+        # A kernel takes a fixed number of arrays: `up` stands in for absent ones and is not read.
         + tuple(weights.get(name, up) for name in ("gate", "up_bias", "gate_bias")),
         out,
         (e, -(-m // cut.m)),
@@ -145,7 +145,7 @@ def combine(
     *,
     cut: Blocks,
 ) -> jax.Array:
-    """Sum over listed experts (all of them without a list) of h w[layer]: float32 [B, D]."""
+    """Sum of h w[layer] over the listed experts (without a list, all): float32 [B, D]."""
     (e, b, m), d = h_EBM.shape, w.shape[-1]
     listed = ids_E is not None
     partial_SBD = _call(
@@ -161,7 +161,7 @@ def combine(
 
 
 def project(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, cut: Blocks) -> jax.Array:
-    """x w[layer] transposed: float32 [B, O], for w stacked [N, O, K]."""
+    """x times the transposed w[layer]: float32 [B, O], for w stacked [N, O, K]."""
     (b, k), o = x_BK.shape, w.shape[1]
     out = jax.ShapeDtypeStruct((b, o), jnp.float32)
     grid = (-(-o // cut.m),)
@@ -169,30 +169,30 @@ def project(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, cut: Blocks) -> 
 
 
 def hidden_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
-    """What the kernel is compiled for, but for the flags of the FFN's kind."""
+    """The compile-time constants of `hidden`, except the flags that describe the FFN."""
     experts = 1 << (e - 1).bit_length()
     return {"E": e, "BLOCK_E": experts} | project_constants(b, m, d, cut)
 
 
 def combine_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
-    """What the kernel is compiled for, but for GATHER: h is [E, B, M]."""
+    """The compile-time constants of `combine`, except GATHER; h is [E, B, M]."""
     lengths = project_constants(b, m, d, cut)
     lengths["ROWS"] = padded(b) if b == 1 else max(16, padded(b))  # rows are the mma's longer side
     return lengths | {"E": e, "SPLITS": cut.splits, "H_EXPERT": b * m, "H_ROW": m}
 
 
 def project_constants(b: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
-    """What the kernel is compiled for."""
+    """The compile-time constants of `project`."""
     lengths = {"B": b, "M": m, "D": d, "ROWS": padded(b)}
     return lengths | {"BLOCK_M": cut.m, "BLOCK_D": cut.d, "STAGES": cut.stages}
 
 
 def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, **constants):
-    """One launch: arrays of the shapes `out`."""
+    """One launch of a kernel; returns arrays of the shapes `out`."""
     jax_triton = _jax_triton()
     from . import triton_kernels
 
-    # Products and sums in one instruction: a later Triton will not do it unasked.
+    # Fused multiply-add, which later versions of Triton leave off by default.
     fused = {"enable_fp_fusion": True}
     if tuple(int(part) for part in jax_triton.__version__.split(".")[:2]) < (0, 4):
         by_version = {"out_shape": out, **fused}
@@ -227,10 +227,10 @@ def _jax_triton():
 
 
 def padded(b: int) -> int:
-    """The number of rows that b rows are computed as.
+    """The number of rows that b rows are padded to.
 
     Raises:
-      Unsupported: on more than the kernels take.
+      Unsupported: on more rows than the kernels take.
     """
     for rows in ROWS:
         if b <= rows:
@@ -239,7 +239,7 @@ def padded(b: int) -> int:
 
 
 def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
-    """Tuned for this device, kernel, shape of the weights, type and rows; else by rule.
+    """The block sizes tuned for this device, kernel, weight shape, type and rows; else by rule.
 
     Raises:
       Unsupported: on a type or number of rows that the kernels do not take, and on a damaged file
@@ -256,29 +256,29 @@ def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1)
 def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
     """Block sizes from arithmetic alone.
 
-    A processor (SM) of an H200 gets 36 GB/s, and a load takes up to a microsecond under way: 36 KB
-    have to be in flight on each at all times. The rules aim at twice that: 8 KiB or so a tile,
-    some tiles ahead in each program, several programs on a processor; registers (some 70 a thread)
-    and shared memory (160 KB on an A100) allow them. A tile's rows are 256 bytes or longer.
+    A multiprocessor of an H200 gets 36 GB/s, and a load takes up to a microsecond: 36 KB must
+    always be in flight on each. The rules aim at twice that, with tiles of about 8 KiB, several
+    tiles ahead in each program and several programs per multiprocessor, within its registers (some
+    70 a thread) and shared memory (160 KB on an A100). A tile's rows have at least 256 bytes.
     """
     rows, size = padded(b), jnp.dtype(dtype).itemsize
-    power = 1 << (m - 1).bit_length()  # no tile needs more rows than that
+    power = 1 << (m - 1).bit_length()  # no tile needs more rows
     if kernel == "combine":
         if rows == 1:
             cut = Blocks(m=min(16, power), d=256 // size, warps=4, stages=6)
         else:  # the list of experts takes every second stage
             cut = Blocks(m=min(32, max(16, power)), d=256 // size, warps=4, stages=7)
         panels, columns = experts * -(-m // cut.m), -(-d // cut.d)
-        # Many rows make the partial sums as large as the weights: fewer of them.
+        # With many rows the partial sums would be as large as the weights: use fewer.
         programs = _PROGRAMS if rows <= 16 else _PROGRAMS // 2
         return cut._replace(splits=min(panels, -(-programs // columns)))
     if rows == 1:
-        # `project` reads one matrix, `hidden` two: as many bytes from a deeper pipeline.
+        # `project` reads one matrix, `hidden` two: a deeper pipeline keeps as many bytes in flight.
         stages = 3 if kernel == "hidden" else 5
         return Blocks(m=min(4, power), d=1024 // size, warps=4, stages=stages)
-    # x is read again for each tile: the more rows it has, the taller the tile.
+    # x is read again for each tile, so the more rows it has, the taller the tile.
     tall = 16 if rows <= 8 else 32
-    # Off the tensor cores, in float32, four warps would run out of registers.
+    # float32 does not use tensor cores, and four warps would run out of registers.
     warps = 8 if dtype == "float32" and rows > 16 else 4
     return Blocks(m=min(tall, max(16, power)), d=256 // size, warps=warps, stages=5)
 
@@ -301,4 +301,4 @@ def read_tuned(path: pathlib.Path) -> dict[str, Blocks]:
     try:
         return {name: Blocks(**cut) for name, cut in json.loads(path.read_text())["blocks"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Unsupported(f"{path}: no file of tuned blocks ({error}): delete it") from error
+        raise Unsupported(f"{path}: not a file of tuned blocks ({error}): delete it") from error

@@ -1,12 +1,12 @@
-"""The sparse expert feed-forward network in plain jnp: the reference for all other kernels.
+"""The sparse expert FFN in plain jnp: the reference for all other kernels.
 
-One row of the input is one token; it uses only the experts its own row of the mask names:
+A row of the input is one token; it uses only the experts in its row of the mask:
 
     y_b = sum over active e of  down_e^T h,   h = act(gate_e x_b) * (up_e x_b)   (gated)
                                               h = act(up_e x_b)                  (not gated)
 
 Here every expert is computed for every row and masked afterwards, in float32 at the highest
-precision. The contract that every implementation keeps is in README.md beside this file.
+precision. README.md beside this file is the contract of every implementation.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 """
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 
 class Unsupported(Exception):
-    """What an implementation cannot run, or cannot run here: one line with the reason."""
+    """Raised for what an implementation cannot run, with the reason in one line."""
 
 
 ACTIVATIONS = {
@@ -33,7 +33,7 @@ ACTIVATIONS = {
 
 
 def compact(active_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The experts that any row uses, as a list of static length with its count on the device.
+    """The experts that some row uses, as a list of static length with its count on the device.
 
     Returns:
       ids_E: int32, ascending; entries from `count` on are padding (zeros).
@@ -83,7 +83,7 @@ def attend(
     layer: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`."""
+    """Attention of one new token per row, [B, H, C], and the caches with it at `layer`, `index`."""
     k_NBTKC = k_NBTKC.at[layer, :, index].set(k_BKC)
     v_NBTKC = v_NBTKC.at[layer, :, index].set(v_BKC)
     b, h, c = q_BHC.shape

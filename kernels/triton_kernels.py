@@ -1,17 +1,17 @@
-"""The Triton kernels of the sparse expert feed-forward network, and of plain linear maps.
+"""The Triton kernels of the sparse expert FFN and of plain linear maps.
 
-A decode step reads every weight once and does next to nothing with it, so all that counts is that
-loads of 16 bytes are always on their way. Each kernel streams tiles of whole weight rows, D being
-contiguous, through a loop that the compiler pipelines over STAGES; one row of x is multiplied and
-added on ordinary cores, several rows go through the tensor cores, padded to ROWS. Sums are kept in
-float32. Nothing is added atomically: the same input gives the same bits.
+A decode step reads every weight once and computes little with it: all that counts is that 16-byte
+loads are always in flight. Each kernel streams tiles of weight rows, contiguous along D, through a
+loop that the compiler pipelines over STAGES. One row of x is multiplied on ordinary cores; several
+rows, padded to ROWS, on tensor cores. Sums are float32 and never atomic: the same input gives the
+same bits.
 
-gpu_triton.py launches them from jax, and says how block sizes are chosen.
+gpu_triton.py launches them from jax and chooses block sizes.
 
 Dimension key: B rows of x  D model width  E experts  M neurons per expert  N layers
 """
 
-from typing import no_type_check  # checkers of types wrap functions, which Triton does not expect
+from typing import no_type_check  # type checkers wrap functions, which Triton does not expect
 
 import triton
 import triton.language as tl
@@ -49,10 +49,10 @@ def _project(
 ):
     """Products of the weight rows m of two matrices with x, each [BLOCK_M, ROWS].
 
-    Both are read in one loop, to have their loads in flight together; without BOTH only the first.
+    Both are read in one loop, so that their loads overlap; without BOTH, only the first.
     """
     d = tl.arange(0, BLOCK_D)
-    if ROWS == 1:  # kept apart along D until the end: no reduction between the loads
+    if ROWS == 1:  # summed along D only at the end: no reduction between the loads
         one = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         two = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -96,8 +96,8 @@ def hidden(
     gate,  # likewise; anything without GATED
     up_bias,  # [N, E, M]; anything without UP_BIAS
     gate_bias,  # likewise
-    h,  # out: [E, B, M]: hidden activations, of idle experts undefined
-    ids,  # out: [E], int32: the used experts, ascending; beyond count undefined
+    h,  # out: [E, B, M]: hidden activations, undefined for idle experts
+    ids,  # out: [E], int32: the used experts, ascending; undefined from count on
     count,  # out: [1], int32
     B: tl.constexpr,
     E: tl.constexpr,
@@ -113,10 +113,10 @@ def hidden(
     UP_BIAS: tl.constexpr,
     GATE_BIAS: tl.constexpr,
 ):
-    """Program (e, i): neurons [i BLOCK_M, (i + 1) BLOCK_M) of expert e, where a row uses it.
+    """Program (e, i): neurons [i BLOCK_M, (i + 1) BLOCK_M) of expert e, if a row uses it.
 
-    An idle program ends after one load. The first of each used expert also enters it in the list
-    for `combine`: its place is the number of used experts before it.
+    An idle program ends after one load. The first program of each used expert also writes it to the
+    list for `combine`, at the number of used experts before it.
     """
     e = tl.program_id(0)
     i = tl.program_id(1)
@@ -127,7 +127,7 @@ def hidden(
         if busy | (e == 0):
             expert = tl.arange(0, BLOCK_E)
             used = tl.zeros([BLOCK_E], tl.int32)
-            for start in tl.range(0, B, 8):  # rows together; more would cost registers
+            for start in tl.range(0, B, 8):  # eight rows at once; more would cost registers
                 row = start + tl.arange(0, min(8, ROWS))
                 inside = (row[:, None] < B) & (expert[None, :] < E)
                 flags = tl.load(active + row[:, None] * E + expert[None, :], mask=inside, other=0)
@@ -138,7 +138,7 @@ def hidden(
                 tl.store(count, tl.sum(used))
     if busy:
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        first = (tl.load(layer).to(tl.int64) * E + e) * M  # row of the weights; int64: 7B needs it
+        first = (tl.load(layer).to(tl.int64) * E + e) * M  # row of the weights; 7B overflows int32
         z, g = _project(
             x, up + first * D, gate + first * D, m, B, M, D, ROWS, BLOCK_M, BLOCK_D, STAGES, GATED
         )
@@ -179,8 +179,8 @@ def combine(
 ):
     """Program (j, s): columns [j BLOCK_D, (j + 1) BLOCK_D) of the sum of h times rows of w.
 
-    The rows are taken in panels of BLOCK_M that never cross experts; split s sums an equal share
-    of all panels, a contiguous one, in ascending order.
+    The rows are taken in panels of BLOCK_M that never cross experts; split s sums an equal,
+    contiguous share of the panels, in ascending order.
     """
     PANELS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M  # of an expert
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -191,7 +191,7 @@ def combine(
     else:
         panels = E * PANELS
     w += tl.load(layer).to(tl.int64) * E * M * D
-    if ROWS == 1:  # kept apart along M until the end: no reduction between the loads
+    if ROWS == 1:  # summed along M only at the end: no reduction between the loads
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     else:
         total = tl.zeros([ROWS, BLOCK_D], tl.float32)

@@ -1,8 +1,8 @@
-"""Times the Triton kernels' block sizes on the GPU at hand and keeps the fastest.
+"""Finds the Triton kernels' fastest block sizes on this machine's GPU.
 
 `python -m lte_jax.kernels.tune` writes tuned/<device>.json beside this file, which gpu_triton.py
 reads; entries of other shapes stay in it. The search starts from the rule for the shape and varies
-one number at a time, until a round brings nothing: some thirty variants a kernel, a second or two
+one number at a time until a round gains nothing: some thirty variants per kernel, a second or two
 each, nearly all of it compilation.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
@@ -29,12 +29,12 @@ from . import gpu_triton
 from .gpu_triton import Blocks
 
 ROUNDS = 3  # at most, of varying each number
-LAYERS, INPUTS = 8, 4  # distinct calls in one measurement: XLA computes equal ones once only
-Run = Callable[[tuple, int, Blocks], jax.Array]  # arrays; number, below LAYERS * INPUTS; blocks
+LAYERS, INPUTS = 8, 4  # distinct calls in a measurement: XLA would compute equal ones only once
+Run = Callable[[tuple, int, Blocks], jax.Array]  # arrays; call number below LAYERS * INPUTS; blocks
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Flags to `tune`."""
+    """Parses the flags and runs `tune` for each number of rows."""
     parser = argparse.ArgumentParser(
         prog="python -m lte_jax.kernels.tune", description=__doc__.partition("\n")[0]
     )
@@ -51,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="B")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of each row's experts")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="share of idle experts per row")
     parser.add_argument("--no-gate", action="store_true", help="an FFN of two matrices")
-    parser.add_argument("--out", type=Path, help="instead of the file that is read")
+    parser.add_argument("--out", type=Path, help="the file to write (default: tuned/<device>.json)")
     flags = parser.parse_args(argv)
     try:
         if reason := gpu_triton.unavailable():
             raise gpu_triton.Unsupported(f"no block sizes can be timed here: {reason}")
         path = flags.out or gpu_triton.tuned_path()
-        gpu_triton.read_tuned(path)  # before the work, should it be damaged
+        gpu_triton.read_tuned(path)  # raises before the work if it is damaged
         for rows in flags.rows:
             for name, cut, measured in tune(flags, rows):
                 _add(path, name, cut, measured)
@@ -73,7 +73,7 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     """For each kernel and shape: its key, the best blocks, and what was measured."""
     d, m, dtype = flags.d_model, flags.expert_size, jnp.dtype(flags.dtype)
     if m < 1 or flags.d_ff % m:
-        raise ValueError(f"--d-ff {flags.d_ff} is no multiple of --expert-size {m}")
+        raise ValueError(f"--d-ff {flags.d_ff} is not a multiple of --expert-size {m}")
     e = flags.d_ff // m
     keys = iter(jax.random.split(jax.random.key(0), 100 + 10 * len(flags.linear)))
 
@@ -112,7 +112,7 @@ def _matrix(text: str) -> tuple[int, int, bool]:
     return int(found[1]), int(found[2]), bool(found[3])
 
 
-# One call each, by its number: the layer varies first, then the input.
+# Each runs call number i: the layer varies first, then the input.
 
 
 def _hidden(arrays: tuple, i: int, cut: Blocks):
@@ -175,7 +175,7 @@ def best(
 
 
 def variants(kernel: str, b: int, dtype: str, rule: Blocks) -> dict[str, list[int]]:
-    """Values to try for each number; a tensor core takes 16 rows of weights or more."""
+    """Values to try for each number; a tensor core needs at least 16 rows of weights."""
     size = jnp.dtype(dtype).itemsize
     low = 1 if b == 1 else 16
     found = {
@@ -192,7 +192,7 @@ def variants(kernel: str, b: int, dtype: str, rule: Blocks) -> dict[str, list[in
 
 
 def milliseconds(run: Run, arrays: tuple, cut: Blocks) -> float:
-    """Median time of a call; infinite where these blocks cannot be compiled or run."""
+    """Median time of a call; infinite if these blocks cannot be compiled or run."""
     calls = LAYERS * INPUTS
     try:
         everything = jax.jit(lambda arrays: [run(arrays, i, cut) for i in range(calls)])
@@ -202,13 +202,13 @@ def milliseconds(run: Run, arrays: tuple, cut: Blocks) -> float:
             start = time.perf_counter()
             jax.block_until_ready(everything(arrays))
             times.append(time.perf_counter() - start)
-    except Exception:  # Triton, ptxas and XLA each have errors of their own for too large a tile
+    except Exception:  # Triton, ptxas and XLA raise different errors for tiles that are too large
         return math.inf
     return statistics.median(times) / calls * 1e3
 
 
 def _add(path: Path, name: str, cut: Blocks, measured: dict[str, float]) -> None:
-    """Enters a result in the file, which is replaced as a whole: a reader never sees half of it."""
+    """Adds a result to the file, which is replaced atomically."""
     import jax_triton
     import triton
 

@@ -1,9 +1,9 @@
-"""The sparse expert feed-forward network as a loop that XLA compiles on every device.
+"""The sparse expert FFN as a loop over the active experts that XLA compiles for any device.
 
-Each step of the loop slices one active expert out of the weights and adds its part of the output,
-so time and memory traffic follow the number of active experts. The trip count stays on the device.
-On a CPU the loop runs on one core, at about 0.6 of what the bytes allow; in bfloat16 jaxlib 0.10
-first converts all the weights to float32 (later ones do not).
+Each step slices one active expert out of the weights and adds its part of the output, so time and
+memory traffic are proportional to the active experts. The trip count stays on the device. On a CPU
+the loop runs on one core, at about 0.6 of the memory bandwidth; in bfloat16, jaxlib 0.10 first
+converts all weights to float32 (later versions do not).
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 """
@@ -29,7 +29,7 @@ def sparse_ffn(
     """Output [B, D] of x's type, accumulated in float32; weights are stacked [N, E, M, D]."""
     act = ACTIVATIONS[activation]
     ids_E, count = compact(active_BE)
-    first = layer * active_BE.shape[1]  # of this layer's experts in the view without layers
+    first = layer * active_BE.shape[1]  # this layer's first expert in the flat view
     flat = {name: w.reshape(-1, *w.shape[2:]) for name, w in weights.items()}
 
     def add_expert(i: jax.Array, y_BD: jax.Array) -> jax.Array:
@@ -58,8 +58,8 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
     w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
     contracted = ((1,), (1 if transposed else 0,))
-    # Reading w takes the time: float32 need not be rounded first, as TPUs and GPUs would. Routers
-    # are float32, and would choose other experts than in training.
+    # TPUs and GPUs would round float32, and routers then choose other experts than in training.
+    # Full precision costs nothing here: the time goes into reading w.
     precision = jax.lax.Precision.HIGHEST if x_BK.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x_BK,
@@ -80,8 +80,8 @@ def attend(
     layer: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one new token a row, [B, H, C], and the caches with it at `index` of `layer`."""
-    zero = jnp.zeros((), jnp.int32)  # of the others' type: Python's own is int64 under 64-bit types
+    """Attention of one new token per row, [B, H, C], and the caches with it at `layer`, `index`."""
+    zero = jnp.zeros((), jnp.int32)  # all indices need one type; under x64, Python's 0 is int64
     here = (layer, zero, index, zero, zero)
     k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_BKC[None, :, None], here)
     v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_BKC[None, :, None], here)

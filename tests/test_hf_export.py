@@ -157,7 +157,7 @@ def test_export_follows_no_link_out_of_the_folder(tmp_path, caplog):
     held = sorted(file.name for file in (tmp_path / "new").iterdir())
     assert held == ["NOTICE", "NOTICE.md", "config.json", "manifest.json", "model.safetensors"]
     assert (tmp_path / "new" / "NOTICE.md").read_text() == "ours"
-    assert "LICENSE.txt is left out" in caplog.text and "vocab.txt is left out" in caplog.text
+    assert "LICENSE.txt is not saved" in caplog.text and "vocab.txt is not saved" in caplog.text
 
 
 @pytest.mark.parametrize("shared_store", [False, True])

@@ -98,7 +98,7 @@ class ModelConfig(Checked):
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise UserError(
                 f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each of "
-                f"the {self.num_layers} layers"
+                f"{self.num_layers} layers"
             )
         ids = {"bos_id": (self.bos_id,), "eos_ids": self.eos_ids, "pad_id": (self.pad_id,)}
         for key, values in ids.items():
@@ -226,8 +226,8 @@ class DataConfig(Checked):
     validation: str = ""  # validation text, likewise; "": hold out a part of the training text
     column: str = "text"  # key of the text in each record
     join: str | None = None  # joins all records into one text; None: a record is a document
-    # Token appended to each training document; "auto": eos or bos, whichever the pretrained model
-    # is measured to expect there (from scratch: eos).
+    # Token appended to each training document; "auto": what the pretrained model expects there, eos
+    # or bos, by measurement (from scratch: eos).
     end_token: Literal["auto", "eos", "bos", "none"] = "auto"
     length: Length = 256  # L: tokens per record
     batch_size: Count = 16  # B: records per step, over all hosts and microbatches
@@ -239,8 +239,8 @@ class DataConfig(Checked):
     def _check_together(self):
         if self.join is not None and not self.pack:
             raise UserError(
-                f"pack=False: expected True, as join={self.join!r} makes one text of all records, "
-                "and padding would keep only its beginning"
+                f"pack=False: expected True where join={self.join!r} makes one text of all "
+                "records, as padding would keep only its beginning"
             )
 
 

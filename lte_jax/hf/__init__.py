@@ -1,8 +1,8 @@
-"""Hugging Face folders: reading dense and LTE models, writing them back.
+"""Reads and writes dense and LTE models as Hugging Face folders.
 
 An HF folder holds config.json, safetensors (one file, or shards with an index) and a tokenizer.
-An LTE folder is an HF folder with three additions, so that whatever reads HF folders still loads
-it, as the dense model with its neurons in another order:
+An LTE folder is an HF folder with three additions; programs that read HF folders load it as the
+dense model, with its neurons in another order:
 
   config.json                   a section "lte": the fields of `LTEConfig`, the threshold among them
   model.layers.{i}.mlp.router.weight [E, D], .bias [E]   beside the other tensors, in the dtype
@@ -10,13 +10,13 @@ it, as the dense model with its neurons in another order:
   expert_order.safetensors      optional: "expert_order" int32 [N, E, M], the neuron of the dense
                                 model that is neuron m of expert e
 
-and what this library wrote, dense or LTE, has
+Every folder that this library writes, dense or LTE, has
 
   manifest.json                 size and SHA-256 of every file: `lte_jax.files`
 
 Neuron m of expert e is row e*M + m of gate_proj.weight and up_proj.weight (and of their biases)
-and column e*M + m of down_proj.weight. A folder is written beside its place and renamed, so it is
-whole or absent; a killed process can leave a hidden `.NAME.new-*` beside it.
+and column e*M + m of down_proj.weight. A folder is written under a temporary name and renamed, so
+it is whole or absent; a killed process can leave a hidden `.NAME.new-*` beside it.
 
 Dimension key: D model width  E experts  M neurons per expert  N layers
 """

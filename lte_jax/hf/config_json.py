@@ -1,9 +1,9 @@
 """ModelConfig and LTEConfig <-> the config.json of an HF folder.
 
-The file is read as the JSON it is, in the spelling of transformers 4 (`rope_theta`,
-`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`), with the defaults of each
-family in transformers. A key that could change the forward pass and is not understood is an
-error: a model that computes something else than its author meant is worse than none.
+The file is read as plain JSON, as transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) or 5
+(`rope_parameters`, `dtype`) spells it, with transformers' defaults for each family. An unknown key
+that could change the forward pass is an error: better no model than one that computes something
+other than its author meant.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """What transformers assumes of a model_type where config.json is silent."""
+    """What transformers assumes of a model_type if config.json does not say."""
 
     architecture: str
     max_length: int
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     special_ids: tuple[int | None, int | None] = (None, None)  # bos, eos
-    attention_bias: bool | None = False  # None: config.json says; else always so
-    attention_bias_of_output: bool = True  # whether attention_bias reaches o_proj
+    attention_bias: bool | None = False  # None: as in config.json
+    attention_bias_of_output: bool = True  # whether attention_bias applies to o_proj
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    sliding: str | None = None  # "all" layers slide, or those that config.json names ("some")
+    sliding: str | None = None  # "all" layers have a window, or "some", as in config.json
 
 
 _FAMILIES = {
@@ -72,7 +72,7 @@ _FAMILIES = {
 }
 
 _MAX_EOS_IDS = 100
-_ACTIVATIONS: dict[str, Activation] = {  # the first of each kind is what we write
+_ACTIVATIONS: dict[str, Activation] = {  # export writes the first of each kind
     "silu": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -84,11 +84,11 @@ _ACTIVATIONS: dict[str, Activation] = {  # the first of each kind is what we wri
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, LTEConfig | None]:
-    """The model in an HF or LTE folder; the second is None where it is dense.
+    """The configs of the model in an HF or LTE folder; the LTEConfig is None for a dense model.
 
     Raises:
-      UserError: where config.json is absent or corrupt, lacks a key, or asks for what this
-        library does not compute (family, rotary embedding, activation, unknown keys).
+      UserError: if config.json is missing or corrupt, lacks a key, or asks for something that is
+        not supported (family, rotary embedding, activation, unknown keys).
     """
     path = Path(folder) / CONFIG
     if not path.exists() and (found := foreign.in_folder(Path(folder))):
@@ -97,13 +97,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, LTEConfig | None]:
     raw = read_json(path, f"is {folder} the folder of a model in Hugging Face format?")
     generation = path.with_name("generation_config.json")
     stops = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if stops is not None:  # what `generate` of transformers stops at, too
+    if stops is not None:  # where transformers' `generate` stops, too
         raw = raw | {"eos_token_id": stops}
     return parse(raw, str(path))
 
 
 def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | None]:
-    """As `read_config`, from the object in config.json; `where` begins the messages."""
+    """As `read_config`, from the object in config.json; error messages begin with `where`."""
     try:
         fields = Fields(raw)
         config = _model_config(fields)
@@ -114,10 +114,10 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | 
             if section is None
             else from_mapping(LTEConfig, moved({"lte": section})["lte"], "lte")
         )
-        num_experts(config, lte)  # raises where the expert size does not divide
+        num_experts(config, lte)  # raises if the expert size does not divide the FFN width
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except RecursionError:  # a value to be shown in a message is itself a deep tree
+    except RecursionError:  # from showing a deeply nested value in a message
         raise UserError(f"{where} is nested too deeply: download or copy it again") from None
     return config, lte
 
@@ -126,7 +126,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The object of a config.json that transformers 4 and 5 read as this dense model.
 
     Raises:
-      UserError: where the family has no key for what the model is.
+      UserError: if the family's config cannot express this model.
     """
     if config.family not in _FAMILIES:
         known = nearest(config.family, _FAMILIES)
@@ -183,7 +183,7 @@ def _check_expressible(config: ModelConfig, raw: Mapping[str, Any], dtype: str) 
         mine, theirs = getattr(config, field.name), getattr(told, field.name)
         if mine != theirs:
             raise UserError(
-                f"an HF config of model_type {config.family!r} cannot say {field.name}={mine!r} "
+                f"an HF config of model_type {config.family!r} cannot have {field.name}={mine!r} "
                 f"(it would be read as {theirs!r}): choose a family that has it"
             )
 
@@ -236,7 +236,7 @@ def _model_config(fields: Fields) -> ModelConfig:
         sliding_layers=slides,
         bos_id=fields.token_id("bos_token_id", bos),
         eos_ids=_ids(fields.get("eos_token_id", (int, list, NULL), eos)),
-        pad_id=pad if pad is not None and pad >= 0 else None,  # -1 stands for none in old folders
+        pad_id=pad if pad is not None and pad >= 0 else None,  # -1 means none in old folders
         dtype=_dtype(fields),
     )
 
@@ -246,10 +246,10 @@ def _list(names: Mapping[str, Any]) -> str:
 
 
 def _flag(fields: Fields, key: str, fixed: bool | None) -> bool:
-    """A switch that some families have in config.json and others have `fixed`."""
+    """A boolean that some families read from config.json and others have `fixed`."""
     if fixed is None:
         return bool(fields.get(key, bool, False))
-    if fixed:  # saying so besides does no harm; where it is not so, `reject_rest` objects
+    if fixed:  # the key is redundant; elsewhere `reject_unknown` rejects it
         fields.asked.add(key)
     return fixed
 
@@ -275,7 +275,7 @@ def _dtype(fields: Fields) -> str:
 def _sliding(
     fields: Fields, family: _Family, num_layers: int
 ) -> tuple[int | None, tuple[bool, ...] | None]:
-    """The window and which layers have it (None: all), as transformers' masks have them."""
+    """The window and which layers have it (None: all), as in transformers' masks."""
     kinds = fields.get("layer_types", list, None)
     named = None if kinds is None else _from_layer_types(kinds, num_layers)
     if family.sliding != "some":

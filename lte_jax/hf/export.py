@@ -1,4 +1,4 @@
-"""Writing a parameter tree as an HF folder (dense) or an LTE folder.
+"""Writes a parameter tree as an HF folder (dense) or an LTE folder.
 
 Dimension key: N layers  E experts  M neurons per expert
 """
@@ -48,21 +48,21 @@ def save(
     """Writes a model folder, whole or not at all.
 
     Args:
-      folder: to be made; an older model folder there is replaced.
+      folder: the folder to make; an older model folder there is replaced.
       config: the dense model.
       lte: None for a dense model.
       params: the tree of `Transformer(config, lte)`; fully addressable from this process.
       source: folder or hub id of the model these parameters come from: its config.json,
-        tokenizer, generation config and licence are taken over. None: config.json is made.
+        tokenizer, generation config and licence are copied. None: config.json is made.
       expert_order: int32 [N, E, M], the neuron of the dense model in each slot.
-      dtype: of the stored tensors, routers aside, which keep theirs: rounding would move scores
-        across the threshold. None: each as its parameter; "source": each as in `source`.
-      max_shard_bytes: larger models are cut into several files with an index.
-      tokenizer: a transformers tokenizer to put in the folder, in place of that of `source`.
+      dtype: of the stored tensors, except routers, which keep theirs: rounding would move scores
+        across the threshold. None: that of each parameter; "source": that of each in `source`.
+      max_shard_bytes: larger models are split into several files with an index.
+      tokenizer: a transformers tokenizer to save instead of that of `source`.
 
     Raises:
-      UserError: where the parameters are not those of the model, `source` is another model, or
-        the folder holds other things or cannot be written.
+      UserError: if the parameters are not the model's, `source` is another model, or the folder
+        holds other things or cannot be written.
     """
     valid = DTYPES if source is None else (*DTYPES, "source")
     if dtype is not None and dtype not in valid:
@@ -90,7 +90,7 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """An HF tensor to be written: one layer of one of our arrays, fetched when its turn comes."""
+    """An HF tensor to be written: one layer of one of our arrays, fetched when it is written."""
 
     name: str
     dtype: str
@@ -113,14 +113,14 @@ class _Tensor:
 
 
 def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None) -> dict[str, Any]:
-    """The object for config.json; that of `source` where there is one."""
+    """The object for config.json; that of `source` if there is one."""
     raw = write_config(config, config.dtype) if source is None else read_json(source / CONFIG)
     raw.pop("lte", None)
     return raw if lte is None else raw | {"lte": dataclasses.asdict(lte)}
 
 
 def _write_config(new: Path, raw: dict[str, Any], source: Path | None, dtype: str) -> None:
-    """Writes config.json for tensors of a type; byte for byte that of `source` if it says so."""
+    """Writes config.json with this dtype: a copy of that of `source` if they agree."""
     if parse(raw, CONFIG)[0].dtype != dtype:
         raw = raw | {"torch_dtype" if "torch_dtype" in raw else "dtype": dtype}
     if source is not None and raw == read_json(source / CONFIG):
@@ -130,7 +130,7 @@ def _write_config(new: Path, raw: dict[str, Any], source: Path | None, dtype: st
 
 
 def _main_dtype(tensors: list[_Tensor]) -> str:
-    """What config.json says: the type of most of the weights, routers aside."""
+    """The dtype for config.json: that of most weights, routers aside."""
     numbers: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
         if not is_router(tensor.row.path if tensor.row else ""):
@@ -226,13 +226,13 @@ def _write_weights(folder: Path, tensors: list[_Tensor], max_shard_bytes: int) -
 
 
 def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
-    """A safetensors file, one tensor at a time (safetensors' own writer wants all in memory).
+    """Writes a safetensors file tensor by tensor (safetensors' own writer needs all in memory).
 
     Format: github.com/huggingface/safetensors#format. A little-endian length, a JSON header, the
-    tensors without gaps; wide types first, so that each is aligned.
+    tensors without gaps; wide types come first, so that each is aligned.
     """
     tensors = sorted(tensors, key=lambda t: -np.dtype(t.dtype).itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     start = 0
     for tensor in tensors:
         stop = start + tensor.num_bytes

@@ -1,4 +1,4 @@
-"""Typed reading of what a config.json holds."""
+"""Typed reading of the keys of a config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Fields:
         self.asked: set[str] = set()
 
     def get(self, key: str, kinds: type | tuple[type, ...], *default: Any) -> Any:
-        """The value of a key, which must be there if no default is given; null as `kinds` allow."""
+        """The value of a key, required if no default is given; null only as `kinds` allow."""
         self.asked.add(key)
         if key not in self.raw:
             if not default:
@@ -54,7 +54,7 @@ class Fields:
         return None if value is None else float(value)
 
     def token_id(self, key: str, default: int | None) -> int | None:
-        """A token id or null; some folders put it into a list of one."""
+        """A token id or null; some folders have it in a list of one."""
         value = self.get(key, (int, list, NULL), default)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]

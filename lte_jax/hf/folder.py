@@ -1,7 +1,7 @@
-"""Which files of a folder make up its model, and which of them may be trusted to be what they say.
+"""Which files of a folder belong to its model, and which of them can be trusted.
 
-A folder that this library wrote has a manifest (`lte_jax.files`): what is no longer as it was
-written is refused. A folder may come from a stranger: what lies outside it is not copied for it.
+A folder that this library wrote has a manifest (`lte_jax.files`): a file that has changed since is
+refused. A folder may come from a stranger: links to files outside it are not copied.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ def verify(folder: Path, *, digests: bool = False, mend: str | None = None) -> N
     """Compares a folder with its manifest: the sizes of its files, and if asked their contents.
 
     Args:
-      folder: of a model. Those of others have no manifest, and pass.
+      folder: of a model. One without a manifest, written by others, passes.
       digests: compare contents, too; reads every file.
-      mend: what to do where it is not as it was written. With it, the folder is one that we made,
-        and must have a manifest.
+      mend: advice for the error message. With it, the folder must have a manifest.
 
     Raises:
       UserError: names the file that is not as it was written.
@@ -60,25 +59,25 @@ def verify(folder: Path, *, digests: bool = False, mend: str | None = None) -> N
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """The files of a folder that go with its model wherever it is saved.
+    """The files of a folder that are saved along with its model.
 
-    A link that leads elsewhere is left out: it would carry a file of this machine into what is
-    published. The hub's cache is made of links, which lead to the blobs of the same cache.
+    A link that leads elsewhere is left out: it would publish a file of this machine. In the hub's
+    cache files are links, to blobs of the same cache.
     """
     for file in sorted(folder.iterdir()):
         if not _matches(file.name, COMPANIONS) or file.is_dir():
             continue
         if not file.is_file():
-            log.warning("%s is left out of what is saved: it is no regular file", file)
+            log.warning("%s is not saved with the model: it is not a regular file", file)
         elif not _inside(file, folder):
             where = os.path.realpath(file)
-            log.warning("%s is left out of what is saved: it is a link to %s", file, where)
+            log.warning("%s is not saved with the model: it is a link to %s", file, where)
         else:
             yield file
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises where writing `folder` would destroy anything but an older model."""
+    """Raises if writing `folder` would destroy anything but an older model."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -95,7 +94,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def cached_repository(folder: Path) -> str | None:
-    """The hub id whose download a folder is; None where it is no snapshot in the hub's cache."""
+    """The hub id of a snapshot folder in the hub's cache; None for other folders."""
     snapshot = Path(os.path.realpath(folder))
     kind, *name = snapshot.parent.parent.name.split("--")
     if snapshot.parent.name != "snapshots" or kind != "models" or not name:
@@ -104,7 +103,7 @@ def cached_repository(folder: Path) -> str | None:
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether what a file's name leads to lies in the folder, or in its hub cache."""
+    """Whether a file, its links followed, lies in the folder or in its hub cache."""
     home = Path(os.path.realpath(folder))
     homes = [home]
     if cached_repository(home):  # models--owner--name/snapshots/commit; blobs may be shared

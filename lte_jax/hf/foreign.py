@@ -1,7 +1,7 @@
-"""What a folder holds that is no model this library reads: what was found, and what to do.
+"""Explains folders that hold no model that this library reads: what was found, and what to do.
 
-Every function returns the part of a sentence that explains, after the name of the file or folder;
-None where nothing known was found. Kinds are data: a new one is a line of a table.
+Every function returns the rest of a sentence that begins with the name of the file or folder; None
+if nothing known was found. A new kind is a line of a table.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ _CONVERT = (
 
 
 def family(model_type: str) -> str:
-    """Of a model_type that has no importer."""
+    """Explains a model_type that has no importer."""
     known = (what for what, names in _FAMILIES.items() if model_type in names.split())
     return next(known, "is not supported")
 
 
 def quantised(settings: Mapping[str, Any]) -> str:
-    """Of the quantization_config of a config.json."""
+    """Explains the quantization_config of a config.json."""
     method, bits = settings.get("quant_method"), settings.get("bits")
     told = [method] if isinstance(method, str) else []
     told += [f"{bits} bits"] if isinstance(bits, int) else []
@@ -70,7 +70,7 @@ def quantised(settings: Mapping[str, Any]) -> str:
 
 
 def in_folder(folder: Path) -> str | None:
-    """Of a folder without config.json, or with one and no safetensors."""
+    """Explains a folder without config.json, or with one but no safetensors."""
     checkpoints = sorted(folder.glob(f"checkpoint-*/{CONFIG}"), key=_step)
     adapter, gguf, pth = (_first(folder, g) for g in ("adapter_config.json", "*.gguf", "*.pth"))
     if repository := unfinished(folder):
@@ -81,12 +81,12 @@ def in_folder(folder: Path) -> str | None:
         return f"is the work directory of a run: name a model in it, such as {folder / 'lte'}"
     if checkpoints:
         return (
-            f"holds {len(checkpoints)} checkpoints of a Trainer, no model: name one of them, the "
-            f"newest is {checkpoints[-1].parent}"
+            f"holds {len(checkpoints)} checkpoints of a Trainer, not a model: name one of them, "
+            f"such as the newest, {checkpoints[-1].parent}"
         )
     if adapter:
         return (
-            'holds a PEFT adapter, no model: merge it into the model it is for: python -c "from '
+            'holds a PEFT adapter, not a model: merge it into its model: python -c "from '
             f"peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}')"
             ".merge_and_unload().save_pretrained('NEW_FOLDER')\""
         )
@@ -104,7 +104,7 @@ def in_folder(folder: Path) -> str | None:
 
 
 def unfinished(folder: Path) -> str | None:
-    """The hub id whose download to the hub's cache was broken off, if a folder is of one."""
+    """The hub id whose download left this folder of the hub's cache incomplete, or None."""
     repository = cached_repository(folder)
     blobs = Path(os.path.realpath(folder)).parent.parent / "blobs"
     broken = any(blobs.glob("*.incomplete")) or not all(file.exists() for file in folder.iterdir())
@@ -117,7 +117,7 @@ def misfit(
     missing: Sequence[str],
     extra: Sequence[str],
 ) -> str | None:
-    """Of tensors that are not those config.json asks for; `dtypes` as safetensors spells them."""
+    """Explains tensors other than config.json asks for; `dtypes` as safetensors spells them."""
     for pattern, method in _QUANTISED_NAMES.items():
         if named := next((name for name in extra if re.search(pattern, name)), None):
             return f"holds {named}: the weights are {_quantised(method)}"
@@ -129,9 +129,9 @@ def misfit(
     routers = any(_ROUTER in name for name in dtypes)
     if missing and not routers and all(_ROUTER in name for name in missing):
         return (
-            f'lacks its routers, such as {missing[0]}: config.json has the section "lte", but who '
-            "saved the folder again (save_pretrained of transformers does) left them out: take the "
-            'folder as lte_jax wrote it, or remove "lte" from config.json to have the dense model'
+            f'lacks its routers, such as {missing[0]}: config.json has the section "lte", but '
+            "another program, such as save_pretrained of transformers, left them out: use the "
+            'folder as lte_jax wrote it, or remove "lte" from config.json for the dense model'
         )
     head = next((name for name in dtypes if _CLASSIFIER.search(name)), None)
     if head and "lm_head.weight" in missing:
@@ -149,14 +149,14 @@ def misfit(
 
 
 def dtype(folder: Path, stored: str) -> str:
-    """The mend for tensors of a type that is not read."""
+    """What to do about tensors of an unsupported type."""
     if stored == "F64":
         return f"convert the model to float32: {_CONVERT.format(folder)}"
     return "store them unquantised, or name the model that they were quantised from"
 
 
 def only_other_formats(folder: Path) -> str:
-    """Of a folder with config.json and without safetensors."""
+    """Explains a folder with config.json and without safetensors."""
     if found := in_folder(folder):
         return found
     held = _first(folder, "*.bin")
@@ -169,7 +169,7 @@ def only_other_formats(folder: Path) -> str:
 def _quantised(method: str) -> str:
     return (
         f"quantised ({method}), and only float32, bfloat16 and float16 are read: name the model "
-        "that it was quantised from, or save what dequantize() of transformers gives"
+        "that it was quantised from, or save the result of transformers' dequantize()"
     )
 
 

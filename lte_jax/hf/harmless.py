@@ -1,4 +1,4 @@
-"""Which keys of a config.json may be passed over: those that no forward pass reads."""
+"""Which keys of a config.json may be ignored: those that no forward pass reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TELLING = re.compile(
 
 
 def reject_unknown(fields: Fields) -> None:
-    """Raises on keys that nobody asked for and that could change the forward pass."""
+    """Raises on keys that were not read and could change the forward pass."""
     for key in sorted(fields.raw.keys() - fields.asked - _WITHOUT_EFFECT):
         value = fields.raw[key]
         if key in _WITHOUT_EFFECT_IF:

@@ -1,4 +1,4 @@
-"""Where a model lies: a local folder, or the Hugging Face hub."""
+"""Finds a model: a local folder, or a download from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _HUB_URL = re.compile(
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a model, downloaded to the hub's cache if it is a model of the hub.
+    """The local folder of a model; a hub model is downloaded to the hub's cache.
 
-    A model of the hub is named "owner/name", "owner/name@revision" (branch, tag or commit), or by
-    the address of its page. Only config, safetensors, tokenizer and licence files are fetched.
+    A hub model is named "owner/name", "owner/name@revision" (branch, tag or commit), or by the URL
+    of its page. Only config, safetensors, tokenizer and licence files are downloaded.
 
     Raises:
-      UserError: where it is neither a folder nor a hub model within reach.
+      UserError: if it is neither a folder nor a hub model that can be downloaded.
     """
     if not isinstance(path_or_hub_id, str | os.PathLike) or not str(path_or_hub_id):
         raise UserError(f"{path_or_hub_id!r} names no model: expected a folder or a hub id")
@@ -39,7 +39,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     named = _HUB_URL.fullmatch(spelled) or _HUB_ID.fullmatch(spelled)
     if named is None:
         raise UserError(
-            f"{spelled} is no local folder, nor is it spelled like a hub id (owner/name, "
+            f"{spelled} is not a local folder, and not spelled like a hub id (owner/name, "
             "owner/name@revision): correct the path"
         )
     import huggingface_hub
@@ -53,8 +53,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
                 ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
             )
         )
-    except Exception as e:  # no common base: HTTP, offline, cache and disk errors each have theirs
+    except Exception as e:  # HTTP, offline, cache and disk errors have no common base
         raise UserError(
-            f"{spelled} is neither a local folder nor could it be had from the hub "
+            f"{spelled} is not a local folder, and downloading it from the hub failed "
             f"({type(e).__name__}: {one_line(e)}): correct the path, go online, or log in"
         ) from None

@@ -1,8 +1,8 @@
-"""How our parameters become the tensors of an HF checkpoint, and the other way round.
+"""The table that maps our parameters to the tensors of an HF checkpoint and back.
 
-A row joins a parameter (params.py) with what its family calls the tensor and how it lays it out
-(families/). Import and export, expected shapes and error messages all derive from it, so no tensor
-can be read one way and written another.
+A row joins a parameter (params.py) with the tensor's name and layout in its family (families/).
+Import, export, expected shapes and error messages all derive from it, so no tensor can be read one
+way and written another.
 
 Dimension key: D model width  E experts  M neurons per expert  F = E*M  N layers  H heads
                K kv heads  C head width  V vocabulary
@@ -21,7 +21,7 @@ from lte_jax import params
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.hf.families import llama
 
-# What the people who wrote config.json call a dimension of an HF tensor.
+# The dimensions of HF tensors, as config.json calls them.
 _HF_DIMENSION = {
     "V": "vocab_size",
     "D": "hidden_size",
@@ -55,19 +55,19 @@ class Row:
         return self.ours.startswith("N")
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Of our array."""
+        """The shape of our array."""
         return tuple(sizes[letter] for letter in self.ours)
 
     def hf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Of the HF tensor."""
+        """The shape of the HF tensor."""
         return tuple(math.prod(sizes[c] for c in group) for group in self.hf.split())
 
     def hf_names(self, sizes: Mapping[str, int]) -> list[str]:
-        """The tensors our array is made of: one a layer, or one."""
+        """The names of the tensors in our array: one per layer, or one."""
         return [self.name.format(i) for i in range(sizes["N"])] if self.layered else [self.name]
 
     def describe(self, sizes: Mapping[str, int]) -> str:
-        """The HF shape in words: "[intermediate_size=172, hidden_size=64]"."""
+        """The HF shape with names: "[intermediate_size=172, hidden_size=64]"."""
         named = zip(self.hf.split(), self.hf_shape(sizes), strict=True)
         return "[" + ", ".join(f"{_HF_DIMENSION[group]}={size}" for group, size in named) + "]"
 
@@ -78,8 +78,8 @@ class Row:
     def read(self, tensor, sizes: Mapping[str, int], cut: Mapping[str, Span]) -> np.ndarray:
         """The part `cut` of one HF tensor, in our order of dimensions (without N).
 
-        `tensor` is anything that slices, such as a tensor still on disk: no more of it is read
-        than the rows and columns in which the part lies.
+        `tensor` is anything that slices, such as a tensor on disk; only the rows and columns of
+        the part are read.
         """
         ranges, shape, rest = [], [], []
         for group in self.hf.split():
@@ -94,7 +94,7 @@ class Row:
         return part.transpose([letters.index(c) for c in self.ours.removeprefix("N")])
 
     def to_hf(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The HF tensor of our array (of one layer of it, without N)."""
+        """The HF tensor of one layer of our array (without N)."""
         ours = self.ours.removeprefix("N")
         order = [ours.index(c) for c in self.hf.replace(" ", "")]
         return array.transpose(order).reshape(self.hf_shape(sizes))

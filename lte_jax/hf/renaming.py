@@ -1,8 +1,7 @@
-"""From the names that tensors have in people's files to those of the table in names.py.
+"""Maps tensor names as found in checkpoints to those of the table in names.py.
 
-Wrappers of training prefix names; the model without its head has no `model.`; a tied matrix is
-stored under either of its names; old exporters store constants. Where all of it is explained by
-these rules, the file is read as what it is.
+Training wrappers prefix names; a model saved without its head has no `model.`; a tied matrix is
+stored under either of its names; old exporters store constants.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Collection
 EMBEDDING = "model.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
 
-_WRAPPERS = (  # pattern, what stands there instead; applied where it is in the names of all layers
+_WRAPPERS = (  # pattern, replacement; applied if the names of all layers match
     (re.compile(r"(^|\.)_orig_mod\."), r"\1"),  # torch.compile
     (re.compile(r"(^|\.)_fsdp_wrapped_module\."), r"\1"),  # FullyShardedDataParallel
     (re.compile(r"(^|\.)_checkpoint_wrapped_module\."), r"\1"),  # activation checkpointing
@@ -29,10 +28,10 @@ _UNUSED = re.compile(r"(^|\.)masked_bias$|^score\.weight$")
 
 
 def to_expected(stored: Collection[str], expected: Collection[str]) -> tuple[dict[str, str], str]:
-    """Stored name -> name in the table, and what was done in words ("" where nothing was).
+    """Stored name -> name in the table, and what was done, for the log ("" if nothing was).
 
-    Names that belong to no parameter and do no harm are left out; others stay as they are, for
-    the caller to complain about. A renaming that would make two names one is not done.
+    Harmless names that belong to no parameter are left out; other unknown names stay, for the
+    caller to reject. Nothing is renamed if two names would become one.
     """
     done = []
     names = {name: name for name in stored if not _CONSTANT.search(name)}

@@ -1,4 +1,4 @@
-"""Rotary frequencies: what config.json says of them, old and new spelling.
+"""Reads and writes the rotary frequencies of a config.json, in its old and new spelling.
 
 Format: `rope_scaling` of transformers 4, `rope_parameters` of 5; modeling_rope_utils.py there.
 """
@@ -15,7 +15,7 @@ _NEUTRAL = [("partial_rotary_factor", 1.0), ("attention_factor", 1.0), ("factor"
 
 
 def read(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
-    """Base and stretching of the rotary frequencies."""
+    """The base of the rotary frequencies and how they are stretched."""
     outer_theta = fields.positive("rope_theta", None)
     old, new = fields.get("rope_scaling", dict, None), fields.get("rope_parameters", dict, None)
     rope = Fields(old or new or {}, "rope_scaling." if old else "rope_parameters.")
@@ -51,7 +51,7 @@ def read(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
 
 
 def write(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The value of `rope_scaling` that says the same."""
+    """The equivalent value of `rope_scaling`."""
     if scaling is None:
         return None
     if scaling.kind == "linear":

@@ -1,7 +1,6 @@
-"""The tensors of a folder as they lie on disk: which files hold them, and slices of them.
+"""The tensors of a folder on disk: which files hold them, and how to read slices of them.
 
-Format: github.com/huggingface/safetensors#format; several files have an index, as transformers
-writes it.
+Format: github.com/huggingface/safetensors#format; shards have an index, as in transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  numpy learns bfloat16, without which safetensors cannot return it
+import ml_dtypes  # noqa: F401  teaches NumPy bfloat16, which safetensors returns
 import numpy as np
 import safetensors
 
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still on disk; slicing reads that part."""
+    """A tensor on disk; slicing reads a part of it."""
 
     name: str  # in the file
     file: Path
@@ -48,8 +47,8 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, StoredT
     """All tensors of a folder by name; they can be read while `stack` is open.
 
     Raises:
-      UserError: where there are no safetensors, a shard is absent or truncated, or the index and
-        the shards disagree.
+      UserError: if there are no safetensors, a shard is missing or truncated, or the index and the
+        shards disagree.
     """
     tensors: dict[str, StoredTensor] = {}
     index = _index(folder)
@@ -92,7 +91,7 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor
 
 
 def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> shard, or None where there is no index."""
+    """Tensor name -> shard; None if there is no index."""
     if (folder / ONE_FILE).exists() or not (folder / INDEX).exists():
         return None
     index = read_json(folder / INDEX).get("weight_map")
@@ -138,5 +137,5 @@ def _files(folder: Path) -> list[str]:
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Logs what was done with a folder that is not as transformers writes it."""
+    """Logs, once, how a folder unlike those of transformers was read."""
     log.warning(line)

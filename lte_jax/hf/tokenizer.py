@@ -1,4 +1,4 @@
-"""The tokenizer of a model, as transformers reads it; code that a folder brings is never run."""
+"""Loads a model's tokenizer with transformers; Python code in the folder is never run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lte_jax.hf.hub import resolve
 
 log = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_READ = (  # by transformers, unasked: none of them may be a pipe
+_READ = (  # files that transformers opens: none of them may be a pipe
     *_VOCABULARIES,
     CONFIG,
     "tokenizer_config.json",
@@ -29,12 +29,11 @@ _READ = (  # by transformers, unasked: none of them may be a pipe
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     """The transformers tokenizer of a model.
 
-    Where the folder names Python code of its own for it, the code is not run: tokenizer.json
-    alone is read.
+    If the folder names Python code for it, the code is not run: only tokenizer.json is read.
 
     Raises:
-      UserError: where there is none, it is corrupt, cannot be had without running code of the
-        folder, or transformers is not installed.
+      UserError: if there is none, it is corrupt or needs code of the folder, or transformers is not
+        installed.
     """
     folder = resolve(path_or_hub_id)
     if not any(os.path.lexists(folder / name) for name in _VOCABULARIES):
@@ -73,7 +72,7 @@ def _read(reader: Any, folder: Path) -> Any:
         return made
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:  # plain Exception, often; and what panics in Rust is not even that
+    except BaseException as e:  # a panic in Rust is not even an Exception
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({type(e).__name__}: {one_line(e)}): "
             "download or copy tokenizer.json again"

@@ -1,8 +1,8 @@
-"""Reading the tensors of an HF or LTE folder into a parameter tree.
+"""Reads the tensors of an HF or LTE folder into a parameter tree.
 
-Every tensor is checked against the table of names.py before any is read. Then each array of ours
-is filled from disk tensor by tensor, the part of it that a device holds straight into that
-device's buffer, some rows at a time: beyond the result hardly any memory is taken.
+Every tensor is checked against the table of names.py before any is read. Then each array is filled
+from disk tensor by tensor, a few rows at a time, each device's part straight into its buffer: this
+takes hardly more memory than the result.
 
 Dimension key: N layers  E experts  M neurons per expert
 """
@@ -40,20 +40,20 @@ def load_params(
     dtype: str | None = None,
     shardings: Any = None,
 ) -> dict[str, Any]:
-    """The parameters in a folder, as the tree that `Transformer(config, lte)` has.
+    """The parameters in a folder, as the parameter tree of `Transformer(config, lte)`.
 
     Args:
       folder: of an HF model (dense) or an LTE model, safetensors only.
-      config: as `read_config` tells it.
-      lte: as `read_config` tells it.
+      config: from `read_config`.
+      lte: from `read_config`.
       dtype: float32, bfloat16 or float16; None keeps what is stored.
-      shardings: a tree of NamedSharding like that of the parameters; each part of an array is
-        read by the process and onto the device that holds it. None: the default device.
+      shardings: a tree of NamedSharding like that of the parameters; each process reads the parts
+        that its devices hold. None: the default device.
 
     Raises:
-      UserError: where a tensor is missing, unknown, misshapen, of another kind than float, or
-        a file is absent, truncated or not as its manifest says, and where a router's weights are
-        not finite; by its HF name, with both shapes.
+      UserError: if a tensor (named as in the file, with both shapes) is missing, unknown,
+        misshapen or not floating point, a router's weights are not finite, or a file is missing,
+        truncated or not as its manifest says.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
@@ -76,7 +76,7 @@ def load_params(
 
 
 def check_params(folder: Path, config: ModelConfig) -> None:
-    """That a folder holds the parameters of a dense model, from names and shapes alone.
+    """Checks by names and shapes that a folder holds the parameters of a dense model.
 
     Raises:
       UserError: as `load_params` does.
@@ -89,13 +89,11 @@ def check_params(folder: Path, config: ModelConfig) -> None:
 
 
 def load_expert_order(folder: Path) -> np.ndarray | None:
-    """The neuron of the dense model in each slot of an LTE folder, int32 [N, E, M].
-
-    None where the folder does not say.
+    """The neuron of the dense model in each slot of an LTE folder, int32 [N, E, M], or None.
 
     Raises:
-      UserError: where it once said so, or says something else than an order of each layer's
-        neurons.
+      UserError: if its manifest names the file but it is gone, or it is not a permutation of each
+        layer's neurons.
     """
     folder = Path(folder)
     verify(folder)
@@ -118,7 +116,7 @@ def load_expert_order(folder: Path) -> np.ndarray | None:
 
 
 def check_expert_order(order_NEM: np.ndarray, where: str) -> None:
-    """Raises unless each layer names all its neurons, each once; `where` begins the line."""
+    """Raises unless each layer names each of its neurons once; the error begins with `where`."""
     for layer, order_EM in enumerate(order_NEM):
         if not np.array_equal(np.sort(order_EM, axis=None), np.arange(order_EM.size)):
             raise UserError(
@@ -130,7 +128,7 @@ def check_expert_order(order_NEM: np.ndarray, where: str) -> None:
 def open_parameters(
     folder: Path, config: ModelConfig, lte: LTEConfig | None, stack: contextlib.ExitStack
 ) -> dict[str, StoredTensor]:
-    """As `open_tensors`, under the names of the table wherever the stored ones can be explained."""
+    """As `open_tensors`, with stored names mapped to those of the table where possible."""
     tensors = open_tensors(folder, stack)
     sizes, rows = dimension_sizes(config, lte), names.table(config, lte)
     expected = {name for row in rows for name in row.hf_names(sizes)}
@@ -149,14 +147,14 @@ def _drop_tied_head(tensors: dict[str, StoredTensor], config: ModelConfig) -> No
     if not _equal(head, embedding):
         raise UserError(
             f"{head.file}: {head.name} differs from {embedding.name}, although config.json says "
-            "tie_word_embeddings=true: download both files again; what transformers computes, "
-            "which ignores the head, is had by removing the tensor"
+            "tie_word_embeddings=true: download both files again, or remove the tensor, which "
+            "transformers ignores"
         )
     del tensors[renaming.TIED_HEAD]
 
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two matrices are equal, once in the narrower type; reads a few rows at a time."""
+    """Whether two matrices are equal in the narrower type; reads a few rows at a time."""
     if a.shape != b.shape or not {a.dtype, b.dtype} <= STORED_DTYPES.keys():
         return False
     narrow = max(a.dtype, b.dtype, key=lambda dtype: (dtype != "F32", dtype == "BF16"))
@@ -279,7 +277,7 @@ def _fill_slot(
 
 
 def _aligned_zeros(shape: list[int], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """Zeros at an address at which JAX on a CPU takes the buffer over in place of copying it."""
+    """Zeros, aligned so that JAX on a CPU uses the buffer without copying it."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment

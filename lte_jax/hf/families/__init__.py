@@ -1,1 +1,1 @@
-"""What checkpoints of each family look like: one file each."""
+"""The checkpoint layout of each family, a file for each."""

@@ -1,7 +1,7 @@
-"""Llama, and the families that name their tensors as it does: Mistral, Qwen2, Qwen3, SmolLM.
+"""Llama, and the families with the same tensor names: Mistral, Qwen2, Qwen3, SmolLM.
 
-`TENSORS` gives each path of params.py the tensor's name, `{}` being the layer, and its layout: a
-group of our dimension letters for each of its dimensions, so that "HC D" is [H*C, D].
+`TENSORS` maps each path of params.py to the tensor's name, with `{}` for the layer, and its layout:
+a group of our dimension letters for each of its dimensions, so "HC D" is [H*C, D].
 """
 
 _ATTN, _FFN = "model.layers.{}.self_attn", "model.layers.{}.mlp"
