@@ -342,4 +342,4 @@ def test_help_documents_every_key(capsys):
     for i in keys:
         assert lines[i + 1].startswith("      "), lines[i]
     [i] = [i for i in keys if lines[i].startswith("  data.end_token")]
-    assert "what the pretrained model expects" in lines[i + 1]  # a comment above the key
+    assert "appended to each training document" in lines[i + 1]  # a comment above the key

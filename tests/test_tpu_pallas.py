@@ -22,11 +22,11 @@ TYPES = ("float32", "bfloat16")
 @pytest.mark.parametrize(
     ("rows", "neurons", "width", "dtype", "match"),
     [
-        (1, 32, 4096, "float16", "x is float16, the kernel has float32 and bfloat16"),
+        (1, 32, 4096, "float16", "x is float16: the kernel takes float32 and bfloat16"),
         (1, 12, 4096, "float32", "12 neurons at width 4096 .* multiples of 8 neurons and of 128"),
         (1, 32, 288, "bfloat16", "32 neurons at width 288 .* multiples of 8 neurons and of 128"),
-        (8, 11008, 4096, "bfloat16", "11008 neurons .* MiB of VMEM, 16 can be had: run fewer"),
-        (1024, 32, 4096, "bfloat16", "1024 rows .* MiB of VMEM, 16 can be had: run fewer"),
+        (8, 11008, 4096, "bfloat16", "11008 neurons .* MiB of VMEM, 16 are available: run fewer"),
+        (1024, 32, 4096, "bfloat16", "1024 rows .* MiB of VMEM, 16 are available: run fewer"),
     ],
 )
 def test_refusals(rows, neurons, width, dtype, match, interpret):
