@@ -82,7 +82,6 @@ def transformer(
       segments_BL: > 0 at real tokens; see `make_context`.
       threshold: of the routing.
       cache: to be extended, or None.
-
     """
     context = make_context(config, segments_BL, threshold, cache)
     with jax.named_scope("embed"):
