@@ -383,7 +383,7 @@ def test_sigterm_in_every_phase_ends_with_143_and_in_the_same_bits(
         (hf, "save", 0, "after dense/", "experts"),
         (pipeline, "to_experts", 0, "while grouping", "experts"),
         (hf, "save", 0, "after experts/", "checkpoints/router"),
-        (pipeline.trainer._Loop, "validate", 0, "after step 2 of stage 'router'", "lte"),
+        (preflight.data, "eval_batches", 0, "after step 2 of stage 'router'", "lte"),
         (hf, "save", 0, "after lte/", "results.json"),
         (evaluation, "perplexity", 1, "while measuring", "results.json"),
         (report, "write", 0, "at its end", None),
