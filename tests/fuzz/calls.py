@@ -247,9 +247,9 @@ def api(rng: random.Random, box: pathlib.Path) -> Case:
     elif name == "save":
         good = {"path": "out", "source": None} | shared
     else:
-        rows = data.Records(TOKENS_BL, np.ones_like(TOKENS_BL))
+        records = data.Records(TOKENS_BL, np.ones_like(TOKENS_BL))
         good = shared | some | {
-            "rows": rows, "baseline": None, "tokenizer": None, "name": None, "batch_size": 2,
+            "records": records, "baseline": None, "tokenizer": None, "name": None, "batch_size": 2,
             "prompt": "def", "sample_tokens": 4, "latency_rounds": 0,
         }  # fmt: skip
     wrong = {}
