@@ -32,7 +32,7 @@ demo: $(READY)  ## train a small dense model and make it sparse: four minutes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
 # Most of their time is compiling. `make test XLA_FLAGS=` optimises fully, as the last part of CI.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(READY)  ## run the fast tests, which are nearly all
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 

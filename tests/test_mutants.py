@@ -26,7 +26,7 @@ def tool(tmp_path, monkeypatch):
         "from double import double\n\ndef test_double():\n    assert double(3) == 6\n"
     )
     monkeypatch.setattr(made, "ROOT", root)
-    monkeypatch.setattr(made, "LIMIT", 5)
+    monkeypatch.setattr(made, "LIMIT", 3)
     return made
 
 

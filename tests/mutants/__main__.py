@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import os
 import pathlib
 import queue
 import re
@@ -27,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import faults
 import learning
 import running
+from forked import pytest
 from mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,37 +45,12 @@ def copy(root: pathlib.Path, tree: pathlib.Path) -> None:
             shutil.copy2(root / name, tree / name)
 
 
-def pytest(tree: pathlib.Path, *tests: str, limit: float) -> tuple[int | None, str]:
-    """Exit code (None: it never ended) and output of tests in a tree."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    # Bytecode is known by its file's size and second: that of one mutant would pass for another's.
-    here = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "160"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=tree, env=cache | os.environ | here, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=limit)
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return None, process.communicate()[0]
-
-
 def try_out(mutant: Mutant, trees: queue.Queue[pathlib.Path]) -> tuple[str, str]:
     """("killed", which test says what), ("survived", ...) or ("broken", why it says nothing)."""
     tree = trees.get()
     try:
-        text = mutant.apply(tree)
-        try:
+        with mutant.applied(tree):
             code, output = pytest(tree, *mutant.tests.split(), limit=LIMIT)
-        finally:
-            (tree / mutant.file).write_text(text)
     except LookupError as error:
         return "broken", str(error)
     finally:
@@ -91,7 +66,7 @@ def try_out(mutant: Mutant, trees: queue.Queue[pathlib.Path]) -> tuple[str, str]
 def unmutated(mutants: list[Mutant], tree: pathlib.Path) -> str:
     """What their tests say in a tree without a fault; "" where all pass."""
     tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests.split())
-    code, output = pytest(tree, *tests, limit=LIMIT + 20 * len(tests))
+    code, output = pytest(tree, *tests, limit=LIMIT + 20 * len(tests), keep_bytecode=True)
     return "" if code == PASSED else f"{output[-3000:]}\nthe tests must pass without a mutant"
 
 
@@ -116,14 +91,15 @@ def main() -> int:
 
 def run(mutants: list[Mutant], folder: pathlib.Path, workers: int = 2) -> int:
     start, trees = time.monotonic(), queue.Queue()
-    for worker in range(workers):
-        tree = folder / str(worker) / "lte_jax"
-        copy(ROOT, tree)
-        trees.put(tree)
+    first = folder / "0" / "lte_jax"
+    copy(ROOT, first)
     print(f"the tests of {len(mutants)} mutants, without them", flush=True)
-    if problem := unmutated(mutants, tree):
+    if problem := unmutated(mutants, first):
         print(problem)
         return 1
+    for worker in range(1, workers):  # with the bytecode that stands in the first by now
+        trees.put(shutil.copytree(first, folder / str(worker) / "lte_jax"))
+    trees.put(first)
     found = collections.defaultdict(list)
     with ThreadPoolExecutor(workers) as pool:
         tries = {pool.submit(try_out, mutant, trees): mutant for mutant in mutants}

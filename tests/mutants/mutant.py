@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import pathlib
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +19,9 @@ class Mutant:
     new: str
     tests: str  # files or node ids of pytest, with spaces between: quick ones
 
-    def apply(self, tree: pathlib.Path) -> str:
-        """Puts the fault into a tree; returns the text of the file before.
+    @contextlib.contextmanager
+    def applied(self, tree: pathlib.Path) -> Iterator[None]:
+        """Within it the tree has the fault.
 
         Raises:
           LookupError: where there is no such file, or `old` does not stand in it exactly once.
@@ -25,11 +29,17 @@ class Mutant:
         path = tree / self.file
         if not path.is_file():
             raise LookupError(f"there is no file {self.file}")
-        text = path.read_text()
+        text, before = path.read_text(), path.stat()
         if (times := text.count(self.old)) != 1:
             raise LookupError(f"{self.old!r} stands {times} times in {self.file}: expected once")
         path.write_text(text.replace(self.old, self.new))
-        return text
+        # Python takes bytecode for that of a source of the same size and second.
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+        try:
+            yield
+        finally:
+            path.write_text(text)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def of(file: str, tests: str, *rows: tuple[str, str, str, str]) -> list[Mutant]:
