@@ -35,8 +35,7 @@ import lte_jax
 from lte_jax import kernels
 from lte_jax.config import LTEConfig, load_config
 from lte_jax.errors import UserError, cli_errors
-from lte_jax.generate import decode_config
-from lte_jax.generate.decoding import DecodeState, extend, sampling_params
+from lte_jax.generate.decoding import Decoder, DecodeState
 from lte_jax.model import Transformer, abstract_params, init_cache
 from lte_jax.sparsity import bytes_per_token
 
@@ -69,11 +68,8 @@ def started(model: Transformer, batch: int, prompt: int, room: int) -> DecodeSta
     cache = init_cache(model, batch, prompt + room)
     cache["segments"] = cache["segments"].at[:, :prompt].set(1)
     cache["index"] = jnp.int32(prompt)
-    zero = jnp.zeros((), jnp.float32)
-    tokens_B = jnp.ones(batch, jnp.int32)
-    return DecodeState(
-        tokens_B, tokens_B < 0, jnp.int32(0), jax.random.key(0), zero, cache, jnp.ones((), bool)
-    )
+    state = DecodeState.start(cache, jax.random.key(0))
+    return state.replace(tokens_B=jnp.ones(batch, jnp.int32))
 
 
 def measure(model, params, flags, batch: int, prompt: int, bytes_per_s: float) -> list[dict]:
@@ -86,10 +82,10 @@ def measure(model, params, flags, batch: int, prompt: int, bytes_per_s: float) -
         plans[sparsity] = ("hard", quantile)
 
     def decoder(routing, quantile):
-        config = decode_config(model, routing, flags.implementation, eos_ids=())
         threshold = None if quantile is None else float(jax.nn.sigmoid(quantile))
-        sampling = sampling_params(model, threshold)
-        return lambda: extend(model, params, config, sampling, state, jnp.int32(size), size)[1]
+        settings = {"implementation": flags.implementation, "eos_ids": ()}
+        decoder = Decoder.of(model, params, routing, threshold, **settings)
+        return lambda: decoder.extend(state, jnp.int32(size), size)[1]
 
     decoders = {key: decoder(*config) for key, config in plans.items()}
     times: dict = {key: [] for key in decoders}

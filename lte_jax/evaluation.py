@@ -23,8 +23,8 @@ import numpy as np
 from lte_jax import checks, interrupt
 from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import decode, decode_config, generate_text
-from lte_jax.generate.decoding import computed, extend, prefill, sampling_params
+from lte_jax.generate import decode, generate_text
+from lte_jax.generate.decoding import Decoder
 from lte_jax.losses import cross_entropy, layer_means, loss_mask
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
@@ -84,32 +84,17 @@ def evaluate(
       UserError: on arguments that do not fit the models or each other, before anything is
         measured, and as `perplexity` does.
     """
-    if not isinstance(name, str | None):
-        raise UserError(f"name={name!r}: expected a text, or None")
-    _check(model, params, baseline, batch_size, latency_rounds)
-    checks.integer("sample_tokens", sample_tokens, 0)
+    _check(model, params, baseline, name, batch_size, sample_tokens, latency_rounds)
     entrants = [] if baseline is None else [_Entrant("dense", *baseline)]
     name = name or ("dense" if model.lte is None else "LTE")
     entrants.append(_Entrant(name, model, params, routing, threshold))
-    sampled = tokenizer is not None and sample_tokens
+    sample = (tokenizer, prompt, sample_tokens, sample_temperature)
     for entrant in entrants:
-        _check_records(entrant.model, records, entrant.routing, entrant.threshold)
-        if sampled:
-            _check_prompt(entrant.model, tokenizer, prompt)
+        entrant.check(records, *sample[:3])
     num_bytes = None if tokenizer is None else scored_bytes(records, tokenizer)
-    entries = [_measured(entrant, records, batch_size, num_bytes) for entrant in entrants]
-    if sampled:
-        for entry, entrant in zip(entries, entrants, strict=True):
-            text = _sample(entrant, tokenizer, prompt, sample_tokens, sample_temperature)
-            entry["sample"] = {"prompt": prompt, "text": text}
+    entries = [e.measured(records, batch_size, num_bytes) | e.sample(*sample) for e in entrants]
     if latency_rounds:
-        runs = [(e.model, e.params, e.routing, e.threshold) for e in entrants]
-        if baseline is None and model.lte is not None:
-            runs.insert(0, (model, params, "dense", None))
-        first = records.tokens_RL[0][records.segments_RL[0] == 1]
-        times = decode_latency(runs, first, rounds=latency_rounds)
-        for entry, milliseconds in zip(entries, times[-len(entries) :], strict=True):
-            entry |= {"latency_ms": milliseconds, "latency_ratio": milliseconds / times[0]}
+        _add_latency(entries, entrants, records, latency_rounds)
     tokens = int(jnp.sum(loss_mask(jnp.asarray(records.segments_RL))))
     return {"tokens": tokens, "bytes": num_bytes, "models": entries}
 
@@ -124,38 +109,45 @@ class _Entrant:
     routing: Routing | str | None = None
     threshold: float | Any = None
 
+    def check(self, records: Records | Any, tokenizer: Any, prompt: str | Any, tokens: int) -> None:
+        """Refuses records and prompts that do not fit the model."""
+        _check_records(self.model, records, self.routing, self.threshold)
+        if tokenizer is not None and tokens:
+            _check_prompt(self.model, tokenizer, prompt)
 
-def _measured(
-    entrant: _Entrant, records: Records, batch_size: int, num_bytes: int | None
-) -> dict[str, Any]:
-    """The results of a model, except its sample text and latency."""
-    quality = perplexity(
-        entrant.model,
-        entrant.params,
-        records,
-        routing=entrant.routing,
-        threshold=entrant.threshold,
-        batch_size=batch_size,
-        num_bytes=num_bytes,
-        label=entrant.name,
-    )
-    known = {"name": entrant.name} | describe(entrant.model) | quality
-    return known | cost(entrant.model, quality["sparsity"])
+    def measured(self, records: Records, batch_size: int, num_bytes: int | None) -> dict[str, Any]:
+        """The results, except sample text and latency."""
+        settings = {"routing": self.routing, "threshold": self.threshold, "batch_size": batch_size}
+        settings |= {"num_bytes": num_bytes, "label": self.name}
+        quality = perplexity(self.model, self.params, records, **settings)
+        cost = _cost(self.model, quality["sparsity"])
+        return {"name": self.name} | _description(self.model) | quality | cost
+
+    def sample(self, tokenizer: Any, prompt: str, tokens: int, temperature: float) -> dict:
+        """A continuation of the prompt by up to `tokens`, as far as the model has positions."""
+        if tokenizer is None or not tokens:
+            return {}
+        room = self.model.config.max_length - len(tokenize([prompt], tokenizer)[0])
+        settings = {"routing": self.routing, "threshold": self.threshold}
+        settings |= {"temperature": temperature, "max_new_tokens": min(tokens, room)}
+        text = generate_text(self.model, self.params, tokenizer, prompt, **settings)
+        return {"sample": {"prompt": prompt, "text": text}}
 
 
-def _sample(entrant: _Entrant, tokenizer: Any, prompt: str, tokens: int, temperature: float) -> str:
-    """A continuation of the prompt by up to `tokens`, as far as the model has positions."""
-    room = entrant.model.config.max_length - len(tokenize([prompt], tokenizer)[0])
-    return generate_text(
-        entrant.model,
-        entrant.params,
-        tokenizer,
-        prompt,
-        max_new_tokens=min(tokens, room),
-        temperature=temperature,
-        routing=entrant.routing,
-        threshold=entrant.threshold,
-    )
+def _add_latency(
+    entries: Sequence[dict[str, Any]],
+    entrants: Sequence[_Entrant],
+    records: Records,
+    rounds: int,
+) -> None:
+    """Adds times per token, and their ratio to the first: the baseline, or all experts active."""
+    decoders = [Decoder.of(e.model, e.params, e.routing, e.threshold) for e in entrants]
+    if len(entrants) == 1 and entrants[0].model.lte is not None:
+        decoders.insert(0, Decoder.of(entrants[0].model, entrants[0].params, "dense"))
+    first = records.tokens_RL[0][records.segments_RL[0] == 1]
+    times = decode_latency(decoders, first, rounds=rounds)
+    for entry, milliseconds in zip(entries, times[-len(entries) :], strict=True):
+        entry |= {"latency_ms": milliseconds, "latency_ratio": milliseconds / times[0]}
 
 
 def perplexity(
@@ -195,37 +187,28 @@ def perplexity(
 
     _check_records(model, records, routing, threshold)
     checks.finite_params(params, label)
-    routing = model.lte.routing if routing is None and model.lte is not None else routing
     batch_size = min(batch_size, len(records))
     totals: Any = None
     with tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar:
         for batch in eval_batches(records, batch_size):
             interrupt.check("while measuring")
-            sums = _measure(
-                model, params, batch["tokens"], batch["segments"], threshold, routing=routing
-            )
+            sums = _measure(model, params, batch, threshold, routing=routing)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             bar.update(batch_size)
-    loss = float(totals["nll"] / totals["predicted"])
-    if not math.isfinite(loss):
-        raise UserError(
-            f"model {label!r}: the loss over these records is {loss}, though all its parameters "
-            f"are finite: logits overflow in {model.dtype}; check the text, or use another dtype"
-        )
-    return _summary(totals, num_bytes, label)
+    return _summary(model, totals, num_bytes, label)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "routing"))
-def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> dict[str, Any]:
+def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     """Sums over one batch, with the weights needed to turn them into means."""
+    tokens_BL, segments_BL = batch["tokens"], batch["segments"]
     out = model.apply(
         {"params": params}, tokens_BL, routing=routing, mask=segments_BL, threshold=threshold
     )
     loss_mask_BL, token_mask_BL = loss_mask(segments_BL), segments_BL > 0
-    one = jnp.ones((), jnp.float32)
     sums = {
-        "nll": cross_entropy(out.logits, tokens_BL, loss_mask_BL, one),
+        "nll": cross_entropy(out.logits, tokens_BL, loss_mask_BL, jnp.float32(1)),
         "predicted": jnp.sum(loss_mask_BL),
     }
     if out.scores is None:
@@ -235,9 +218,8 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     sums["histogram"] = jnp.bincount(bins_NBLE.ravel(), length=HISTOGRAM_BINS + 1)[:-1]
     if not make_routing(routing, model.config, model.lte).skips:  # all experts run
         return sums
-    real = jnp.sum(token_mask_BL, dtype=jnp.float32)
-    sums["real"] = real
-    sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * real
+    sums["real"] = jnp.sum(token_mask_BL, dtype=jnp.float32)
+    sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * sums["real"]
     sums["union"] = {}
     for size in UNION_SIZES:  # what a kernel can skip at this batch size (Fig. 15)
         if size > tokens_BL.shape[0]:
@@ -250,13 +232,20 @@ def _measure(model, params, tokens_BL, segments_BL, threshold, *, routing) -> di
     return sums
 
 
-def _summary(totals: dict[str, Any], num_bytes: int | None, label: str) -> dict[str, Any]:
+def _summary(
+    model: Transformer, totals: dict[str, Any], num_bytes: int | None, label: str
+) -> dict[str, Any]:
     loss = float(totals["nll"] / totals["predicted"])
+    if not math.isfinite(loss):
+        raise UserError(
+            f"model {label!r}: the loss over these records is {loss}, though all its parameters "
+            f"are finite: logits overflow in {model.dtype}; check the text, or use another dtype"
+        )
     summary: dict[str, Any] = {"loss": loss, "token_ppl": _exp(loss, "token", label)}
     if num_bytes:
         per_byte = float(totals["nll"]) / num_bytes
-        byte_ppl = _exp(per_byte, "byte", label)
-        summary |= {"bits_per_byte": per_byte / math.log(2), "byte_ppl": byte_ppl}
+        summary["bits_per_byte"] = per_byte / math.log(2)
+        summary["byte_ppl"] = _exp(per_byte, "byte", label)
     summary |= {"sparsity": 0.0, "sparsity_per_layer": None, "score_histogram": None}
     if "histogram" in totals:
         summary["score_histogram"] = [int(count) for count in totals["histogram"]]
@@ -283,13 +272,13 @@ def _exp(nats: float, unit: str, label: str) -> float:
         ) from None
 
 
-def describe(model: Transformer) -> dict[str, Any]:
+def _description(model: Transformer) -> dict[str, Any]:
     """The configuration of a model as plain data."""
     lte = None if model.lte is None else dataclasses.asdict(model.lte)
     return {"config": dataclasses.asdict(model.config), "lte": lte, "dtype": model.dtype}
 
 
-def cost(model: Transformer, sparsity: float) -> dict[str, float]:
+def _cost(model: Transformer, sparsity: float) -> dict[str, float]:
     """Cost of a decoded token: FLOPs and bytes of weights in units of 2**30, see sparsity.py."""
     width = jnp.dtype(model.dtype).itemsize
     return {
@@ -310,37 +299,24 @@ def scored_bytes(records: Records, tokenizer: Any) -> int:
 
 
 def decode_latency(
-    runs: Sequence[tuple[Transformer, Mapping[str, Any], Routing | str | None, float | None]],
-    prompt: np.ndarray,
-    *,
-    rounds: int = 9,
-    implementation: str = "auto",
+    decoders: Sequence[Decoder], prompt: np.ndarray, *, rounds: int = 9
 ) -> list[float]:
     """Milliseconds per decoded token at batch size 1, the median of interleaved rounds.
 
     Args:
-      runs: (model, params, routing, threshold) of each; they take turns, so that other load on
-        the machine affects all alike.
+      decoders: they take turns, so that other load on the machine affects all alike.
       prompt: token ids; only the first few are used.
-      rounds: timings of each run.
-      implementation: of the sparse FFN.
+      rounds: timings of each decoder.
     """
-    tokens = min(_LATENCY_TOKENS, *(model.config.max_length // 2 for model, *_ in runs))
-    prompt = np.asarray(prompt)[:tokens]
-
-    def ready(model, params, routing, threshold):
-        config = decode_config(model, routing, implementation, eos_ids=())
-        sampling, params = sampling_params(model, threshold), computed(model, params)
-        state = prefill(model, params, config, sampling, [prompt], room=tokens)
-        return lambda: extend(model, params, config, sampling, state, jnp.int32(tokens), tokens)
-
-    decoders = [ready(*run) for run in runs]
-    times: list[list[float]] = [[] for _ in runs]
+    tokens = min(_LATENCY_TOKENS, *(d.model.config.max_length // 2 for d in decoders))
+    decoders = [decoder.replace(eos_ids=()) for decoder in decoders]
+    states = [decoder.prefill([np.asarray(prompt)[:tokens]], room=tokens) for decoder in decoders]
+    times: list[list[float]] = [[] for _ in decoders]
     for turn in range(rounds + 1):
-        for decoder, seconds in zip(decoders, times, strict=True):
+        for decoder, state, seconds in zip(decoders, states, times, strict=True):
             interrupt.check("while timing")
             start = time.perf_counter()
-            jax.block_until_ready(decoder()[0])
+            jax.block_until_ready(decoder.extend(state, jnp.int32(tokens), tokens)[0])
             if turn:  # the first compiles
                 seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) / tokens * 1e3 for seconds in times]
@@ -370,9 +346,12 @@ def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:
         )
 
 
-def _check(model, params, baseline, batch_size, latency_rounds) -> None:
+def _check(model, params, baseline, name, batch_size, sample_tokens, latency_rounds) -> None:
+    if not isinstance(name, str | None):
+        raise UserError(f"name={name!r}: expected a text, or None")
     checks.model(model, params)
     checks.integer("batch_size", batch_size, 1)
+    checks.integer("sample_tokens", sample_tokens, 0)
     checks.integer("latency_rounds", latency_rounds, 0)
     if baseline is None:
         return

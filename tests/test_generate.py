@@ -17,11 +17,10 @@ from lte_jax.__main__ import main
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.data import byte_tokenizer, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import decode, decode_config, generate, generate_text
-from lte_jax.generate import decoding as d
+from lte_jax.generate import decode, generate, generate_text
+from lte_jax.generate.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer, abstract_params
-from lte_jax.routing import Hard
 
 LLAMA = ModelConfig(vocab_size=61, d_ff=96, max_length=128, num_kv_heads=2)
 VARIANTS = {
@@ -128,19 +127,14 @@ def test_decode_step_gives_the_logits_of_the_model(dtype):
     """With every implementation that takes so small a width."""
     names = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]
     model, params = make("biases", dtype=dtype)
-    knobs = d.sampling_params(model)
-    start = d.prefill(
-        model, params, d.DecodeConfig(Hard()), knobs, [np.array(p) for p in PROMPTS], room=8
-    )
-    step = jax.jit(d.decode_step, static_argnums=(0, 3))
-    stacked = dict.fromkeys(names, d.stack_for(model, params, Hard()))
+    decoder, step = Decoder.of(model, params, eos_ids=()), jax.jit(Decoder.step)
+    start = decoder.prefill([np.array(p) for p in PROMPTS], room=8)
+    stacked = dict.fromkeys(names, decoder.stack())
     logits = {}
     for name, weights in (stacked | {"apply": None}).items():
         state = start
         for _ in range(3):  # some steps, on the same tokens
-            logits[name], cache, _ = step(
-                model, params, weights, d.DecodeConfig(Hard(), name), knobs, state
-            )
+            logits[name], cache, _ = step(decoder.replace(implementation=name), weights, state)
             state = state.replace(cache=cache, tokens_B=jnp.array([5, 17, 40], jnp.int32))
     for name in names:
         error = jnp.abs(logits[name] - logits["apply"]).max() / jnp.abs(logits["apply"]).max()
@@ -149,14 +143,12 @@ def test_decode_step_gives_the_logits_of_the_model(dtype):
 
 def test_rows_that_have_ended_read_nothing():
     """The share of experts read is that of the rows still under way, of all layers."""
-    model, params = make()
-    plan, knobs = decode_config(model, "hard", eos_ids=()), d.sampling_params(model)
-    stacked = d.stack_for(model, params, Hard())
-    step = jax.jit(d.decode_step, static_argnums=(0, 3))
+    decoder = Decoder.of(*make(), "hard", eos_ids=())
+    stack, step = decoder.stack(), jax.jit(Decoder.step)
 
     def read(prompts, done):
-        state = d.prefill(model, params, plan, knobs, [np.array(p) for p in prompts], room=8)
-        return float(step(model, params, stacked, plan, knobs, state.replace(done_B=done))[2])
+        state = decoder.prefill([np.array(p) for p in prompts], room=8)
+        return float(step(decoder, stack, state.replace(done_B=done))[2])
 
     alone = read(PROMPTS[:1], jnp.array([False]))
     assert 0.2 < alone < 0.8
@@ -173,10 +165,10 @@ def test_decoding_reads_active_experts_only():
     poisoned = jax.tree.map(lambda p: p, params)
     for name in ("gate", "up", "down"):
         poisoned["layers"]["ffn"][name] = poisoned["layers"]["ffn"][name].at[:, ::2].set(jnp.nan)
-    plan, knobs = decode_config(model, "hard", eos_ids=()), d.sampling_params(model)
-    state = d.prefill(model, params, plan, knobs, [np.array(p) for p in PROMPTS], room=32)
-    clean, _ = d.extend(model, params, plan, knobs, state, jnp.int32(16), 32)
-    dirty, _ = d.extend(model, poisoned, plan, knobs, state, jnp.int32(16), 32)
+    decoder = Decoder.of(model, params, "hard", eos_ids=())
+    state = decoder.prefill([np.array(p) for p in PROMPTS], room=32)
+    clean, _ = decoder.extend(state, jnp.int32(16), 32)
+    dirty, _ = decoder.replace(params=poisoned).extend(state, jnp.int32(16), 32)
     np.testing.assert_array_equal(clean, dirty)
     assert np.asarray(clean)[:, :16].min() >= 0
 
@@ -222,18 +214,17 @@ def test_the_narrowest_sampling_is_greedy(limit):
 
 def test_top_k_and_top_p_keep_what_they_say():
     logits_V = jnp.log(jnp.asarray([[0.1, 0.4, 0.05, 0.3, 0.15]], jnp.float32))
-    knobs = d.SamplingParams(*(jnp.float32(x) for x in (0.5, 1.0, 0.75)))
 
-    def kept(**plan):
-        allowed = d.allowed_logits(d.DecodeConfig(greedy=False, **plan), knobs, logits_V)
+    def kept(**settings):
+        allowed = Decoder.of(*make(), temperature=1.0, **settings).allowed_logits(logits_V)
         return set(np.flatnonzero(np.isfinite(allowed[0])).tolist())
 
     assert kept() == {0, 1, 2, 3, 4}
     assert kept(top_k=2) == {1, 3}
     assert kept(top_k=99) == {0, 1, 2, 3, 4}
-    assert kept(nucleus=True) == {1, 3, 4}  # 0.4 + 0.3 < 0.75
-    assert kept(nucleus=True, top_k=4) == {1, 3, 4}  # 0.7 / 0.95 < 0.75
-    assert kept(nucleus=True, top_k=3) == {1, 3}  # 0.7 / 0.85 > 0.75
+    assert kept(top_p=0.75) == {1, 3, 4}  # 0.4 + 0.3 < 0.75
+    assert kept(top_p=0.75, top_k=4) == {1, 3, 4}  # 0.7 / 0.95 < 0.75
+    assert kept(top_p=0.75, top_k=3) == {1, 3}  # 0.7 / 0.85 > 0.75
 
 
 def test_seed_and_place_decide_a_sampled_text():
@@ -273,17 +264,17 @@ def test_eos_ends_a_row_and_no_other():
         assert row == whole[: stops[0] + 1 if stops else None]
     assert ended[0][-1] == eos_ids[0] and ended[1][-1] == eos_ids[1]
     # All rows at their end: the loop stops.
-    plan, knobs = decode_config(model, "hard", eos_ids=eos_ids), d.sampling_params(model)
-    state = d.prefill(model, params, plan, knobs, [np.array(PROMPTS[0])] * 3, room=20)
-    _, state = d.extend(model, params, plan, knobs, state, jnp.int32(20), 32)
+    decoder = Decoder.of(model, params, "hard", eos_ids=eos_ids)
+    state = decoder.prefill([np.array(PROMPTS[0])] * 3, room=20)
+    _, state = decoder.extend(state, jnp.int32(20), 32)
     assert int(state.step) == len(ended[0])
 
 
 def test_eos_of_the_model():
-    model, _ = make()
-    config = dataclasses.replace(model.config, eos_ids=(2, 7))
-    assert decode_config(model.clone(config=config)).eos_ids == (2, 7)
-    assert decode_config(model.clone(config=config), eos_ids=[]).eos_ids == ()
+    model, params = make()
+    model = model.clone(config=dataclasses.replace(model.config, eos_ids=(2, 7)))
+    assert Decoder.of(model, params).eos_ids == (2, 7)
+    assert Decoder.of(model, params, eos_ids=()).eos_ids == ()
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 30])
@@ -375,12 +366,12 @@ def test_repeated_calls_compile_nothing():
     model, params = make()
     run = functools.partial(generate, model, params)
     run(PROMPTS, max_new_tokens=10, temperature=0.5, top_p=0.9)
-    before = d.extend._cache_size(), d._prefill._cache_size()
+    before = Decoder.extend._cache_size(), Decoder._prefill._cache_size()
     other = [p[::-1] + [1, 2] for p in PROMPTS]
     same = Transformer(model.config, model.lte)  # another object
     run = functools.partial(generate, same, params)
     run(other, max_new_tokens=20, temperature=0.9, top_p=0.5, seed=4, threshold=0.6)
-    assert before == (d.extend._cache_size(), d._prefill._cache_size())
+    assert before == (Decoder.extend._cache_size(), Decoder._prefill._cache_size())
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

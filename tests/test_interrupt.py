@@ -14,6 +14,7 @@ import tiny
 
 from lte_jax import checkpoint, clustering, data, evaluation, interrupt, sharding, trainer, writers
 from lte_jax.config import CheckpointConfig, MeshConfig, StageConfig
+from lte_jax.generate.decoding import Decoder
 
 moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 
@@ -134,7 +135,7 @@ LOOPS = {
         mesh=sharding.make_mesh(MeshConfig()),
     ),
     "timing": lambda: evaluation.decode_latency(
-        [(*tiny.model_and_params(), None, None)], np.arange(4)
+        [Decoder.of(*tiny.model_and_params())], np.arange(4)
     ),
 }
 

@@ -10,11 +10,10 @@ import pytest
 import tiny
 
 from lte_jax import generate, layers, params
-from lte_jax.generate import decode_config
-from lte_jax.generate import decoding as d
+from lte_jax.generate.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
-from lte_jax.routing import Hard, Routing
+from lte_jax.routing import Routing
 
 NORMS = ("layers/attn_norm", "layers/ffn_norm", "final_norm")
 IMPLEMENTATIONS = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]
@@ -68,14 +67,11 @@ def test_a_new_norm_is_added_in_one_place(layer_norm):
     for norm in (gradients["layers"]["attn_norm"], gradients["final_norm"]):
         assert float(jnp.abs(norm["bias"]).max()) > 0
 
-    config, sampling = decode_config(model, eos_ids=()), d.sampling_params(model)
-    state = d.prefill(model, weights, config, sampling, PROMPTS, room=8)
-    step = jax.jit(d.decode_step, static_argnums=(0, 3))
-    expected, _, _ = step(model, weights, None, config, sampling, state)
-    stack = d.stack_for(model, weights, Hard())
+    decoder = Decoder.of(model, weights, eos_ids=())
+    state, stack, step = decoder.prefill(PROMPTS, room=8), decoder.stack(), jax.jit(Decoder.step)
+    expected, _, _ = step(decoder, None, state)
     for name in IMPLEMENTATIONS:
-        config = dataclasses.replace(config, implementation=name)
-        found, _, _ = step(model, weights, stack, config, sampling, state)
+        found, _, _ = step(decoder.replace(implementation=name), stack, state)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -14,9 +14,9 @@ import tiny
 import lte_jax
 from lte_jax import data, kernels
 from lte_jax.config import LTEConfig, RopeScaling, UserError
-from lte_jax.generate import decoding as d
+from lte_jax.generate.decoding import Decoder, DecodeState, computed
 from lte_jax.model import Transformer, init_cache
-from lte_jax.routing import Hard, TopK
+from lte_jax.routing import TopK
 
 APPLY = jax.jit(lte_jax.apply, static_argnums=0, static_argnames="routing")
 SLIDING = {"sliding_window": 4, "sliding_layers": (True, False)}
@@ -216,22 +216,11 @@ def test_a_text_is_the_same_wherever_its_padding_lies(slots, changes):
     # And one by one as `generate` does, after a prefill of the padded prompt.
     size = int(mask[0, :8].sum())
     out = apply({"params": params}, tokens[:, :8], mask=mask[:, :8], cache=init_cache(model, 1, 24))
-    plan, knobs = d.DecodeConfig(Hard()), d.sampling_params(model)
-    zeros = jnp.zeros(1, jnp.int32)
-    state = d.DecodeState(
-        zeros,
-        zeros > 0,
-        jnp.int32(0),
-        jax.random.key(0),
-        jnp.float32(0),
-        out.cache,
-        jnp.bool_(True),
-    )
-    stacked = d.stack_for(model, params, Hard())
-    step = jax.jit(d.decode_step, static_argnums=(0, 3))
+    decoder, state = Decoder.of(model, params), DecodeState.start(out.cache, jax.random.key(0))
+    stack, step = decoder.stack(), jax.jit(Decoder.step)
     for i in range(size, 12):
         state = state.replace(tokens_B=jnp.asarray(text[i : i + 1], jnp.int32))
-        logits_BV, cache, _ = step(model, params, stacked, plan, knobs, state)
+        logits_BV, cache, _ = step(decoder, stack, state)
         state = state.replace(cache=cache)
         np.testing.assert_allclose(logits_BV[0], expected[i], atol=1e-4)
 
@@ -302,10 +291,10 @@ def test_float16_is_computed_in_bfloat16_on_an_accelerator(monkeypatch, caplog):
 
 def test_weights_are_converted_once():
     model, params = tiny.model_and_params(dtype="bfloat16")
-    used = d.computed(model, params)
+    used = computed(model, params)
     assert used["layers"]["ffn"]["up"].dtype == "bfloat16"
     assert used["layers"]["ffn"]["router"]["kernel"].dtype == "float32"
-    assert d.computed(model, used)["layers"]["ffn"]["up"] is used["layers"]["ffn"]["up"]
+    assert computed(model, used)["layers"]["ffn"]["up"] is used["layers"]["ffn"]["up"]
 
 
 # --------------------------------------------------------------------------------------- routers
@@ -322,17 +311,14 @@ def test_routers_are_float32_products(dtype):
     """Everywhere: other rounding chooses other experts. 8 experts; no other width is 8 or 5."""
     config = dataclasses.replace(tiny.CONFIG, head_dim=16, num_heads=2, d_ff=40)
     model, params = tiny.model_and_params(config=config, dtype=dtype)
-    params = d.computed(model, params)
+    decoder = Decoder.of(model, params)
     tokens = np.ones((3, 7), np.int32)
     apply = jax.jit(lambda p, t: model.apply({"params": p}, t).logits)
-    lowered = [apply.lower(params, tokens).as_text()]
-    stacked = d.stack_for(model, params, Hard())
-    knobs = d.sampling_params(model)
-    state = d.prefill(model, params, d.DecodeConfig(Hard()), knobs, [np.ones(3, int)] * 3, room=8)
+    lowered = [apply.lower(decoder.params, tokens).as_text()]
+    stack, state = decoder.stack(), decoder.prefill([np.ones(3, int)] * 3, room=8)
     for name in ("xla", "reference"):
-        plan = d.DecodeConfig(Hard(), name)
-        step = jax.jit(lambda p, s, plan=plan: d.decode_step(model, p, s, plan, knobs, state)[0])
-        lowered.append(step.lower(params, stacked).as_text())
+        step = jax.jit(lambda d, s: d.step(s, state)[0])
+        lowered.append(step.lower(decoder.replace(implementation=name), stack).as_text())
     for text in lowered:
         lines = products(text, 5)
         assert lines
@@ -355,11 +341,10 @@ def test_exactly_k_experts(k):
 
 def test_exactly_k_tokens():
     logits = jnp.array([[1.0, 2.0, 2.0, 2.0, 0.0]], jnp.float32)
-    knobs = d.SamplingParams(*map(jnp.float32, (0.5, 1.0, 0.5)))
 
     def kept(**settings):
-        config = d.DecodeConfig(greedy=False, **settings)
-        return np.isfinite(d.allowed_logits(config, knobs, logits))
+        decoder = Decoder.of(*tiny.model_and_params(), temperature=1.0, **settings)
+        return np.isfinite(decoder.allowed_logits(logits))
 
     assert kept(top_k=2).tolist() == [[False, True, True, False, False]]
-    assert kept(nucleus=True).tolist() == [[False, True, True, False, False]]  # 0.29 each
+    assert kept(top_p=0.5).tolist() == [[False, True, True, False, False]]  # 0.29 each

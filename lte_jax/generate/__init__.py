@@ -17,20 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks
-from lte_jax import routing as routings
 from lte_jax.config import ModelConfig
 from lte_jax.data import tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate.decoding import (
-    DecodeConfig,
-    DecodeState,
-    computed,
-    extend,
-    prefill,
-    round_up,
-    sampling_params,
-)
-from lte_jax.kernels import resolve
+from lte_jax.generate.decoding import Decoder, DecodeState, round_up
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
 
@@ -84,19 +74,14 @@ def generate(
     checks.model(model, params)
     checks.function("stream", stream)
     prompts = _prompts(tokens, mask, model.config.vocab_size)
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    checks.seed(seed)
-    checks.threshold(threshold)
-    config = decode_config(
-        model, routing, implementation, eos_ids, greedy=temperature == 0, top_k=top_k, top_p=top_p
-    )
-    sampling = sampling_params(model, threshold, temperature, top_p)
-    params = computed(model, params)
-
-    state = prefill(model, params, config, sampling, prompts, room=max_new_tokens, seed=seed)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    _check(model.config, prompts, max_new_tokens, seed, threshold, **sampling)
+    settings = {"implementation": implementation, "eos_ids": _eos_ids(model.config, eos_ids)}
+    decoder = Decoder.of(model, params, routing, threshold, **sampling, **settings)
+    state = decoder.prefill(prompts, room=max_new_tokens, seed=seed)
     size = STREAM_CHUNK if stream else round_up(max_new_tokens - 1)
     new: list[list[int]] = [[] for _ in prompts]
-    for fresh in _pieces(model, params, config, sampling, state, max_new_tokens, size):
+    for fresh in _pieces(decoder, state, max_new_tokens, size):
         for row, more in zip(new, fresh, strict=True):
             row += more
         if stream is not None:
@@ -105,7 +90,7 @@ def generate(
 
 
 def _pieces(
-    model, params, config, sampling, state: DecodeState, count: int, size: int
+    decoder: Decoder, state: DecodeState, count: int, size: int
 ) -> Iterator[list[list[int]]]:
     """The new tokens of each prompt, `size` at a time, until all have ended or have `count`."""
     tokens_BS, made = np.asarray(state.tokens_B)[:, None], 1
@@ -113,13 +98,13 @@ def _pieces(
         if not state.finite:
             raise UserError(
                 f"the model's logits are not finite after {made} new tokens or fewer: its weights "
-                f"are not those of a working model, or overflow in {model.dtype}"
+                f"are not those of a working model, or overflow in {decoder.model.dtype}"
             )
         yield [[int(t) for t in row if t >= 0] for row in tokens_BS]
         if made >= count or np.all(state.done_B):
             return
         limit = min(count - made, size)
-        tokens_BS, state = extend(model, params, config, sampling, state, jnp.int32(limit), size)
+        tokens_BS, state = decoder.extend(state, jnp.int32(limit), size)
         tokens_BS, made = np.asarray(tokens_BS), made + limit
 
 
@@ -143,19 +128,20 @@ def generate_text(
     given = tokenize([prompt], tokenizer)[0].tolist()
     ids, skip, shown = list(given), len(decode(tokenizer, given)), 0
 
-    def show(fresh: list[list[int]]) -> None:
+    def show(text: str) -> None:
         nonlocal shown
-        ids.extend(fresh[0])
-        text = settled_text(tokenizer, ids)[skip:]
         if write is not None and len(text) > shown:
             write(text[shown:])
             shown = len(text)
 
-    settings = {"stream": show} | settings if write is not None else settings
+    def stream(fresh: list[list[int]]) -> None:
+        ids.extend(fresh[0])
+        show(settled_text(tokenizer, ids)[skip:])
+
+    settings = {"stream": stream} | settings if write is not None else settings
     [new] = generate(model, params, [given], **settings)
     text = decode(tokenizer, given + new)[skip:]
-    if write is not None and len(text) > shown:
-        write(text[shown:])
+    show(text)
     return text
 
 
@@ -180,54 +166,37 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def decode_config(
-    model: Transformer,
-    routing: Routing | str | None = None,
-    implementation: str = "auto",
-    eos_ids: Iterable[int] | None = None,
-    greedy: bool = True,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> DecodeConfig:
-    """The DecodeConfig of these settings of `generate`, for this model."""
-    resolve(implementation)  # raises on an unknown name
-    return DecodeConfig(
-        routing=routings.make(routing, model.config, model.lte),
-        implementation=implementation,
-        greedy=greedy,
-        top_k=top_k,
-        nucleus=top_p is not None and top_p < 1,
-        eos_ids=model.config.eos_ids if eos_ids is None else _eos_ids(model.config, eos_ids),
-    )
-
-
-def _eos_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...]:
+def _eos_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...] | None:
+    if eos_ids is None:
+        return None
     if not _is_list(eos_ids):
         raise UserError(f"eos_ids={eos_ids!r}: expected a list of token ids, or None")
     chosen = tuple(eos_ids)
     for number in chosen:
         checks.integer("eos_ids: token", number, 0, config.vocab_size - 1, ", the vocabulary")
-    return tuple(int(number) for number in chosen)
+    return tuple(map(int, chosen))
 
 
 def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
     """Each prompt as an array of token ids."""
     if isinstance(tokens, str):
         raise UserError("tokens is a string: expected lists of token ids (or call generate_text)")
-    if mask is not None:
-        tokens, mask = _array(tokens), checks.array(mask, "mask")
-        if tokens.ndim != 2:
-            raise UserError(
-                f"tokens has shape {list(tokens.shape)}: with a mask, expected an array [B, L]; "
-                "lists of different length need no mask"
-            )
-        checks.mask_of(tokens, mask)
-        tokens = [row[real] for row, real in zip(tokens, np.asarray(mask) > 0, strict=True)]
     if not _is_list(tokens):
         raise UserError(f"tokens is {type(tokens).__name__}: expected a list of lists of token ids")
-    prompts = [np.asarray(row) for row in tokens]
+    prompts = [np.asarray(checks.array(row, f"prompt {i}")) for i, row in enumerate(tokens)]
     if not prompts:
         raise UserError("no prompt: expected a list of at least one list of token ids")
+    if mask is not None:
+        shapes = {row.shape for row in prompts}
+        if len(shapes) > 1 or prompts[0].ndim != 1:
+            raise UserError(
+                f"tokens has rows of shape {' and '.join(map(str, sorted(shapes)))}: with a mask, "
+                "expected an array [B, L]; lists of different length need no mask"
+            )
+        tokens_BL, mask_BL = np.stack(prompts), checks.array(mask, "mask")
+        checks.mask_of(tokens_BL, mask_BL)
+        real_BL = np.asarray(mask_BL) > 0
+        prompts = [row[real] for row, real in zip(prompts, real_BL, strict=True)]
     for i, row in enumerate(prompts):
         if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
             raise UserError(
@@ -248,16 +217,8 @@ def _is_list(value: Any) -> bool:
     )
 
 
-def _array(rows: Any) -> np.ndarray:
-    """`rows` as an array: a vector if they differ in length."""
-    try:
-        return np.asarray(rows)
-    except ValueError:
-        return np.empty(len(rows), object)
-
-
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
-    longest, most = max(len(p) for p in prompts), model.config.max_length
+def _check(config, prompts, max_new_tokens, seed, threshold, temperature, top_k, top_p) -> None:
+    longest, most = max(map(len, prompts)), config.max_length
     checks.integer("max_new_tokens", max_new_tokens, 1)
     if longest + max_new_tokens > most:
         raise UserError(
@@ -270,3 +231,5 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
         checks.integer("top_k", top_k, 1, words=", or None for all tokens")
     if top_p is not None and not (checks.is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p={top_p!r}: expected within (0, 1], or None for all tokens")
+    checks.seed(seed)
+    checks.threshold(threshold)

@@ -185,7 +185,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "28 a prompt for the sample is looked at after the measuring",
         "lte_jax/evaluation.py",
-        "            _check_prompt(entrant.model, tokenizer, prompt)",
+        "            _check_prompt(self.model, tokenizer, prompt)",
         "            pass",
         "tests/test_checks.py::test_prompts_of_texts",
     ),
