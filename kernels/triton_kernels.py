@@ -52,37 +52,32 @@ def _project(
     Both are read in one loop, so that their loads overlap; without BOTH, only the first.
     """
     d = tl.arange(0, BLOCK_D)
-    if ROWS == 1:  # summed along D only at the end: no reduction between the loads
-        one = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        two = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            column = start + d
-            tile = m[:, None] * D + column[None, :]
-            inside = (m[:, None] < M) & (column[None, :] < D)
-            w = tl.load(first + tile, mask=inside, other=0.0, eviction_policy="evict_first")
-            if BOTH:
-                v = tl.load(second + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+    b = tl.arange(0, ROWS)
+    # One row is summed along D only at the end: no reduction between the loads.
+    COLUMNS: tl.constexpr = BLOCK_D if ROWS == 1 else ROWS
+    one = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    two = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        column = start + d
+        tile = m[:, None] * D + column[None, :]
+        inside = (m[:, None] < M) & (column[None, :] < D)
+        w = tl.load(first + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+        if BOTH:
+            v = tl.load(second + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+        if ROWS == 1:
             row = tl.load(x + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
             one += w.to(tl.float32) * row
             if BOTH:
                 two += v.to(tl.float32) * row
-        return tl.sum(one, 1)[:, None], tl.sum(two, 1)[:, None]
-    else:
-        b = tl.arange(0, ROWS)
-        one = tl.zeros([BLOCK_M, ROWS], tl.float32)
-        two = tl.zeros([BLOCK_M, ROWS], tl.float32)
-        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            column = start + d
-            tile = m[:, None] * D + column[None, :]
-            inside = (m[:, None] < M) & (column[None, :] < D)
-            w = tl.load(first + tile, mask=inside, other=0.0, eviction_policy="evict_first")
-            if BOTH:
-                v = tl.load(second + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+        else:
             inside = (b[None, :] < B) & (column[:, None] < D)
             rows = tl.load(x + b[None, :] * D + column[:, None], mask=inside, other=0.0)
             one = tl.dot(w, rows, one, input_precision="ieee")
             if BOTH:
                 two = tl.dot(v, rows, two, input_precision="ieee")
+    if ROWS == 1:
+        return tl.sum(one, 1)[:, None], tl.sum(two, 1)[:, None]
+    else:
         return one, two
 
 

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from .reference import ACTIVATIONS, compact
+from .reference import ACTIVATIONS, compact, embed
+
+__all__ = ["attend", "embed", "linear", "sparse_ffn"]
 
 
 def sparse_ffn(
@@ -57,17 +59,11 @@ def sparse_ffn(
 def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
     w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
-    contracted = ((1,), (1 if transposed else 0,))
     # TPUs and GPUs would round float32, and routers then choose other experts than in training.
     # Full precision costs nothing here: the time goes into reading w.
     precision = jax.lax.Precision.HIGHEST if x_BK.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x_BK,
-        w,
-        (contracted, ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    dims = "BK,OK->BO" if transposed else "BK,KO->BO"
+    return jnp.einsum(dims, x_BK, w, precision=precision, preferred_element_type=jnp.float32)
 
 
 def attend(
@@ -91,8 +87,3 @@ def attend(
     mask_B11T = visible_BT[:, None, None]
     y_B1HC = jax.nn.dot_product_attention(q_BHC[:, None], k_BTKC, v_BTKC, mask=mask_B11T)
     return y_B1HC[:, 0], k_NBTKC, v_NBTKC
-
-
-def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
-    """Rows of the table: [B, D]."""
-    return table_VD[tokens_B]

@@ -95,8 +95,7 @@ def evaluate(
     entries = [e.measured(records, batch_size, num_bytes) | e.sample(*sample) for e in entrants]
     if latency_rounds:
         _add_latency(entries, entrants, records, latency_rounds)
-    tokens = int(jnp.sum(loss_mask(jnp.asarray(records.segments_RL))))
-    return {"tokens": tokens, "bytes": num_bytes, "models": entries}
+    return {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,8 +330,12 @@ def _check_records(model: Transformer, records: Any, routing: Any, threshold: An
     checks.batch(model.config, records.tokens_RL, records.segments_RL, name="records.tokens_RL")
     make_routing(routing, model.config, model.lte)
     checks.threshold(threshold)
-    if not jnp.any(loss_mask(jnp.asarray(records.segments_RL))):
+    if not _count_predicted(records):
         raise UserError("records has no token to predict: expected texts of at least 2 tokens")
+
+
+def _count_predicted(records: Records) -> int:
+    return int(jnp.sum(loss_mask(jnp.asarray(records.segments_RL))))
 
 
 def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:

@@ -27,15 +27,9 @@ _HERE = pathlib.Path(__file__).resolve().parent
 if not (_HERE / "reference.py").exists():  # a checkout or an editable install
     __path__.append(str(_HERE.parents[1] / "kernels"))
 
-_MODULES = {
-    "reference": "reference",
-    "xla": "xla",
-    "cpu": "cpu",
-    "triton": "gpu_triton",
-    "pallas": "tpu_pallas",
-}
+IMPLEMENTATIONS = ("reference", "xla", "cpu", "triton", "pallas")
+_MODULES = {"triton": "gpu_triton", "pallas": "tpu_pallas"}  # the others are named after theirs
 _BEST = {"cpu": "cpu", "gpu": "triton", "tpu": "pallas"}  # by jax's name of the device
-IMPLEMENTATIONS = tuple(_MODULES)
 _log = logging.getLogger(__name__)
 
 
@@ -68,12 +62,8 @@ def sparse_ffn(
     if layer is None:
         weights, layer = {key: w[None] for key, w in weights.items()}, 0
     _check(x_BD, active_BE, weights, activation)
-
-    def ffn(kernel, x_BD, active_BE, weights, layer):
-        return kernel.sparse_ffn(x_BD, active_BE, weights, layer, activation=activation)
-
     operands = (x_BD, active_BE, dict(weights), jnp.asarray(layer, jnp.int32))
-    return _run(ffn, operands, implementation)
+    return _run("sparse_ffn", operands, implementation, activation=activation)
 
 
 def linear(
@@ -102,11 +92,8 @@ def linear(
         raise UserError(f"linear: x {x_BK.shape} and w {w.shape}: expected [B, K] and {expected}")
     if w.dtype != x_BK.dtype:
         raise UserError(f"linear: x is {x_BK.dtype} and w {w.dtype}: expected one type")
-
-    def product(kernel, x_BK, w, layer):
-        return kernel.linear(x_BK, w, layer, transposed=transposed)
-
-    return _run(product, (x_BK, w, jnp.asarray(layer, jnp.int32)), implementation)
+    operands = (x_BK, w, jnp.asarray(layer, jnp.int32))
+    return _run("linear", operands, implementation, transposed=transposed)
 
 
 def attend(
@@ -151,13 +138,9 @@ def attend(
         )
     if len({a.dtype for a in (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC)}) > 1:
         raise UserError("attend: q, k, v and the caches differ in type: expected one")
-
-    def attention(kernel, *operands):
-        return kernel.attend(*operands)
-
     places = (jnp.asarray(layer, jnp.int32), jnp.asarray(index, jnp.int32))
     operands = (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, *places)
-    return _run(attention, operands, implementation)
+    return _run("attend", operands, implementation)
 
 
 def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> Array:
@@ -174,11 +157,7 @@ def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> 
         raise UserError(
             f"embed: tokens {tokens_B.shape} and table {table_VD.shape}: expected [B] and [V, D]"
         )
-
-    def lookup(kernel, *operands):
-        return kernel.embed(*operands)
-
-    return _run(lookup, (jnp.asarray(tokens_B, jnp.int32), table_VD), implementation)
+    return _run("embed", (jnp.asarray(tokens_B, jnp.int32), table_VD), implementation)
 
 
 def resolve(implementation: str) -> str:
@@ -187,12 +166,12 @@ def resolve(implementation: str) -> str:
     Raises:
       UserError: on an unknown name.
     """
-    named = isinstance(implementation, str)
-    name = _choose() if named and implementation == "auto" else implementation
-    if not named or name not in IMPLEMENTATIONS:
-        valid = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise UserError(f"implementation={name!r} is unknown: valid are {valid}")
-    return name
+    valid = ("auto", *IMPLEMENTATIONS)
+    if not isinstance(implementation, str) or implementation not in valid:
+        raise UserError(
+            f"implementation={implementation!r} is unknown: valid are {', '.join(valid)}"
+        )
+    return _choose() if implementation == "auto" else implementation
 
 
 def unavailable(name: str) -> str | None:
@@ -213,36 +192,38 @@ def _choose() -> str:
     return name
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    _log.warning(line)
+_warn_once = functools.cache(_log.warning)
 
 
 def _module(name: str):
-    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
 
 
-def _run(function: Callable[..., Any], operands: tuple, implementation: str) -> Any:
-    """Calls `function` with the implementation's module; "auto" gives what it refuses to "xla"."""
+def _run(kernel: str, operands: tuple, implementation: str, **settings: Any) -> Any:
+    """Calls a kernel of the implementation; "auto" gives what it refuses to "xla"."""
     from .reference import Unsupported
+
+    def call(name: str) -> Any:
+        function = functools.partial(getattr(_module(name), kernel), **settings)
+        return _inference_only(function, *operands)
 
     name = resolve(implementation)
     try:
-        return _inference_only(functools.partial(function, _module(name)), *operands)
+        return call(name)
     except Unsupported as reason:
         if implementation != "auto":
             raise UserError(f"implementation={name!r} cannot run: {reason}") from reason
-        _say_once(f"kernels: using the slower XLA loop, as {name!r} cannot run: {reason}")
-        return _inference_only(functools.partial(function, _module("xla")), *operands)
+        _warn_once(f"kernels: using the slower XLA loop, as {name!r} cannot run: {reason}")
+        return call("xla")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _inference_only(ffn: Callable[..., Any], *operands) -> Any:
-    return ffn(*operands)
+def _inference_only(function: Callable[..., Any], *operands) -> Any:
+    return function(*operands)
 
 
 @_inference_only.defjvp
-def _refuse(ffn, primals, tangents):
+def _refuse(function, primals, tangents):
     raise UserError(
         "the kernels are for inference and have no gradient: train through "
         'lte_jax.apply(model, params, tokens, routing="soft") (or "straight_through", "hard")'
