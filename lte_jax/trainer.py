@@ -86,8 +86,8 @@ def fit(
         Checkpointer(folder, keep_last=keep.keep_last, keep_best=keep.keep_best) as checkpointer,
         _Trace(profile) as trace,
     ):
-        loop = _Loop(model, stage, experiment, records, mesh, writer, checkpointer)
-        loop.begin(params, control)
+        start = (params, control)
+        loop = _Loop(model, stage, start, records, experiment, mesh, writer, checkpointer)
         while True:
             loop.validate()
             stopping = _stopping(loop.step)
@@ -107,50 +107,37 @@ def fit(
 class _Loop:
     """A running stage: compiled functions, the training state, and what is due next."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        stage: Stage,
-        experiment: Experiment,
-        records: tuple[data.Records, data.Records],
-        mesh: jax.sharding.Mesh,
-        writer: Writer,
-        checkpointer: Checkpointer,
-    ):
-        self._model, self._stage, self._experiment, self._mesh = model, stage, experiment, mesh
+    def __init__(self, model, stage, start, records, experiment, mesh, writer, checkpointer):
+        """Builds the step functions; restores the newest checkpoint, or takes the `start`."""
+        self._stage, self._experiment, self._mesh = stage, experiment, mesh
         self._writer, self._checkpointer, self._held_out = writer, checkpointer, records[1]
-        seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
-        self._batches = data.train_iterator(
-            records[0], experiment.data.batch_size, seed, **_share()
-        )
         self._unchecked: tuple[int, Any, Any] | None = None  # step, metrics, batch
-
-    def begin(self, params: Any, control: SparsityController) -> None:
-        """Builds the step functions; restores the newest checkpoint, or starts from `params`."""
-        experiment, stage = self._experiment, self._stage
+        self.validation: dict[str, float] = {}  # of this step, if validated
+        seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
+        batch_size = experiment.data.batch_size
+        self._batches = data.train_iterator(records[0], batch_size, seed, **_share())
         optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
-        def start(params: Any) -> TrainState:
+        def begin(params: Any, control: SparsityController) -> TrainState:
             return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), control)
 
-        abstract = jax.eval_shape(start, params)
-        shardings = training_step.state_shardings(abstract, self._mesh)
-        step = training_step.make_train_step(
-            self._model, stage, optimizer, experiment.optim.microbatches
-        )
-        outputs = (shardings, sharding.replicated(self._mesh))
+        abstract = jax.eval_shape(begin, *start)
+        shardings = training_step.state_shardings(abstract, mesh)
+        parts = experiment.optim.microbatches
+        step = training_step.make_train_step(model, stage, optimizer, parts)
+        outputs = (shardings, sharding.replicated(mesh))
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        self._eval_step = jax.jit(training_step.make_eval_step(self._model, stage))
-        restored = self._checkpointer.restore(_with_shardings(abstract, shardings))
-        self.validation: dict[str, float] = {}  # of this step, if validated
+        self._eval_step = jax.jit(training_step.make_eval_step(model, stage))
+        placed = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+        restored = checkpointer.restore(jax.tree.map(placed, abstract, shardings))
         if restored is None:
-            self.step, self.state = 0, jax.jit(start, out_shardings=shardings)(params)
+            self.step, self.state = 0, jax.jit(begin, out_shardings=shardings)(*start)
         else:
             self.step, self.state, seen = restored
             self._batches.set_state(seen["batches"])
             self.validation = seen["validation"]
         self._saved = self.step
-        self._writer.start(stage.name, self.step, stage.config.steps)
+        writer.start(stage.name, self.step, stage.config.steps)
 
     def validate(self) -> None:
         """Measures the validation records if that is due; stops without a result on a signal."""
@@ -158,12 +145,10 @@ class _Loop:
         if not (self.step and due) or self.validation:
             return
         sums: dict[str, float] = {}
-        for batch in data.eval_batches(
-            self._held_out, self._experiment.data.batch_size, **_share()
-        ):
+        threshold, batch_size = self.state.control.threshold, self._experiment.data.batch_size
+        for batch in data.eval_batches(self._held_out, batch_size, **_share()):
             if interrupt.requested():
                 return
-            threshold = self.state.control.threshold
             part = self._eval_step(self.state.params, _to_mesh(batch, self._mesh), threshold)
             sums = {k: sums.get(k, 0.0) + v for k, v in _fetched(part).items()}
         self.validation = {
@@ -236,10 +221,8 @@ def settle_threshold(
 
     If many scores are equal, the target may be out of reach: a warning gives the sparsity reached.
     """
-    count = jax.jit(
-        functools.partial(sparsity.score_histogram, model),
-        out_shardings=sharding.replicated(mesh),
-    )
+    function = functools.partial(sparsity.score_histogram, model)
+    count = jax.jit(function, out_shardings=sharding.replicated(mesh))
 
     def histogram(threshold: float) -> np.ndarray:
         total = np.zeros((), np.int64)
@@ -274,12 +257,6 @@ def _stopping(step: int) -> bool:
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return interrupt.requested()
-
-
-def _with_shardings(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-    )
 
 
 def _to_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:

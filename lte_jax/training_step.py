@@ -46,13 +46,9 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
 
     def loss(params, teacher, batch, control, counts):
         tokens, segments = batch["tokens"], batch["segments"]
-        loss_mask, real = losses.loss_mask(segments), segments > 0
+        loss_mask, real, threshold = losses.loss_mask(segments), segments > 0, control.threshold
         out = model.apply(
-            {"params": params},
-            tokens,
-            routing=stage.routing,
-            mask=segments,
-            threshold=control.threshold,
+            {"params": params}, tokens, routing=stage.routing, mask=segments, threshold=threshold
         )
         task = losses.cross_entropy(out.logits, tokens, loss_mask, counts["predicted"])
         total, parts = stage.task_weight * task, {"task": task}
@@ -62,20 +58,14 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             parts["distill"] = losses.distillation(out.logits, dense.logits, real, counts["real"])
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
-            power = model.lte.efficiency_power
-            parts["active_fraction"] = jnp.mean(
-                losses.layer_means(out.active, real, counts["real"])
-            )
-            parts["efficiency"] = losses.efficiency(out.scores, real, counts["real"], power)
+            count, power = counts["real"], model.lte.efficiency_power
+            parts["active_fraction"] = jnp.mean(losses.layer_means(out.active, real, count))
+            parts["efficiency"] = losses.efficiency(out.scores, real, count, power)
             if stage.efficiency:
                 total += control.efficiency_weight * parts["efficiency"]
             if stage.separability_weight:
                 parts["separability"] = losses.separability(
-                    out.scores,
-                    real,
-                    counts["real"],
-                    control.threshold,
-                    model.lte.separability_eps,
+                    out.scores, real, count, threshold, model.lte.separability_eps
                 )
                 total += stage.separability_weight * parts["separability"]
         return total, parts | {"loss": total}
@@ -98,19 +88,18 @@ def make_train_step(
             "real": _count(batch["segments"] > 0),
         }
 
+        def gradient_of(part):
+            return gradient(state.params, teacher, part, state.control, counts)
+
         def accumulate(total, part):
-            return jax.tree.map(
-                jnp.add, total, gradient(state.params, teacher, part, state.control, counts)
-            ), None
+            return jax.tree.map(jnp.add, total, gradient_of(part)), None
 
         if microbatches == 1:
-            grads, parts = gradient(state.params, teacher, batch, state.control, counts)
+            grads, parts = gradient_of(batch)
         else:
             cut = jax.tree.map(lambda x: _interleave(x, microbatches), batch)
-            first = jax.tree.map(lambda x: x[0], cut)
-            start = jax.eval_shape(gradient, state.params, teacher, first, state.control, counts)
-            start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), start)
-            (grads, parts), _ = jax.lax.scan(accumulate, start, cut)
+            shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], cut))
+            (grads, parts), _ = jax.lax.scan(accumulate, optax.tree.zeros_like(shapes), cut)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -123,10 +112,8 @@ def make_train_step(
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
         if "active_fraction" in parts:
             metrics["sparsity"] = 1.0 - metrics.pop("active_fraction")
-            metrics |= {
-                "efficiency_weight": state.control.efficiency_weight,
-                "threshold": state.control.threshold,
-            }
+            metrics["efficiency_weight"] = state.control.efficiency_weight
+            metrics["threshold"] = state.control.threshold
         return TrainState(state.step + 1, params, opt_state, control), metrics
 
     return step
@@ -147,7 +134,7 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
         tokens, segments = batch["tokens"], batch["segments"]
-        loss_mask, one = losses.loss_mask(segments), jnp.ones((), jnp.float32)
+        loss_mask, one = losses.loss_mask(segments), jnp.float32(1)
         out = model.apply(
             {"params": params}, tokens, routing=routing, mask=segments, threshold=threshold
         )

@@ -123,7 +123,7 @@ MUTANTS: list[Mutant] = [
         "4 distillation leaves out the last token of a text",
         "lte_jax/training_step.py",
         'dense.logits, real, counts["real"])',
-        'dense.logits, predicted, counts["real"])',
+        'dense.logits, loss_mask, counts["real"])',
         "tests/test_stages.py::test_distillation_acts_on_the_last_token_of_a_text",
     ),
     Mutant(
