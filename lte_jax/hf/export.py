@@ -23,7 +23,8 @@ from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand, read_json, replacing, write_manifest
 from lte_jax.hf import names
-from lte_jax.hf.config_json import DTYPES, parse, read_config, write_config
+from lte_jax.hf.config_json import parse, read_config, write_config
+from lte_jax.hf.fields import DTYPES
 from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, INDEX, ONE_FILE, check_replaceable, companions
 from lte_jax.hf.hub import resolve
 from lte_jax.hf.names import Row

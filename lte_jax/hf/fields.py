@@ -6,9 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lte_jax.config import Activation
 from lte_jax.errors import UserError
 
 NULL = type(None)
+DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS: dict[str, Activation] = {  # export writes the first of each kind
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+}
+_MAX_EOS_IDS = 100
 MAX_SIZE = 2**31 - 1  # JAX's index type
 MAX_LAYERS = 2**14  # 40 times the deepest known
 
@@ -53,14 +65,36 @@ class Fields:
             raise self.wrong(key, "a positive number")
         return None if value is None else float(value)
 
+    def flag(self, key: str, *default: bool) -> bool:
+        """true or false."""
+        return self.get(key, bool, *default)
+
+    def activation(self, key: str, *default: str) -> Activation:
+        """The name of an activation function."""
+        name = self.get(key, str, *default)
+        if name not in ACTIVATIONS:
+            valid = ", ".join(ACTIVATIONS)
+            raise UserError(f"{key}={name!r} is not supported: valid are {valid}")
+        return ACTIVATIONS[name]
+
     def token_id(self, key: str, default: int | None) -> int | None:
-        """A token id or null; some folders have it in a list of one."""
+        """A token id or null, which old folders spell -1; some have it in a list of one."""
         value = self.get(key, (int, list, NULL), default)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if value is not None and type(value) is not int:
             raise self.wrong(key, "one integer")
-        return value
+        return None if value == -1 else value
+
+    def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
+        """A token id, a list of them, or null."""
+        value = self.get(key, (int, list, NULL), default)
+        ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if len(ids) > _MAX_EOS_IDS:
+            raise UserError(f"{key} has {len(ids)} entries: expected at most {_MAX_EOS_IDS}")
+        if not all(type(i) is int for i in ids):
+            raise self.wrong(key, "an integer or a list of them")
+        return ids
 
     def wrong(self, key: str, expected: str) -> UserError:
         """The error that says what was expected of a key."""

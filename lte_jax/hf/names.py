@@ -19,7 +19,7 @@ import numpy as np
 
 from lte_jax import params
 from lte_jax.config import LTEConfig, ModelConfig
-from lte_jax.hf.families import llama
+from lte_jax.hf.families import FAMILIES
 
 # The dimensions of HF tensors, as config.json calls them.
 _HF_DIMENSION = {
@@ -103,4 +103,5 @@ class Row:
 def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
     """All parameters of such a model, each once."""
     rows = params.table(config, lte)
-    return tuple(Row(row.path, row.letters, *llama.TENSORS[row.path]) for row in rows)
+    tensors = FAMILIES[config.family].tensors
+    return tuple(Row(row.path, row.letters, *tensors[row.path]) for row in rows)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lte_jax.config import RopeScaling
+from lte_jax.config import ModelConfig, RopeScaling
 from lte_jax.errors import UserError
+from lte_jax.hf.family import Values
 from lte_jax.hf.fields import Fields
 
 _NEUTRAL = [("partial_rotary_factor", 1.0), ("attention_factor", 1.0), ("factor", 1.0)]
 
 
-def read(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
+def read(fields: Fields, values: Values) -> Values:
     """The base of the rotary frequencies and how they are stretched."""
     outer_theta = fields.positive("rope_theta", None)
     old, new = fields.get("rope_scaling", dict, None), fields.get("rope_parameters", dict, None)
@@ -35,7 +36,7 @@ def read(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
             factor=rope.positive("factor"),
             low_freq_factor=rope.positive("low_freq_factor"),
             high_freq_factor=rope.positive("high_freq_factor"),
-            original_max_length=outer or inner or max_length,
+            original_max_length=outer or inner or values["max_length"],
         )
     unknown = {
         key: value
@@ -47,19 +48,18 @@ def read(fields: Fields, max_length: int) -> tuple[float, RopeScaling | None]:
             f"{rope.section[:-1]} has {unknown}, which is not supported with rope_type={kind!r}: "
             "remove it if the model does not depend on it"
         )
-    return theta, scaling
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def write(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The equivalent value of `rope_scaling`."""
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_length,
-    }
+def write(config: ModelConfig) -> dict[str, Any]:
+    """The equivalent keys."""
+    scaling, said = config.rope_scaling, None
+    if scaling is not None:
+        said = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            said |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_length,
+            }
+    return {"rope_theta": config.rope_theta, "rope_scaling": said}
