@@ -97,13 +97,14 @@ def make_context(
         segments_BT = put(cache["segments"], segments_BL, index)
     queries_L = index + jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
     slots_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
-    visible_BLT = segments_BL[:, :, None] == segments_BT[:, None]
-    visible_BLT &= (queries_L[:, None] >= slots_T[None])[None]
+    same_BLT = segments_BL[:, :, None] == segments_BT[:, None]
+    earlier_BLT = same_BLT & (queries_L[:, None] >= slots_T[None])[None]
     # The number of earlier tokens of the same segment, wherever in the row and the cache they lie.
-    positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1
+    positions_BL = jnp.sum(earlier_BLT, axis=-1, dtype=jnp.int32) - 1
     positions_BT = positions_BL if cache is None else put(cache["positions"], positions_BL, index)
     context = {
-        "visible_BLT": visible_BLT,
+        "visible_BLT": earlier_BLT if config.causal else same_BLT,
+        "positions_BL": positions_BL,
         "angles_BLC": positions_BL[..., None].astype(jnp.float32)
         * jnp.asarray(rope_frequencies(config))[None, None],
         "threshold": jnp.asarray(threshold, jnp.float32),

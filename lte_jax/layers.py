@@ -1,7 +1,7 @@
 """The arithmetic of a Transformer, written once: training, prefill and decoding are the same code.
 
-Pre-norm blocks of rotary attention and an FFN that is dense or made of routed experts. What
-differs comes in as `w`, how weights are read:
+Blocks of attention and an FFN that is dense or made of routed experts; their differences between
+families are keys of ModelConfig. `w` says how weights are read:
 
   Slice   the weights of one layer, by einsums over any number of tokens: training, prefill
   Stack   the weights of all layers and a layer's index, by the kernels, one token a row: decoding
@@ -48,11 +48,13 @@ Weights = Mapping[str, Any]
 class Output:
     """What a forward pass returns; what is not used is not computed under `jax.jit`."""
 
-    logits: Float[Array, "B L V"]  # float32
+    # Of tokens, or of classes; float32. None without a head.
+    logits: Float[Array, "B L V"] | Float[Array, "B Y"] | None
     scores: Float[Array, "N B L E"] | None  # router scores, float32; None under dense routing
     active: Bool[Array, "N B L E"] | None  # those that run; None under dense routing
     sparsity: Float[Array, ""]  # share of (real token, layer, expert) that is not active
     cache: Cache | None  # the extended cache, where one was given
+    hidden: Float[Array, "B L D"]  # what the head reads
 
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -67,6 +69,7 @@ def transformer(
     w: Slice | Stack,
     blocks: Callable,
     tokens_BL: Integer[Array | np.ndarray, "B L"],
+    types_BL: Integer[Array | np.ndarray, "B L"] | None,
     segments_BL: Int[Array, "B L"],
     threshold: Float[Array, ""],
     cache: Cache | None,
@@ -79,18 +82,22 @@ def transformer(
       blocks: runs the layers: (x, kv, slides_N, context) -> (x, (kv, (scores, active))), where kv
         is the keys and values of the cache, or None.
       tokens_BL: token ids.
+      types_BL: token types, of models that have them; None: all 0.
       segments_BL: > 0 at real tokens; see `make_context`.
       threshold: of the routing.
       cache: to be extended, or None.
     """
     context = make_context(config, segments_BL, threshold, cache)
     with jax.named_scope("embed"):
-        x_BLD = sharding.constrain(w.embed(tokens_BL))
+        x_BLD = sharding.constrain(embed(config, w, tokens_BL, types_BL, context))
     kv = None if cache is None else (cache["k"], cache["v"])
     slides_N = jnp.asarray(sliding_layers(config))
     x_BLD, (kv, (scores_NBLE, active_NBLE)) = blocks(x_BLD, kv, slides_N, context)
     with jax.named_scope("head"):
-        logits_BLV = w.head(norm(w.vectors["final_norm"], x_BLD, config.norm_eps))
+        hidden_BLD = x_BLD
+        if "final_norm" in w.vectors:
+            hidden_BLD = norm(config, w.vectors["final_norm"], x_BLD)
+        logits = head(config, w, hidden_BLD, segments_BL)
     if cache is not None and kv is not None:
         cache = {
             "k": kv[0],
@@ -102,43 +109,97 @@ def transformer(
     sparsity = jnp.zeros((), jnp.float32)
     if active_NBLE is not None:
         sparsity = 1.0 - jnp.mean(layer_means(active_NBLE, segments_BL > 0))
-    return Output(logits_BLV, scores_NBLE, active_NBLE, sparsity, cache)
+    return Output(logits, scores_NBLE, active_NBLE, sparsity, cache, hidden_BLD)
+
+
+def embed(config: ModelConfig, w: Slice | Stack, tokens_BL, types_BL, context) -> Array:
+    """The sum of a token's embedding and those of its position and type, x [B, L, D]."""
+    x_BLD = w.embed("embedding", tokens_BL)
+    if config.embed_scale != 1:
+        x_BLD *= jnp.asarray(config.embed_scale, x_BLD.dtype)
+    if config.positions == "learned":  # padding may be longer than the table
+        positions_BL = jnp.minimum(context["positions_BL"], config.max_length - 1)
+        x_BLD += w.embed("positions", positions_BL + config.position_offset)
+    if config.token_types:
+        x_BLD += w.embed("types", jnp.zeros_like(tokens_BL) if types_BL is None else types_BL)
+    return norm(config, w.vectors["embed"]["norm"], x_BLD) if config.embed_norm else x_BLD
+
+
+def head(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Array) -> Array | None:
+    """Logits, float32: [B, L, V] of tokens, [B, Y] of classes, or None without a head."""
+    if config.head == "masked_lm":
+        x_BLD = ACTIVATIONS[config.activation](w.linear("transform", x_BLD))
+        x_BLD = norm(config, w.vectors["transform"]["norm"], x_BLD)
+    if "lm" in config.head:
+        return w.head(x_BLD)
+    if config.head == "none":
+        return None
+    return w.linear("classifier", pooled(config, w, x_BLD, segments_BL)[:, None], exact=True)[:, 0]
+
+
+def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Array) -> Array:
+    """What stands for the text, [B, D]: its first token, or the last one where that sees all."""
+    real_BL = segments_BL > 0
+    last_B = real_BL.shape[1] - 1 - jnp.argmax(real_BL[:, ::-1], axis=1)
+    place_B = last_B if config.causal else jnp.argmax(real_BL, axis=1)
+    x_B1D = jnp.take_along_axis(x_BLD, place_B[:, None, None], axis=1)
+    return (jnp.tanh(w.linear("pooler", x_B1D)) if config.pooler else x_B1D)[:, 0]
 
 
 def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, slides, context):
-    """One layer: attention and FFN, each after a norm and around a residual connection.
+    """One layer: attention and FFN, each with norms and a residual connection.
 
     `ffn` is (x, threshold) -> (y, scores, active). Returns x, (k, v), and what `ffn` says of the
     experts.
     """
+    place = config.norm_place
+
+    def residual(name: str, x_BLD, part: Callable):
+        """x plus what `part` makes of it, with the norms around, and what else `part` returns."""
+        first = functools.partial(norm, config, w.vectors[f"{name}_norm"])
+        y_BLD, *others = part(first(x_BLD) if place in ("pre", "sandwich") else x_BLD)
+        if place == "output":
+            y_BLD = first(y_BLD)
+        if place == "sandwich":
+            y_BLD = norm(config, w.vectors[f"{name}_post_norm"], y_BLD)
+        x_BLD = x_BLD + y_BLD
+        return sharding.constrain(first(x_BLD) if place == "post" else x_BLD), others
+
     with jax.named_scope("attention"):
-        h_BLD = norm(w.vectors["attn_norm"], x_BLD, config.norm_eps)
-        y_BLD, kv = attention(config, w.at("attn"), h_BLD, kv, slides, context)
-        x_BLD = sharding.constrain(x_BLD + y_BLD)
+        attend = functools.partial(
+            attention, config, w.at("attn"), kv=kv, slides=slides, context=context
+        )
+        x_BLD, (kv,) = residual("attn", x_BLD, attend)
     with jax.named_scope("ffn"):
-        h_BLD = norm(w.vectors["ffn_norm"], x_BLD, config.norm_eps)
-        y_BLD, scores_BLE, active_BLE = ffn(h_BLD, context["threshold"])
-        x_BLD = sharding.constrain(x_BLD + y_BLD)
-    return x_BLD, kv, (scores_BLE, active_BLE)
+        x_BLD, outputs = residual("ffn", x_BLD, lambda h_BLD: ffn(h_BLD, context["threshold"]))
+    return x_BLD, kv, tuple(outputs)
 
 
-def norm(weights: Weights, x: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last dimension, computed in float32; of x's type."""
+def norm(config: ModelConfig, weights: Weights, x: Array) -> Array:
+    """RMSNorm or LayerNorm over the last dimension, computed in float32; of x's type."""
     y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * _as_last(weights["scale"], x)
+    if config.norm == "layer":
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    if config.norm_offset:  # in float32: 1 + a small number
+        y = (y * (1 + _as_last(weights["scale"], y))).astype(x.dtype)
+    else:
+        y = y.astype(x.dtype) * _as_last(weights["scale"], x)
+    return y + _as_last(weights["bias"], x) if "bias" in weights else y
 
 
 def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, slides, context):
-    """Causal grouped-query attention with rotary positions: y [B, L, D], and (k, v) extended."""
+    """Grouped-query attention, with rotary positions if any: y [B, L, D], and (k, v) extended."""
     q_BLHC, k_BLKC, v_BLKC = (w.linear(name, x_BLD) for name in "qkv")
     if "q_norm" in w.vectors:
-        q_BLHC = norm(w.vectors["q_norm"], q_BLHC, config.norm_eps)
-        k_BLKC = norm(w.vectors["k_norm"], k_BLKC, config.norm_eps)
-    q_BLHC = rotate(q_BLHC, context["angles_BLC"])
-    k_BLKC = rotate(k_BLKC, context["angles_BLC"])
+        q_BLHC = norm(config, w.vectors["q_norm"], q_BLHC)
+        k_BLKC = norm(config, w.vectors["k_norm"], k_BLKC)
+    if config.positions == "rope":
+        q_BLHC = rotate(q_BLHC, context["angles_BLC"])
+        k_BLKC = rotate(k_BLKC, context["angles_BLC"])
     visible_BLT = visible_keys(config, slides, context)
-    y_BLHC, kv = w.attend(q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, context["index"])
+    index, causal = context["index"], config.causal
+    y_BLHC, kv = w.attend(q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal=causal)
     return w.linear("o", y_BLHC), kv
 
 
@@ -184,19 +245,21 @@ class Slice:
         """Those of a part."""
         return dataclasses.replace(self, vectors=self.vectors[name])
 
-    def embed(self, tokens_BL: Integer[Array | np.ndarray, "B L"]) -> Float[Array, "B L D"]:
-        """The rows of the embedding."""
-        return jnp.take(self.vectors["embed"]["embedding"], tokens_BL, axis=0).astype(self.dtype)
+    def embed(self, name: str, ids_BL: Integer[Array | np.ndarray, "B L"]) -> Array:
+        """Rows of an embedding, [B, L, D]."""
+        return jnp.take(self.vectors["embed"][name], ids_BL, axis=0).astype(self.dtype)
 
     def head(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits, float32; the embedding's where there is no head."""
+        """Logits of tokens, float32; the embedding's where there is no head of its own."""
         matrix, letters = _head(self.vectors)
-        return jnp.einsum(
+        logits_BLV = jnp.einsum(
             f"BLD,{letters}->BLV",
             x_BLD,
             matrix.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        bias = self.vectors.get("lm_head", {}).get("bias")
+        return logits_BLV if bias is None else logits_BLV + _as_last(bias, logits_BLV)
 
     def linear(self, name: str, x_BLI: Array, exact: bool = False) -> Array:
         """The product with a kernel of that name, over all but x's first two axes, and its bias.
@@ -210,10 +273,10 @@ class Slice:
         bias = self.vectors[name].get("bias")
         return y if bias is None else y + _as_last(bias, y)
 
-    def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index):
+    def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal: bool):
         """Attention over these tokens, or over a cache to which they are added at `index`."""
         if kv is None:
-            return masked_attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=True), None
+            return masked_attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=causal), None
         k_BTKC, v_BTKC = put(kv[0], k_BLKC, index), put(kv[1], v_BLKC, index)
         y_BLHC = masked_attention(q_BLHC, k_BTKC, v_BTKC, visible_BLT, blocked=False)
         return y_BLHC, (k_BTKC, v_BTKC)
@@ -261,14 +324,14 @@ class Stack:
             self, vectors=self.vectors.get(name, {}), matrices=self.matrices[name]
         )
 
-    def embed(self, tokens_B1: Int[Array, "B 1"]) -> Float[Array, "B 1 D"]:
-        """The rows of the embedding."""
-        table_VD = self.matrices["embed"]["embedding"]
-        x_BD = kernels.embed(tokens_B1[:, 0], table_VD, implementation=self.implementation)
+    def embed(self, name: str, ids_B1: Int[Array, "B 1"]) -> Float[Array, "B 1 D"]:
+        """Rows of an embedding."""
+        table_VD = self.matrices["embed"][name]
+        x_BD = kernels.embed(ids_B1[:, 0], table_VD, implementation=self.implementation)
         return x_BD[:, None]
 
     def head(self, x_B1D: Float[Array, "B 1 D"]) -> Float[Array, "B 1 V"]:
-        """Logits, float32; the embedding's where there is no head."""
+        """As that of Slice."""
         matrix, letters = _head(self.matrices)
         logits_BV = kernels.linear(
             x_B1D[:, 0], matrix, transposed=letters == "VD", implementation=self.implementation
@@ -291,7 +354,7 @@ class Stack:
         bias = self.vectors.get(name, {}).get("bias")
         return y if bias is None else y + _as_last(bias, y)
 
-    def attend(self, q_B1HC, k_B1KC, v_B1KC, kv, visible_B1T, index):
+    def attend(self, q_B1HC, k_B1KC, v_B1KC, kv, visible_B1T, index, causal: bool = True):
         """Attention over a cache, to which the new tokens are added at `index`."""
         k_NBTKC, v_NBTKC = kv
         y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
@@ -347,7 +410,7 @@ def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, 
 
 def _head(weights: Weights) -> tuple[Array, str]:
     """The matrix of the head and its dimensions: the embedding where the two are tied."""
-    if "lm_head" in weights:
+    if "kernel" in weights.get("lm_head", {}):
         return weights["lm_head"]["kernel"], "DV"
     return weights["embed"]["embedding"], "VD"
 

@@ -1,4 +1,4 @@
-"""One decoder-only Transformer (Flax Linen) whose config spans the Llama family.
+"""One Transformer (Flax Linen), decoder or encoder, whose config spans the families of hf/families/.
 
 The modules declare the parameters of params.py and scan over layers, so parameters of layers have
 a leading axis N; the arithmetic is in layers.py. One forward pass trains, evaluates and, given a
@@ -47,15 +47,17 @@ class Transformer(nn.Module):
         tokens: Int[Array | np.ndarray, "B L"] | Any,
         *,
         routing: Routing | str | None = None,
+        types: Int[Array | np.ndarray, "B L"] | Any = None,
         mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
         threshold: Float[Array, ""] | float | Any = None,
         cache: Cache | None = None,
     ) -> Output:
-        """Logits of the next token at each position.
+        """Logits of tokens or classes, see `ModelConfig.head`.
 
         Args:
           tokens: token ids.
           routing: see routing.py; None: `lte.routing` ("dense" for a dense model).
+          types: the type of each token, of models that have token types; None: all 0.
           mask: True (or a segment id > 0) at real tokens; tokens attend only to their own segment,
             and positions count its real tokens. None: all real, one segment per row.
           threshold: in place of `lte.threshold`.
@@ -84,7 +86,7 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
         )(config, lte, how, dtype, name="layers")
-        return layers.transformer(config, w, scanned, tokens, segments_BL, threshold, cache)
+        return layers.transformer(config, w, scanned, tokens, types, segments_BL, threshold, cache)
 
 
 class Block(nn.Module):
@@ -204,7 +206,7 @@ def decode(
     w = layers.Stack(vectors, matrices, 0, live_B, implementation)
     tokens_B1 = tokens_B[:, None]
     ones_B1 = jnp.ones_like(tokens_B1)
-    return layers.transformer(config, w, blocks, tokens_B1, ones_B1, threshold, cache)
+    return layers.transformer(config, w, blocks, tokens_B1, None, ones_B1, threshold, cache)
 
 
 def init_cache(model: Transformer, batch_size: int, length: int) -> Cache:

@@ -5,7 +5,8 @@ each row to its name in checkpoints. A new parameter needs a row here, its use i
 name in a family.
 
 Dimension key: D model width  E experts  M neurons per expert  N layers  H heads  K kv heads
-               C head width  V vocabulary
+               C head width  V vocabulary  P pooled width (= D)  S rows of the table of positions
+               U token types  Y labels
 """
 
 from __future__ import annotations
@@ -31,8 +32,18 @@ NAMES = {
     "C": "head_dim",
     "E": "experts",
     "M": "neurons",
+    "P": "d_model",  # of pooled tokens: D once more, where one matrix has both
+    "S": "max_length + position_offset",
+    "U": "token_types",
+    "Y": "num_labels",
 }
+Exists = Callable[[ModelConfig, LTEConfig | None], bool]
 LAYERS = "layers/"  # parameters below it have a leading axis N
+
+
+def always(config: ModelConfig, lte: LTEConfig | None) -> bool:
+    """Of parameters that every model has."""
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Row:
     path: str  # in the parameter tree
     letters: str  # one per dimension
     start: str  # "ones", "zeros", or normal with variance 1 / (the product of these dimensions)
-    exists: Callable[[ModelConfig, LTEConfig | None], bool] = lambda config, lte: True
+    exists: Exists = always
 
     @property
     def layered(self) -> bool:
@@ -65,9 +76,19 @@ class Row:
         return {"ones": jax.nn.initializers.ones, "zeros": jax.nn.initializers.zeros}[self.start]
 
 
+def _norm(path: str, letters: str, exists: Exists = always) -> tuple[Row, Row]:
+    return (
+        Row(f"{path}/scale", letters, "ones", exists),
+        Row(f"{path}/bias", letters, "zeros", lambda c, lte: c.norm_bias and exists(c, lte)),
+    )
+
+
 ROWS = (
     Row("embed/embedding", "VD", "D"),
-    Row("layers/attn_norm/scale", "ND", "ones"),
+    Row("embed/positions", "SD", "D", lambda config, _: config.positions == "learned"),
+    Row("embed/types", "UD", "D", lambda config, _: config.token_types > 0),
+    *_norm("embed/norm", "D", lambda config, _: config.embed_norm),
+    *_norm("layers/attn_norm", "ND"),
     Row("layers/attn/q/kernel", "NDHC", "D"),
     Row("layers/attn/q/bias", "NHC", "zeros", lambda config, _: config.qkv_bias),
     Row("layers/attn/k/kernel", "NDKC", "D"),
@@ -78,7 +99,8 @@ ROWS = (
     Row("layers/attn/k_norm/scale", "NC", "ones", lambda config, _: config.qk_norm),
     Row("layers/attn/o/kernel", "NHCD", "HC"),
     Row("layers/attn/o/bias", "ND", "zeros", lambda config, _: config.out_bias),
-    Row("layers/ffn_norm/scale", "ND", "ones"),
+    *_norm("layers/attn_post_norm", "ND", lambda config, _: config.norm_place == "sandwich"),
+    *_norm("layers/ffn_norm", "ND"),
     Row("layers/ffn/gate", "NEMD", "D", lambda config, _: config.gated),
     Row("layers/ffn/up", "NEMD", "D"),
     Row("layers/ffn/down", "NEMD", "D"),
@@ -89,8 +111,19 @@ ROWS = (
     Row(
         "layers/ffn/router/bias", "NE", "zeros", lambda _, lte: lte is not None and lte.router_bias
     ),
-    Row("final_norm/scale", "D", "ones"),
-    Row("lm_head/kernel", "DV", "D", lambda config, _: not config.tie_embeddings),
+    *_norm("layers/ffn_post_norm", "ND", lambda config, _: config.norm_place == "sandwich"),
+    *_norm("final_norm", "D", lambda config, _: config.norm_place != "post"),
+    Row("transform/kernel", "DP", "D", lambda config, _: config.head == "masked_lm"),
+    Row("transform/bias", "P", "zeros", lambda config, _: config.head == "masked_lm"),
+    *_norm("transform/norm", "P", lambda config, _: config.head == "masked_lm"),
+    Row("lm_head/kernel", "DV", "D", lambda c, _: "lm" in c.head and not c.tie_embeddings),
+    Row("lm_head/bias", "V", "zeros", lambda config, _: config.head == "masked_lm"),
+    Row("pooler/kernel", "DP", "D", lambda config, _: config.pooler),
+    Row("pooler/bias", "P", "zeros", lambda config, _: config.pooler),
+    Row("classifier/kernel", "DY", "D", lambda config, _: config.head == "classes"),
+    Row(
+        "classifier/bias", "Y", "zeros", lambda c, _: c.head == "classes" and not c.causal
+    ),
 )
 BY_PATH: Mapping[str, Row] = {row.path: row for row in ROWS}
 
@@ -103,8 +136,9 @@ def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
 def dimension_sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int]:
     """The size of each dimension letter."""
     experts = num_experts(config, lte)
-    ffn = {"E": experts, "M": config.d_ff // experts}
-    return {letter: getattr(config, NAMES[letter]) for letter in "VDNHKC"} | ffn
+    sizes = {letter: getattr(config, NAMES[letter]) for letter in "VDNHKCPUY"}
+    sizes["S"] = config.max_length + config.position_offset
+    return sizes | {"E": experts, "M": config.d_ff // experts}
 
 
 def abstract(config: ModelConfig, lte: LTEConfig | None) -> dict[str, Any]:

@@ -36,6 +36,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "M": None,
     "N": None,
     "C": None,
+    "P": None,
+    "S": None,
+    "U": None,
+    "Y": None,
 }
 
 

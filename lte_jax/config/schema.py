@@ -68,9 +68,26 @@ class ModelConfig(Checked):
     head_dim: Count = 16  # C: width of an attention head
     max_length: Count = 256  # longest sequence that the positions were trained for
     family: str = "llama"  # model_type of Hugging Face's config.json
+    causal: bool = True  # False: an encoder, whose tokens see those after them, too
+    # What stands on the last layer: logits of the next token ("lm") or of masked ones
+    # ("masked_lm"), one for each of num_labels classes ("classes"), or nothing ("none").
+    head: Literal["lm", "masked_lm", "classes", "none"] = "lm"
+    num_labels: Count = 2  # outputs of a head of classes; 1: a regression
+    pooler: bool = False  # whether the first token passes a dense layer and tanh before its head
     activation: Activation = "silu"  # activation function of the FFN
     gated: bool = True  # True: gate and up matrices (SwiGLU); False: up only
-    norm_eps: Positive = 1e-5  # epsilon of RMSNorm, added to the mean square
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_bias: bool = False  # whether norms have a bias
+    norm_offset: bool = False  # whether norms scale by 1 + their parameter (Gemma)
+    # Where norms stand: before attention and FFN ("pre"), after the sum with the residual stream
+    # ("post", BERT), on their outputs ("output", OLMo 2), or before and on outputs ("sandwich").
+    norm_place: Literal["pre", "post", "output", "sandwich"] = "pre"
+    norm_eps: Positive = 1e-5  # epsilon of norms, added to the mean square
+    positions: Literal["rope", "learned"] = "rope"  # rotary, or a table of max_length rows
+    position_offset: Whole = 0  # row of the first position in that table (RoBERTa: 2)
+    token_types: Whole = 0  # rows of the table of token types (BERT: 2); 0: there is none
+    embed_norm: bool = False  # whether the sum of the embeddings is normed
+    embed_scale: Positive = 1.0  # factor of the embedding (Gemma: the root of d_model)
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # stretching of the rotary frequencies; None: none
     tie_embeddings: bool = False  # whether the embedding is the output head, too
@@ -91,7 +108,7 @@ class ModelConfig(Checked):
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: "
                 "each kv head serves an equal group of query heads"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.positions == "rope":
             raise UserError(
                 f"head_dim={self.head_dim} is odd: rotary embedding needs an even width"
             )

@@ -91,14 +91,13 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """An HF tensor to be written: one layer of one of our arrays, fetched when it is written."""
+    """An HF tensor to be written: one layer of one of our arrays, or of several, side by side."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    array: Any
+    arrays: list[tuple[Any, Row | None]]  # Row None: as it is
     layer: int | None = None
-    row: Row | None = None
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -107,10 +106,13 @@ class _Tensor:
 
     def fetch(self) -> np.ndarray:
         """Its values on the host, in the stored layout and dtype."""
-        array = np.asarray(self.array if self.layer is None else self.array[self.layer])
-        if self.row is not None:
-            array = self.row.to_hf(array, self.sizes)
-        return np.ascontiguousarray(array.astype(self.dtype, copy=False))
+        parts, axis = {}, 0
+        for array, row in self.arrays:
+            part = np.asarray(array if self.layer is None else array[self.layer])
+            axis, begin = row.place(self.sizes) if row else (0, 0)
+            parts[begin] = row.to_hf(part, self.sizes) if row else part
+        whole = np.concatenate([parts[begin] for begin in sorted(parts)], axis)
+        return np.ascontiguousarray(whole.astype(self.dtype, copy=False))
 
 
 def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _main_dtype(tensors: list[_Tensor]) -> str:
     """The dtype for config.json: that of most weights, routers aside."""
     numbers: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
-        if not is_router(tensor.row.path if tensor.row else ""):
+        if not any(row and is_router(row.path) for _, row in tensor.arrays):
             numbers[tensor.dtype] += math.prod(tensor.shape)
     return max(DTYPES, key=lambda dtype: numbers[dtype])
 
@@ -170,7 +172,7 @@ def _plan(
     for path in sorted(flat.keys() ^ {row.path for row in rows}):
         problem = "is not a parameter of" if path in flat else "is missing from"
         raise UserError(f"{path} {problem} the model to be saved: config and params must agree")
-    planned = []
+    planned: dict[str, _Tensor] = {}
     for row in rows:
         array = flat[row.path]
         if array.shape != row.shape(sizes):
@@ -189,8 +191,17 @@ def _plan(
             kept = stored.get(name) or own if dtype == "source" else dtype or own
             kept = own if is_router(row.path) else kept
             where = layer if row.layered else None
-            planned.append(_Tensor(name, kept, row.hf_shape(sizes), array, where, row, sizes))
-    return planned
+            shared = planned.get(name)
+            if shared is None:
+                parts = [(array, row)]
+                planned[name] = _Tensor(name, kept, row.hf_shape(sizes), parts, where, sizes)
+            elif shared.dtype == kept:
+                shared.arrays.append((array, row))
+            else:
+                raise UserError(
+                    f"{row.path} is {kept}, but {shared.dtype} in others of {name}: give a dtype"
+                )
+    return list(planned.values())
 
 
 def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _Tensor:
@@ -202,7 +213,7 @@ def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _
             f"expert_size]={list(expected)} of an LTE model"
         )
     check_expert_order(np.asarray(order_NEM), "expert_order")
-    return _Tensor("expert_order", "int32", expected, order_NEM)
+    return _Tensor("expert_order", "int32", expected, [(order_NEM, None)])
 
 
 def _write_weights(folder: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from lte_jax.config import ModelConfig
+from lte_jax.errors import UserError
 from lte_jax.hf.fields import Fields
 
 Values = dict[str, Any]  # fields of ModelConfig
@@ -46,31 +47,59 @@ class Family:
     """A model_type of transformers."""
 
     model_type: str
-    architecture: str  # the class of transformers that config.json names
+    architectures: Mapping[str, str]  # head -> class of transformers; the first if none is named
     keys: Mapping[str, Key]  # by field of ModelConfig
     parts: tuple[Part, ...]
-    tensors: Mapping[str, tuple[str, str]]  # by path of params.py: see hf/names.py
+    tensors: Mapping[str, tuple[str, str]]  # by path of params.py: name and layout, see hf/names.py
+    prefix: str = "model."  # of all but the head; a model without a head is stored without it
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in place of the keys'
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields without a key
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields without a key, or how they
+    # follow from those read
     ignored: tuple[str, ...] = ()  # keys that repeat what is fixed
+    expects: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one valid value
+    # Tensors with these names are no parameters; patterns and what they are called otherwise.
+    constants: str = r"$^"
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    heads: Mapping[str, Mapping[str, tuple[str, str]]] = dataclasses.field(default_factory=dict)
 
     def read(self, fields: Fields) -> ModelConfig:
         """The model that config.json describes."""
-        values: Values = {"family": self.model_type, **self.fixed}
+        named = fields.get("architectures", list, None) or [None]
+        head = next((h for h, name in self.architectures.items() if name == named[0]), None)
+        values: Values = {"family": self.model_type}
+        values["head"] = head or next(iter(self.architectures))
         for field, key in self.keys.items():
             default = self.defaults.get(field, key.default)
             value = key.read(fields, key.name, *(() if default is REQUIRED else (default,)))
             values[field] = key.null(values) if value is None and key.null else value
         for part in self.parts:
             values |= part.read(fields, values)
+        for field, value in self.fixed.items():
+            values[field] = value(values) if callable(value) else value
+        for name, value in self.expects.items():
+            if fields.get(name, (object, bool), value) not in (value, None):
+                raise fields.wrong(name, f"{value!r}, as no other is supported")
         fields.asked |= {"model_type", *self.ignored}
         return ModelConfig(**values)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of config.json that say `config`."""
-        raw = {"architectures": [self.architecture], "model_type": self.model_type}
+        if config.head not in self.architectures:
+            raise UserError(
+                f"head={config.head!r} has no HF export with family={self.model_type!r}: valid are "
+                f"{', '.join(self.architectures)}"
+            )
+        raw: dict[str, Any] = {"architectures": [self.architectures[config.head]]}
+        raw["model_type"] = self.model_type
         for field, key in self.keys.items():
             raw[key.name] = key.write(getattr(config, field))
         for part in self.parts:
             raw |= part.write(config)
         return raw
+
+    def names(self, config: ModelConfig) -> dict[str, tuple[str, str]]:
+        """Name and layout of the tensor of each path, in a checkpoint of this model."""
+        named = {**self.tensors, **self.heads.get(config.head, {})}
+        if config.head != "none":
+            return named
+        return {path: (n.removeprefix(self.prefix), layout) for path, (n, layout) in named.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,6 +31,10 @@ _HF_DIMENSION = {
     "KC": "num_key_value_heads*head_dim",
     "C": "head_dim",
     "E": "intermediate_size/lte.expert_size",
+    "P": "hidden_size",
+    "S": "max_position_embeddings",
+    "U": "type_vocab_size",
+    "Y": "num_labels",
 }
 
 
@@ -47,7 +52,21 @@ class Row:
     path: str  # in our parameter tree
     ours: str  # a letter for each of our dimensions
     name: str  # of the HF tensor (of each layer)
-    hf: str  # its dimensions, each a group of our letters: "EM D" is [E*M, D]
+    layout: str  # its dimensions, each a group of our letters: "EM D" is [E*M, D]. In a tensor that
+    # holds several of our arrays, "D HC+[KC]+KC", one after another; the one in brackets is this.
+
+    @property
+    def hf(self) -> str:
+        """The layout of our part alone."""
+        return re.sub(r"\S*\[(\w+)\]\S*", r"\1", self.layout)
+
+    def place(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """The axis that our part shares with others, and where on it our part begins; or (0, 0)."""
+        for axis, groups in enumerate(self.layout.split()):
+            if "[" in groups:
+                before = groups.split("[")[0].strip("+").split("+")
+                return axis, sum(math.prod(sizes[c] for c in group) for group in before if group)
+        return 0, 0
 
     @property
     def layered(self) -> bool:
@@ -60,7 +79,10 @@ class Row:
 
     def hf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the HF tensor."""
-        return tuple(math.prod(sizes[c] for c in group) for group in self.hf.split())
+        return tuple(
+            sum(math.prod(sizes[c] for c in group.strip("[]")) for group in groups.split("+"))
+            for groups in self.layout.split()
+        )
 
     def hf_names(self, sizes: Mapping[str, int]) -> list[str]:
         """The names of the tensors in our array: one per layer, or one."""
@@ -68,8 +90,11 @@ class Row:
 
     def describe(self, sizes: Mapping[str, int]) -> str:
         """The HF shape with names: "[intermediate_size=172, hidden_size=64]"."""
-        named = zip(self.hf.split(), self.hf_shape(sizes), strict=True)
-        return "[" + ", ".join(f"{_HF_DIMENSION[group]}={size}" for group, size in named) + "]"
+        named = []
+        for groups, size in zip(self.layout.split(), self.hf_shape(sizes), strict=True):
+            terms = [_HF_DIMENSION[group.strip("[]")] for group in groups.split("+")]
+            named.append(f"{' + '.join(terms)}={size}")
+        return f"[{', '.join(named)}]"
 
     def lead(self, group: str, sizes: Mapping[str, int]) -> str:
         """The dimension along which a part of an HF dimension is contiguous: the first above 1."""
@@ -82,10 +107,12 @@ class Row:
         the part are read.
         """
         ranges, shape, rest = [], [], []
-        for group in self.hf.split():
+        shared, begin = self.place(sizes)
+        for axis, group in enumerate(self.hf.split()):
             lead = self.lead(group, sizes)
             inner = math.prod(sizes[c] for c in group[group.index(lead) + 1 :])
-            ranges.append(slice(cut[lead].start * inner, cut[lead].stop * inner))
+            offset = begin if axis == shared else 0
+            ranges.append(slice(offset + cut[lead].start * inner, offset + cut[lead].stop * inner))
             for c in group:  # the other dimensions are cut once they have been unfolded
                 shape.append(cut[c].stop - cut[c].start if c == lead else sizes[c])
                 rest.append(slice(None) if c == lead else slice(*cut[c]))
@@ -94,14 +121,15 @@ class Row:
         return part.transpose([letters.index(c) for c in self.ours.removeprefix("N")])
 
     def to_hf(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The HF tensor of one layer of our array (without N)."""
+        """Our part of the HF tensor, of one layer of our array (without N)."""
         ours = self.ours.removeprefix("N")
         order = [ours.index(c) for c in self.hf.replace(" ", "")]
-        return array.transpose(order).reshape(self.hf_shape(sizes))
+        shape = [math.prod(sizes[c] for c in group) for group in self.hf.split()]
+        return array.transpose(order).reshape(shape)
 
 
 def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
     """All parameters of such a model, each once."""
     rows = params.table(config, lte)
-    tensors = FAMILIES[config.family].tensors
+    tensors = FAMILIES[config.family].names(config)
     return tuple(Row(row.path, row.letters, *tensors[row.path]) for row in rows)

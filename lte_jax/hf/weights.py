@@ -23,6 +23,7 @@ from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
 from lte_jax.hf import foreign, names, renaming
+from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.config_json import read_config
 from lte_jax.hf.fields import DTYPES
 from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, verify
@@ -133,7 +134,7 @@ def open_parameters(
     tensors = open_tensors(folder, stack)
     sizes, rows = dimension_sizes(config, lte), names.table(config, lte)
     expected = {name for row in rows for name in row.hf_names(sizes)}
-    renamed, done = renaming.to_expected(tensors, expected)
+    renamed, done = renaming.to_expected(tensors, expected, FAMILIES[config.family])
     if done and expected == set(renamed.values()):
         say_once(f"{folder}: {done}")
     return {new: tensors[old] for old, new in renamed.items()}
@@ -141,17 +142,17 @@ def open_parameters(
 
 def _drop_tied_head(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
     """Removes a stored copy of a tied matrix, having checked that it is one."""
-    embedding = tensors.get(renaming.EMBEDDING)
-    if not config.tie_embeddings or renaming.TIED_HEAD not in tensors or embedding is None:
+    named = FAMILIES[config.family].tensors
+    head, embedding = (tensors.get(named[p][0]) for p in ("lm_head/kernel", "embed/embedding"))
+    if not config.tie_embeddings or head is None or embedding is None:
         return
-    head = tensors[renaming.TIED_HEAD]
     if not _equal(head, embedding):
         raise UserError(
             f"{head.file}: {head.name} differs from {embedding.name}, although config.json says "
             "tie_word_embeddings=true: download both files again, or remove the tensor, which "
             "transformers ignores"
         )
-    del tensors[renaming.TIED_HEAD]
+    del tensors[named["lm_head/kernel"][0]]
 
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
@@ -177,6 +178,7 @@ def _check_names(
     """Raises unless the tensors are exactly those of the table, with their shapes and dtypes."""
     expected = {name: row for row in rows for name in row.hf_names(sizes)}
     model = f"a {config.family} with num_hidden_layers={config.num_layers}"
+    head = FAMILIES[config.family].tensors["lm_head/kernel"][0]
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:
@@ -188,7 +190,7 @@ def _check_names(
         first = f"{missing[0]} {expected[missing[0]].describe(sizes)}"
         raise UserError(
             f"{folder} lacks {first}{_more(missing)}, which config.json asks for ({model}): "
-            + ("set tie_word_embeddings=true, or " if missing[0] == renaming.TIED_HEAD else "")
+            + ("set tie_word_embeddings=true, or " if missing[0] == head else "")
             + "correct config.json or download the checkpoint again"
         )
     if extra:

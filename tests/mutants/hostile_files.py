@@ -156,9 +156,9 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "19 a model may have 10^9 layers",
-        "lte_jax/hf/config_json.py",
-        'fields.size("num_hidden_layers", most=MAX_LAYERS)',
-        'fields.size("num_hidden_layers")',
+        "lte_jax/hf/families/llama.py",
+        '"num_layers": Key("num_hidden_layers", LAYERS),',
+        '"num_layers": Key("num_hidden_layers", Fields.size),',
         "tests/test_hf_config_json.py::test_bad_input_absurd_sizes[layers]",
     ),
     Mutant(
@@ -184,9 +184,9 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "19 a config may have 100,000 eos ids",
-        "lte_jax/hf/config_json.py",
-        "    if len(ids) > _MAX_EOS_IDS:",
-        "    if False:",
+        "lte_jax/hf/fields.py",
+        "        if len(ids) > _MAX_EOS_IDS:",
+        "        if False:",
         "tests/test_hf_config_json.py::test_bad_input_absurd_sizes[eos]",
     ),
     Mutant(

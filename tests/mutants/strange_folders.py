@@ -80,7 +80,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "21 layer_types of a Mistral",
-        "lte_jax/hf/config_json.py",
+        "lte_jax/hf/windows.py",
         "        if named is not None and set(named) != {window is not None}:",
         "        if named is not None and set(named) != {False}:",
         _KEYS,
@@ -94,7 +94,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "21 max_window_layers of null",
-        "lte_jax/hf/config_json.py",
+        "lte_jax/hf/windows.py",
         "int if window and not named else (int, NULL), 28)",
         "int, 28)",
         f"{_KEYS}[max_window_layers]",

@@ -12,7 +12,7 @@ from lte_jax.hf.windows import Windows
 
 OPTIONAL_SIZE = functools.partial(Fields.size, nullable=True)
 LAYERS = functools.partial(Fields.size, most=MAX_LAYERS)
-_HF_ACTIVATIONS = {ours: hf for hf, ours in reversed(ACTIVATIONS.items())}
+HF_ACTIVATIONS = {ours: hf for hf, ours in reversed(ACTIVATIONS.items())}
 
 
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
@@ -28,7 +28,7 @@ KEYS = {
     "num_kv_heads": Key("num_key_value_heads", OPTIONAL_SIZE, None, lambda v: v["num_heads"]),
     "head_dim": Key("head_dim", OPTIONAL_SIZE, None, lambda v: v["d_model"] // v["num_heads"]),
     "max_length": Key("max_position_embeddings", Fields.size, 2048),
-    "activation": Key("hidden_act", Fields.activation, "silu", write=_HF_ACTIVATIONS.__getitem__),
+    "activation": Key("hidden_act", Fields.activation, "silu", write=HF_ACTIVATIONS.__getitem__),
     "norm_eps": Key("rms_norm_eps", Fields.positive, 1e-6),
     "tie_embeddings": Key("tie_word_embeddings", Fields.flag, False),
     "bos_id": Key("bos_token_id", Fields.token_id, 1),
@@ -71,7 +71,7 @@ TENSORS = {
 
 FAMILY = Family(
     "llama",
-    "LlamaForCausalLM",
+    {"lm": "LlamaForCausalLM"},
     keys=KEYS | ATTENTION_BIAS | MLP_BIAS,
     parts=(rope, Windows("none")),
     tensors=TENSORS,

@@ -12,7 +12,7 @@ from lte_jax.hf.windows import Windows
 FAMILY = dataclasses.replace(
     llama.FAMILY,
     model_type="mistral",
-    architecture="MistralForCausalLM",
+    architectures={"lm": "MistralForCausalLM"},
     keys=llama.KEYS,
     parts=(rope, Windows("all")),
     defaults={"num_kv_heads": 8, "max_length": 131072},

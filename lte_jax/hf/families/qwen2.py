@@ -12,7 +12,7 @@ from lte_jax.hf.windows import Windows
 FAMILY = dataclasses.replace(
     llama.FAMILY,
     model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
+    architectures={"lm": "Qwen2ForCausalLM"},
     keys=llama.KEYS,
     parts=(rope, Windows("some")),
     defaults={"num_kv_heads": 32, "max_length": 32768, "bos_id": None, "eos_ids": None},

@@ -10,7 +10,7 @@ from lte_jax.hf.families import llama, qwen2
 FAMILY = dataclasses.replace(
     qwen2.FAMILY,
     model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
+    architectures={"lm": "Qwen3ForCausalLM"},
     keys=llama.KEYS | llama.ATTENTION_BIAS,
     defaults=qwen2.FAMILY.defaults | {"head_dim": 128},
     fixed={"qk_norm": True},
