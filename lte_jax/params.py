@@ -121,9 +121,7 @@ ROWS = (
     Row("pooler/kernel", "DP", "D", lambda config, _: config.pooler),
     Row("pooler/bias", "P", "zeros", lambda config, _: config.pooler),
     Row("classifier/kernel", "DY", "D", lambda config, _: config.head == "classes"),
-    Row(
-        "classifier/bias", "Y", "zeros", lambda c, _: c.head == "classes" and not c.causal
-    ),
+    Row("classifier/bias", "Y", "zeros", lambda c, _: c.head == "classes" and not c.causal),
 )
 BY_PATH: Mapping[str, Row] = {row.path: row for row in ROWS}
 

@@ -53,10 +53,14 @@ class Family:
     tensors: Mapping[str, tuple[str, str]]  # by path of params.py: name and layout, see hf/names.py
     prefix: str = "model."  # of all but the head; a model without a head is stored without it
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in place of the keys'
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields without a key, or how they
+    fixed: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # fields without a key, or how they
     # follow from those read
     ignored: tuple[str, ...] = ()  # keys that repeat what is fixed
-    expects: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one valid value
+    expects: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # keys with one valid value
     # Tensors with these names are no parameters; patterns and what they are called otherwise.
     constants: str = r"$^"
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -23,8 +23,8 @@ from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
 from lte_jax.hf import foreign, names, renaming
-from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.config_json import read_config
+from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.fields import DTYPES
 from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, verify
 from lte_jax.hf.names import Row, Span
