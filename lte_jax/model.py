@@ -1,4 +1,4 @@
-"""One Transformer (Flax Linen), decoder or encoder, whose config spans the families of hf/families/.
+"""One Transformer (Flax Linen), decoder or encoder, whose config spans those of hf/families/.
 
 The modules declare the parameters of params.py and scan over layers, so parameters of layers have
 a leading axis N; the arithmetic is in layers.py. One forward pass trains, evaluates and, given a

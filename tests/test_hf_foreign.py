@@ -101,16 +101,16 @@ def test_bad_input_float64(tmp_path):
     ("model_type", "word"),
     [
         ("mixtral", "mixture of experts already"),
-        ("bert", "encoder"),
+        ("deberta", "encoder"),
         ("t5", "encoder and a decoder"),
         ("qwen2_vl", "more than text"),
         ("mamba", "no Transformer"),
-        ("gpt2", "blocks of its own"),
+        ("bloom", "blocks of its own"),
     ],
 )
 def test_bad_input_known_families(model_type, word, tmp_path):
     folder = write_folder(tmp_path, {"model_type": model_type}, {})
-    assert_complains(lambda: load(folder), f"'{model_type}'", word, "llama, mistral, qwen2, qwen3")
+    assert_complains(lambda: load(folder), f"'{model_type}'", word, "llama, mistral, qwen2, qwen3, gpt2, bert")
 
 
 def test_bad_input_classifier(tmp_path):

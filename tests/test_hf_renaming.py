@@ -14,6 +14,9 @@ from hf_models import (
 
 from lte_jax import hf
 from lte_jax.hf import renaming, stored
+from lte_jax.hf.families import FAMILIES
+
+LLAMA = FAMILIES["llama"]
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +78,13 @@ def test_renaming_is_all_or_nothing():
     """A prefix that only some layers have stays, and so do names that would fall together."""
     expected = set(tensor_shapes(config_json("llama")))
     some = [n if "layers.0" in n else f"module.{n}" for n in expected]
-    assert renaming.to_expected(some, expected) == ({name: name for name in some}, "")
+    assert renaming.to_expected(some, expected, LLAMA) == ({name: name for name in some}, "")
     both = [*expected, *(n.replace("model.", "language_model.") for n in expected)]
-    assert renaming.to_expected(both, expected) == ({name: name for name in both}, "")
-    assert renaming.to_expected(expected, expected) == ({name: name for name in expected}, "")
+    assert renaming.to_expected(both, expected, LLAMA) == ({name: name for name in both}, "")
+    assert renaming.to_expected(expected, expected, LLAMA) == (
+        {name: name for name in expected},
+        "",
+    )
 
 
 def test_bad_input_renamed_and_incomplete(tmp_path):

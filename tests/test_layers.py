@@ -15,35 +15,41 @@ from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
 
-NORMS = ("layers/attn_norm", "layers/ffn_norm", "final_norm")
 IMPLEMENTATIONS = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]
 PROMPTS = [np.arange(5), np.arange(20, 31)]
 
 
+# Each way in which blocks of the families differ, as data.
+DIFFERENCES = {
+    "gpt2": {"norm": "layer", "norm_bias": True, "positions": "learned", "gated": False}
+    | {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "tie_embeddings": True},
+    "gemma": {"norm_offset": True, "norm_place": "sandwich", "embed_scale": 5.0, "qk_norm": True},
+    "olmo2": {"norm_place": "output"},
+    "embeddings": {"positions": "learned", "position_offset": 2, "token_types": 2}
+    | {"embed_norm": True, "norm_place": "post"},
+}
+
+
 @pytest.fixture
-def layer_norm(monkeypatch):
-    """LayerNorm with a bias in place of RMSNorm: three rows of the table, one function."""
+def value_gain(monkeypatch):
+    """A gain of each head's output, which no family has: a row of the table, a line of a layer."""
+    row = params.Row("layers/attn/gain", "NH", "ones")
+    monkeypatch.setattr(params, "ROWS", (*params.ROWS, row))
+    monkeypatch.setitem(params.BY_PATH, row.path, row)
+    attention = layers.attention
 
-    def norm(weights, x, eps):
-        y = x.astype(jnp.float32)
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        scale, bias = (
-            weights[name].astype(x.dtype).reshape(shape)
-            for name in ("scale", "bias")
-            if name in weights
-        )
-        return y.astype(x.dtype) * scale + bias
+    def with_gain(config, w, x_BLD, **others):
+        class Gained:
+            vectors, linear = w.vectors, staticmethod(w.linear)
 
-    rows = [
-        params.Row(f"{path}/bias", "ND" if path.startswith("layers") else "D", "zeros")
-        for path in NORMS
-    ]
-    monkeypatch.setattr(params, "ROWS", (*params.ROWS, *rows))
-    for row in rows:
-        monkeypatch.setitem(params.BY_PATH, row.path, row)
-    monkeypatch.setattr(layers, "norm", norm)
+            @staticmethod
+            def attend(*operands, **options):
+                y_BLHC, kv = w.attend(*operands, **options)
+                return y_BLHC * w.vectors["gain"].astype(y_BLHC.dtype)[None, None, :, None], kv
+
+        return attention(config, Gained, x_BLD, **others)
+
+    monkeypatch.setattr(layers, "attention", with_gain)
 
 
 def random_params(model, seed=0):
@@ -52,8 +58,19 @@ def random_params(model, seed=0):
     return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), a.dtype), abstract)
 
 
-def test_a_new_norm_is_added_in_one_place(layer_norm):
-    model = Transformer(dataclasses.replace(tiny.CONFIG, max_length=64), tiny.LTE)
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_each_difference_trains_prefills_and_decodes(difference):
+    check(dataclasses.replace(tiny.CONFIG, max_length=64, **DIFFERENCES[difference]))
+
+
+def test_a_new_part_is_added_in_one_place(value_gain):
+    gradients = check(dataclasses.replace(tiny.CONFIG, max_length=64))
+    assert float(jnp.abs(gradients["layers"]["attn"]["gain"]).max()) > 0
+
+
+def check(config):
+    """Trains, prefills and decodes alike, with every kernel; returns the gradients."""
+    model = Transformer(config, tiny.LTE)
     weights = random_params(model)
     batch = tiny.batch(2)
 
@@ -64,8 +81,9 @@ def test_a_new_norm_is_added_in_one_place(layer_norm):
     gradients = jax.jit(jax.grad(loss))(weights)
     made = jax.eval_shape(model.init, jax.random.key(0), batch["tokens"])["params"]
     assert jax.tree.structure(made) == jax.tree.structure(gradients)
-    for norm in (gradients["layers"]["attn_norm"], gradients["final_norm"]):
-        assert float(jnp.abs(norm["bias"]).max()) > 0
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        idle = "router" in str(path)  # under hard routing
+        assert idle or float(jnp.abs(gradient).max()) > 0, path
 
     decoder = Decoder.of(model, weights, eos_ids=())
     state, stack, step = decoder.prefill(PROMPTS, room=8), decoder.stack(), jax.jit(Decoder.step)
@@ -73,6 +91,7 @@ def test_a_new_norm_is_added_in_one_place(layer_norm):
     for name in IMPLEMENTATIONS:
         found, _, _ = step(decoder.replace(implementation=name), stack, state)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    return gradients
 
 
 class ByNeurons(Routing):

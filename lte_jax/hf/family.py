@@ -44,27 +44,37 @@ class Part(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model_type of transformers."""
+    """A model_type of transformers.
+
+    Attributes:
+      model_type: as config.json spells it.
+      architectures: head of ModelConfig -> class of transformers; the first where none is named.
+      keys: field of ModelConfig -> key of config.json.
+      parts: what takes several keys.
+      tensors: path of params.py -> name and layout of its tensor, see hf/names.py.
+      heads: head -> tensors that it names otherwise.
+      prefix: of all tensors but the head's; a model without a head is stored without it.
+      defaults: field -> default, where it is not that of the key.
+      fixed: field -> value, or function of those read: fields without a key.
+      ignored: keys that repeat what is fixed.
+      expects: keys with one valid value, which is the default.
+      constants: pattern of names of tensors that are no parameters.
+      renamed: pattern -> replacement, in names that old checkpoints have.
+    """
 
     model_type: str
-    architectures: Mapping[str, str]  # head -> class of transformers; the first if none is named
-    keys: Mapping[str, Key]  # by field of ModelConfig
+    architectures: Mapping[str, str]
+    keys: Mapping[str, Key]
     parts: tuple[Part, ...]
-    tensors: Mapping[str, tuple[str, str]]  # by path of params.py: name and layout, see hf/names.py
-    prefix: str = "model."  # of all but the head; a model without a head is stored without it
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in place of the keys'
-    fixed: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # fields without a key, or how they
-    # follow from those read
-    ignored: tuple[str, ...] = ()  # keys that repeat what is fixed
-    expects: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # keys with one valid value
-    # Tensors with these names are no parameters; patterns and what they are called otherwise.
+    tensors: Mapping[str, tuple[str, str]]
+    heads: Mapping[str, Mapping[str, tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    prefix: str = "model."
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    expects: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: str = r"$^"
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    heads: Mapping[str, Mapping[str, tuple[str, str]]] = dataclasses.field(default_factory=dict)
 
     def read(self, fields: Fields) -> ModelConfig:
         """The model that config.json describes."""

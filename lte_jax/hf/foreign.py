@@ -20,8 +20,8 @@ _FAMILIES = {
         "granitemoe llama4 llama4_text gpt_oss minimax ernie4_5_moe glm4_moe dots1 jetmoe "
         "nllb_moe switch_transformers hunyuan_v1_moe"
     ),
-    "is an encoder, which is not supported": (
-        "bert roberta xlm-roberta distilbert albert deberta deberta-v2 electra modernbert "
+    "is an encoder of another kind, which is not supported": (
+        "distilbert albert deberta deberta-v2 electra modernbert "
         "camembert mpnet nomic_bert"
     ),
     "has an encoder and a decoder, which is not supported": (
@@ -35,7 +35,7 @@ _FAMILIES = {
         "mamba mamba2 falcon_mamba rwkv recurrent_gemma zamba zamba2 bamba falcon_h1"
     ),
     "has blocks of its own, which are not supported": (
-        "gpt2 gptj gpt_neo gpt_neox opt bloom falcon mpt phi phi3 gemma gemma2 gemma3_text "
+        "gptj gpt_neo gpt_neox opt bloom falcon mpt phi phi3 gemma gemma2 gemma3_text "
         "stablelm starcoder2 gpt_bigcode codegen olmo olmo2 olmo3 cohere cohere2 granite smollm3 "
         "nemotron glm glm4 exaone4 persimmon xglm ernie4_5 ministral bitnet seed_oss"
     ),
