@@ -25,11 +25,13 @@ from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import UserError
 from lte_jax.generate import decode, generate_text
 from lte_jax.generate.decoding import Decoder
-from lte_jax.losses import cross_entropy, layer_means, loss_mask
-from lte_jax.model import Transformer
+from lte_jax.losses import layer_means, loss_mask
+from lte_jax.model import Transformer, forward
 from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
+from lte_jax.tasks import Classification
+from lte_jax.training_step import predicted, task_loss
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
 UNION_SIZES = (1, 2, 4, 8, 16)  # batch sizes for which the union of active experts is measured
@@ -43,6 +45,7 @@ def evaluate(
     records: Records | Any,
     *,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
+    task: Classification | None = None,
     tokenizer: Any = None,
     routing: Routing | str | None = None,
     threshold: float | Any = None,
@@ -64,6 +67,7 @@ def evaluate(
       params: its parameters.
       records: the text to predict, see `data.pad`.
       baseline: the dense model to compare with, and its parameters.
+      task: of labelled records, for its metrics; None: perplexity.
       tokenizer: for figures per byte and a sample text; without it these are left out.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
@@ -91,11 +95,14 @@ def evaluate(
     sample = (tokenizer, prompt, sample_tokens, sample_temperature)
     for entrant in entrants:
         entrant.check(records, *sample[:3])
-    num_bytes = None if tokenizer is None else scored_bytes(records, tokenizer)
-    entries = [e.measured(records, batch_size, num_bytes) | e.sample(*sample) for e in entrants]
-    if latency_rounds:
+    num_bytes = None if tokenizer is None or task else scored_bytes(records, tokenizer)
+    entries = [
+        e.measured(records, batch_size, num_bytes, task) | e.sample(*sample) for e in entrants
+    ]
+    if latency_rounds and task is None:
         _add_latency(entries, entrants, records, latency_rounds)
-    return {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
+    results = {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
+    return results | ({"task": task.name, "records": len(records)} if task else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +121,12 @@ class _Entrant:
         if tokenizer is not None and tokens:
             _check_prompt(self.model, tokenizer, prompt)
 
-    def measured(self, records: Records, batch_size: int, num_bytes: int | None) -> dict[str, Any]:
+    def measured(
+        self, records: Records, batch_size: int, num_bytes: int | None, task: Classification | None
+    ) -> dict[str, Any]:
         """The results, except sample text and latency."""
         settings = {"routing": self.routing, "threshold": self.threshold, "batch_size": batch_size}
-        settings |= {"num_bytes": num_bytes, "label": self.name}
+        settings |= {"num_bytes": num_bytes, "label": self.name, "task": task}
         quality = perplexity(self.model, self.params, records, **settings)
         cost = _cost(self.model, quality["sparsity"])
         return {"name": self.name} | _description(self.model) | quality | cost
@@ -158,6 +167,7 @@ def perplexity(
     threshold: float | Any = None,
     batch_size: int | Any = 8,
     num_bytes: int | None = None,
+    task: Classification | None = None,
     label: str = "evaluating",
 ) -> dict[str, Any]:
     """Loss and perplexity of the model on `records`, and the sparsity of its routing.
@@ -170,6 +180,7 @@ def perplexity(
       threshold: in place of `model.lte.threshold`.
       batch_size: of the forward passes, in records.
       num_bytes: of the predicted text in UTF-8, for the figures per byte.
+      task: of labelled records; its metrics take the place of token_ppl.
       label: of the progress bar on terminals; names the model in errors.
 
     Returns:
@@ -188,28 +199,35 @@ def perplexity(
     checks.finite_params(params, label)
     batch_size = min(batch_size, len(records))
     totals: Any = None
+    logits: list[np.ndarray] = []
     with tqdm(total=len(records), desc=label, unit=" records", disable=None, leave=False) as bar:
         for batch in eval_batches(records, batch_size):
             interrupt.check("while measuring")
             sums = _measure(model, params, batch, threshold, routing=routing)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            if task is not None:
+                logits.append(sums.pop("logits"))
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             bar.update(batch_size)
-    return _summary(model, totals, num_bytes, label)
+    summary = _summary(model, totals, num_bytes, label)
+    if task is None:
+        return summary
+    del summary["token_ppl"]  # the loss is of labels
+    scores = task.score(np.concatenate(logits)[: len(records)], records.more["labels"])
+    return {"metrics": scores} | summary
 
 
 @functools.partial(jax.jit, static_argnames=("model", "routing"))
 def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     """Sums over one batch, with the weights needed to turn them into means."""
-    tokens_BL, segments_BL = batch["tokens"], batch["segments"]
-    out = model.apply(
-        {"params": params}, tokens_BL, routing=routing, mask=segments_BL, threshold=threshold
-    )
-    loss_mask_BL, token_mask_BL = loss_mask(segments_BL), segments_BL > 0
+    token_mask_BL = batch["segments"] > 0
+    out = forward(model, params, batch, routing=routing, threshold=threshold)
     sums = {
-        "nll": cross_entropy(out.logits, tokens_BL, loss_mask_BL, jnp.float32(1)),
-        "predicted": jnp.sum(loss_mask_BL),
+        "nll": task_loss(model, out.logits, batch, jnp.float32(1)),
+        "predicted": jnp.sum(predicted(model, batch)),
     }
+    if model.config.head == "classes":
+        sums["logits"] = out.logits
     if out.scores is None:
         return sums
     bins_NBLE = jnp.clip(out.scores * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
@@ -221,7 +239,7 @@ def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * sums["real"]
     sums["union"] = {}
     for size in UNION_SIZES:  # what a kernel can skip at this batch size (Fig. 15)
-        if size > tokens_BL.shape[0]:
+        if size > len(token_mask_BL):
             break
         together_1L = jnp.all(token_mask_BL[:size], axis=0, keepdims=True)
         needed_N1LE = jnp.any(out.active[:, :size], axis=1, keepdims=True)

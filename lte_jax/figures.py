@@ -44,6 +44,18 @@ def label(entry: Results) -> str:
     return f"{entry['name']} {entry['sparsity']:.0%}" if entry["sparsity"] else entry["name"]
 
 
+def quality(entry: Results) -> tuple[str, float]:
+    """The first metric of a task and its value in percent, or the perplexity."""
+    metrics = entry.get("metrics") or {"perplexity per token": entry.get("token_ppl")}
+    return next(iter(metrics.items()))
+
+
+def loss_of_quality(entry: Results, dense: Results) -> float:
+    """What a model loses to the dense one: points of a metric, or percent of perplexity."""
+    mine, theirs = quality(entry)[1], quality(dense)[1]
+    return theirs - mine if "metrics" in entry else 100 * (mine / theirs - 1)
+
+
 def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
     """Each model with the dense model of its results, by sparsity and without duplicates."""
     entries: list[tuple[Results, Results | None]] = []
@@ -51,8 +63,8 @@ def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None
         models = result["models"]
         dense = next((m for m in models if not (m.get("lte") or m["sparsity"])), None)
         for entry in models:
-            known = [(old["name"], old["token_ppl"], old["sparsity"]) for old, _ in entries]
-            if (entry["name"], entry["token_ppl"], entry["sparsity"]) not in known:
+            known = [(old["name"], quality(old), old["sparsity"]) for old, _ in entries]
+            if (entry["name"], quality(entry), entry["sparsity"]) not in known:
                 entries.append((entry, dense))
     return sorted(entries, key=lambda pair: pair[0]["sparsity"])
 
@@ -122,7 +134,7 @@ def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], 
 
 
 def _quality(results: Sequence[Results]):
-    """Perplexity against FFN sparsity, one line for each name."""
+    """Perplexity, or a task's metric, against FFN sparsity, one line for each name."""
     entries = [(e, dense) for e, dense in with_dense(results) if e["sparsity"]]
     relative = all(dense is not None for _, dense in entries)
     figure, [axes] = _panels(1)
@@ -131,9 +143,7 @@ def _quality(results: Sequence[Results]):
         mine = [(e, dense) for e, dense in entries if e["name"] == name]
         x = [100 * e["sparsity"] for e, _ in mine]
         y = [
-            100 * (e["token_ppl"] / dense["token_ppl"] - 1)
-            if relative and dense
-            else e["token_ppl"]
+            loss_of_quality(e, dense) if relative and dense else quality(e)[1]
             for e, dense in mine
         ]
         axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
@@ -147,7 +157,10 @@ def _quality(results: Sequence[Results]):
     axes.margins(y=0.15)
     _label_right(axes, ends, colours, max(e["sparsity"] for e, _ in entries))
     axes.set_xlabel("FFN sparsity, %")
-    axes.set_ylabel("perplexity over dense, %" if relative else "perplexity per token")
+    name = quality(entries[0][0])[0]
+    points = "metrics" in entries[0][0]
+    lost = f"{name} below dense, points" if points else "perplexity over dense, %"
+    axes.set_ylabel(lost if relative else name)
     axes.set_title("What sparsity costs")
     return figure
 

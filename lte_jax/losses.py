@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 
-def loss_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """True where the next token belongs to the same text: the positions with a task loss."""
-    next_BL = jnp.pad(segments_BL[:, 1:], ((0, 0), (0, 1)))
-    return (segments_BL == next_BL) & (segments_BL > 0)
+def loss_mask(
+    segments_BL: Int[Array, "B L"], answers_BL: Integer[Array, "B L"] | None = None
+) -> Bool[Array, "B L"]:
+    """True where the next token belongs to the same text: the positions with a task loss.
+
+    With `answers_BL`, only where the next token is marked there: prompts have no loss.
+    """
+    mask_BL = (segments_BL == _next(segments_BL)) & (segments_BL > 0)
+    return mask_BL if answers_BL is None else mask_BL & (_next(answers_BL) > 0)
+
+
+def _next(x_BL: Array) -> Array:
+    return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
 
 
 @jax.named_scope("task_loss")
@@ -27,23 +36,44 @@ def cross_entropy(
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Negative log-likelihood of the next token, nats per predicted token: L_task of Eq. 6."""
-    targets_BL = jnp.pad(tokens_BL[:, 1:], ((0, 0), (0, 1)))
-    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
-    logp_BL = jnp.take_along_axis(logp_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(loss_mask_BL, logp_BL, 0.0)) / count
+    return _nll(logits_BLV, _next(tokens_BL), loss_mask_BL) / count
+
+
+@jax.named_scope("task_loss")
+def label_loss(
+    logits_BY: Float[Array, "B Y"],
+    labels_B: Num[Array, " B"],
+    text_mask_B: Bool[Array, " B"],
+    count: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Negative log-likelihood of each text's class, in nats; with one output, the squared error."""
+    if logits_BY.shape[1] > 1:
+        return _nll(logits_BY, labels_B.astype(jnp.int32), text_mask_B) / count
+    error_B = logits_BY[:, 0].astype(jnp.float32) - labels_B
+    return jnp.sum(jnp.where(text_mask_B, error_B**2, 0.0)) / count
+
+
+def _nll(logits: Array, targets: Array, mask: Array) -> Array:
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    logp = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(mask, logp, 0.0))
 
 
 @jax.named_scope("distillation")
 def distillation(
-    logits_BLV: Float[Array, "B L V"],
-    teacher_BLV: Float[Array, "B L V"],
-    token_mask_BL: Bool[Array, "B L"],
+    logits_BLV: Float[Array, "*B V"],
+    teacher_BLV: Float[Array, "*B V"],
+    token_mask_BL: Bool[Array, "*B"],
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """KL(teacher || model), nats per real token (Hinton et al. 2015, temperature 1).
+    """KL(teacher || model), nats per real token or text (Hinton et al. 2015, temperature 1).
 
-    Includes the last token of a text, which has no target but does have a teacher prediction.
+    Includes the last token of a text, which has no target but does have a teacher prediction. With
+    one output, the squared difference.
     """
+    if logits_BLV.shape[-1] == 1:
+        gap_BL = (logits_BLV - teacher_BLV)[..., 0].astype(jnp.float32)
+        return jnp.sum(jnp.where(token_mask_BL, gap_BL**2, 0.0)) / count
     logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
     teacher_logp_BLV = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32))
     kl_BL = jnp.sum(jnp.exp(teacher_logp_BLV) * (teacher_logp_BLV - logp_BLV), axis=-1)

@@ -11,6 +11,7 @@ Dimension key: B batch  L length  T cache length  D model width  E experts  M ne
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -87,6 +88,12 @@ class Transformer(nn.Module):
             length=config.num_layers,
         )(config, lte, how, dtype, name="layers")
         return layers.transformer(config, w, scanned, tokens, types, segments_BL, threshold, cache)
+
+
+def forward(model: Transformer, params: Any, batch: Mapping[str, Any], **options: Any) -> Any:
+    """`model.apply` on a batch: "tokens" and "segments" [B, L], and "types" [B, L] if there are."""
+    types, mask = batch.get("types"), batch["segments"]
+    return model.apply({"params": params}, batch["tokens"], types=types, mask=mask, **options)
 
 
 class Block(nn.Module):

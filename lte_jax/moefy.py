@@ -21,7 +21,7 @@ Dimension key: N layers  F = E*M neurons of an FFN  E experts  M neurons per exp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from lte_jax import clustering, interrupt, router_init
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
-from lte_jax.model import Transformer
+from lte_jax.model import Transformer, forward
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices accumulated per pass over the calibration data
@@ -47,7 +47,7 @@ def to_experts(
     model: Transformer,
     params: Any,
     lte: LTEConfig = LTEConfig(),  # noqa: B008 (frozen)
-    calibration: np.ndarray | Array | None = None,
+    calibration: np.ndarray | Array | Mapping[str, Any] | None = None,
     mask: np.ndarray | Array | None = None,
     *,
     seed: int = 0,
@@ -59,7 +59,8 @@ def to_experts(
       model: a dense Transformer.
       params: its parameters, fully addressable from this process; not changed.
       lte: the expert size, and how to group neurons.
-      calibration: token ids [R, L] of typical text, for grouping="coactivation".
+      calibration: token ids [R, L] of typical text, or arrays as `model.forward` takes them, for
+        grouping="coactivation".
       mask: [R, L], True or > 0 at real tokens. None: no padding.
       seed: of the grouping.
       progress: show a progress bar over the layers if standard error is a terminal.
@@ -93,7 +94,7 @@ def to_experts(
 def add_routers(
     model: Transformer,
     params: Any,
-    calibration: np.ndarray | Array | None = None,
+    calibration: np.ndarray | Array | Mapping[str, Any] | None = None,
     mask: np.ndarray | Array | None = None,
     *,
     seed: int = 0,
@@ -122,14 +123,18 @@ def add_routers(
                 "lte.router_init='ridge' fits routers to data: pass calibration token ids "
                 "[rows, length], or choose lte.router_init='normal'"
             )
-        mask_RL = np.ones(calibration.shape, np.int32) if mask is None else np.asarray(mask)
-        rows = [
-            {"tokens": calibration[i : i + 1], "segments": mask_RL[i : i + 1].astype(np.int32)}
-            for i in range(len(calibration))
-        ]
-        router = router_init.ridge_router(model, params, rows, lte)
+        router = router_init.ridge_router(model, params, one_by_one(calibration, mask), lte)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
+
+
+def one_by_one(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray]]:
+    """Calibration data, token ids [R, L] or a batch of arrays [R, ...], as batches of one row."""
+    if not isinstance(calibration, Mapping):
+        mask_RL = np.ones(calibration.shape, np.int32) if mask is None else np.asarray(mask)
+        calibration = {"tokens": calibration, "segments": mask_RL.astype(np.int32)}
+    rows = range(len(calibration["tokens"]))
+    return [{name: x[row : row + 1] for name, x in calibration.items()} for row in rows]
 
 
 def to_dense(
@@ -197,7 +202,7 @@ def group_neurons(
 def coactivations(
     model: Transformer,
     params: Any,
-    calibration: np.ndarray | Array | None,
+    calibration: np.ndarray | Array | Mapping[str, Any] | None,
     mask: np.ndarray | Array | None = None,
 ) -> Iterator[Float[np.ndarray, "F F"]]:
     """Yields, layer by layer, the covariance of |h| over the real tokens.
@@ -211,15 +216,15 @@ def coactivations(
     Raises:
       UserError: if calibration tokens are missing, or not in rows.
     """
-    if calibration is None or np.ndim(calibration) != 2 or not np.size(calibration):
-        shape = None if calibration is None else np.shape(calibration)
+    tokens = calibration.get("tokens") if isinstance(calibration, Mapping) else calibration
+    if tokens is None or np.ndim(tokens) != 2 or not np.size(tokens):
+        shape = None if tokens is None else np.shape(tokens)
         raise UserError(
             f"lte.grouping='coactivation': calibration has shape {shape}, expected token ids "
             "[rows, length]; pass some, or choose lte.grouping='kmeans'"
         )
-    mask_RL = np.ones(calibration.shape) if mask is None else mask
-    mask_RL = np.asarray(mask_RL, np.int32)
-    num_tokens = int(np.sum(mask_RL > 0))
+    rows = one_by_one(calibration, mask)
+    num_tokens = sum(int(np.sum(row["segments"] > 0)) for row in rows)
     if not num_tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     num_layers, d_ff = model.config.num_layers, model.config.d_ff
@@ -227,10 +232,9 @@ def coactivations(
     for start in range(0, num_layers, chunk):
         layers = range(start, min(start + chunk, num_layers))
         sums = None
-        for row in range(len(calibration)):
+        for row in rows:
             interrupt.check("while grouping neurons")
-            rows = slice(row, row + 1)
-            new = _magnitude_sums(model, params, calibration[rows], mask_RL[rows], layers)
+            new = _magnitude_sums(model, params, row, layers)
             sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         for product_FF, sum_F in zip(*sums, strict=True):
             mean_F = np.asarray(sum_F) / np.float32(num_tokens)
@@ -240,14 +244,13 @@ def coactivations(
 
 @partial(jax.jit, static_argnames=("model", "layers"))
 def _magnitude_sums(
-    model: Transformer, params: Any, tokens_BL: Array, mask_BL: Array, layers: range
+    model: Transformer, params: Any, batch: Mapping[str, Array], layers: range
 ) -> tuple[Float[Array, "N F F"], Float[Array, "N F"]]:
     """Sums over the real tokens of |h_f| |h_g| and of |h_f|, for some layers."""
-    _, state = model.apply(
-        {"params": params}, tokens_BL, routing="dense", mask=mask_BL, mutable=["intermediates"]
-    )
+    _, state = forward(model, params, batch, routing="dense", mutable=["intermediates"])
+    mask_BL = batch["segments"]
     h_NBLEM = state["intermediates"]["layers"]["ffn"]["hidden"][0][layers.start : layers.stop]
-    h_NTF = jnp.abs(h_NBLEM.reshape(len(layers), tokens_BL.size, -1).astype(jnp.float32))
+    h_NTF = jnp.abs(h_NBLEM.reshape(len(layers), mask_BL.size, -1).astype(jnp.float32))
     h_NTF = jnp.where((mask_BL > 0).reshape(1, -1, 1), h_NTF, 0.0)
     product_NFG = jnp.einsum("NTF,NTG->NFG", h_NTF, h_NTF, precision=jax.lax.Precision.HIGHEST)
     return product_NFG, jnp.sum(h_NTF, axis=1)

@@ -147,6 +147,27 @@ def abstract(config: ModelConfig, lte: LTEConfig | None) -> dict[str, Any]:
     return traverse_util.unflatten_dict(structs, sep="/")
 
 
+def adopt(
+    config: ModelConfig, params: Mapping[str, Any], key: Any, shardings: Any = None
+) -> dict[str, Any]:
+    """The parameters of a dense model with `config`, from those of one with another head.
+
+    What both have is kept. The rest starts as in transformers: matrices normal, with a standard
+    deviation of 0.02, and vectors as in the table.
+    """
+    sizes, old = dimension_sizes(config, None), traverse_util.flatten_dict(dict(params), sep="/")
+    placed = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    new = {}
+    for i, row in enumerate(table(config, None)):
+        if row.path in old:
+            new[row.path] = old[row.path]
+            continue
+        start = jax.nn.initializers.normal(0.02) if row.is_matrix else row.initializer(sizes)
+        fresh = start(jax.random.fold_in(key, i), row.shape(sizes), jnp.float32)
+        new[row.path] = jax.device_put(fresh, placed.get(row.path))
+    return traverse_util.unflatten_dict(new, sep="/")
+
+
 def is_router(path: str) -> bool:
     """Whether the path is that of a router parameter."""
     return path.startswith("layers/ffn/router/")

@@ -37,6 +37,7 @@ from lte_jax import (
     trainer,
     writers,
 )
+from lte_jax import params as parameters
 from lte_jax import workdir as work
 from lte_jax.checkpoint import quiet_threads
 from lte_jax.config import Experiment
@@ -151,7 +152,7 @@ class _Run:
         records, rng = self.parts.records[0], np.random.default_rng(self.experiment.seed)
         asked, d_model = self.experiment.lte.calibration_records, self.parts.config.d_model
         chosen = enough_records(records.segments_RL, d_model, asked, rng)
-        return data.Records(records.tokens_RL[chosen], records.segments_RL[chosen])
+        return records.take(chosen)
 
     def dense(self) -> None:
         """Writes the dense model, trained on the task if the experiment has a finetune stage."""
@@ -159,7 +160,11 @@ class _Run:
             return
         source, model = self.parts.source, self._model(self.parts.config, None)
         if source is not None:
-            params = self._load(source, model)
+            params = self._load(source, self._model(self.parts.loaded, None))
+            if self.parts.config != self.parts.loaded:  # a new head
+                shardings = sharding.param_shardings(abstract_params(model), self.mesh)
+                key = jax.random.key(self.experiment.seed)
+                params = parameters.adopt(model.config, params, key, shardings)
         else:
             shardings = sharding.param_shardings(abstract_params(model), self.mesh)
             key, tokens = jax.random.key(self.experiment.seed), jnp.zeros((1, 1), jnp.int32)
@@ -177,10 +182,9 @@ class _Run:
             return
         model = self._model(self.parts.config, None)
         params = self._load(self.paths.dense, model)
-        tokens_RL, segments_RL = self.calibration.tokens_RL, self.calibration.segments_RL
-        lte, seed = self.experiment.lte, self.experiment.seed
-        model, params, order_NEM = to_experts(model, params, lte, tokens_RL, segments_RL, seed=seed)
-        params = add_routers(model, params, tokens_RL, segments_RL, seed=seed)
+        texts, lte, seed = self.calibration[:], self.experiment.lte, self.experiment.seed
+        model, params, order_NEM = to_experts(model, params, lte, texts, seed=seed)
+        params = add_routers(model, params, texts, seed=seed)
         self._save(self.paths.experts, model, params, self.paths.dense, order_NEM)
 
     def sparse(self) -> None:
@@ -242,8 +246,9 @@ class _Run:
             baseline=baseline,
             tokenizer=self.parts.tokenizer,
             batch_size=self.experiment.data.batch_size,
+            task=self.parts.task,
             prompt=self.experiment.sample_prompt,
-            sample_tokens=self.experiment.sample_tokens,
+            sample_tokens=self.experiment.sample_tokens if model.config.head == "lm" else 0,
             sample_temperature=self.experiment.sample_temperature,
         )
         source = {"model": self.experiment.source.path, "data": self.experiment.data.validation}

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lte_jax import data, files, hf, sharding, stages
+from lte_jax import data, files, hf, sharding, stages, tasks
 from lte_jax.config import Experiment, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
@@ -35,9 +35,11 @@ class Parts:
     """The inputs of a run, read and checked against each other."""
 
     config: ModelConfig  # of the dense model
+    loaded: ModelConfig  # of the source, whose head may be another
     source: Path | None  # folder of the initial dense model; None: random weights
     tokenizer: Any
     records: tuple[data.Records, data.Records]  # training, validation
+    task: tasks.Classification | None  # None: language modelling
     inputs: dict[str, Any]  # name -> [number, digest] of everything read
 
 
@@ -62,18 +64,29 @@ def prepare(
         write_config(config, config.dtype)  # raises if its family cannot express it
     else:
         hf.check_params(folder, config)
+    loaded, task = config, tasks.find(experiment.data.task) if experiment.data.task else None
+    if task is not None and folder == source:
+        config = task.dense_config(config)
+    elif task is None and (config.head != "lm" or not config.causal):
+        raise UserError(
+            f"source.path={experiment.source.path!r} is an encoder (family {config.family!r}): set "
+            f"data.task, one of {', '.join(tasks.TASKS)}"
+        )
     _check_sizes(experiment, config, mesh)
     named = experiment.source.tokenizer or experiment.source.path
     tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
     _check_sample(experiment, config, tokenizer)
-    if "end_token" in known:
-        end = known["end_token"]
+    if "end_token" in known or task is not None:
+        end = known.get("end_token")
     else:
         load = functools.partial(_load, folder, experiment, config, mesh) if folder else None
         end = data.end_token(experiment.data, tokenizer, config, load)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
-    records = data.build(experiment.data, tokenizer, config, experiment.seed, end)
+    if task is None:
+        records = data.build(experiment.data, tokenizer, config, experiment.seed, end)
+    else:
+        records = task.build(experiment.data, tokenizer, config)
     inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), data.digest(part)]
         for name, part in zip(("train", "validation"), records, strict=True)
@@ -82,7 +95,7 @@ def prepare(
         inputs |= _fingerprints("tokenizer", hf.resolve(named), COMPANIONS)
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
-    return Parts(config, source, tokenizer, records, inputs)
+    return Parts(config, loaded, source, tokenizer, records, task, inputs)
 
 
 def is_sparse(experiment: Experiment) -> bool:
@@ -136,7 +149,7 @@ def _check_sample(experiment: Experiment, config: ModelConfig, tokenizer: Any) -
             f"sample_tokens={experiment.sample_tokens}, sample_temperature="
             f"{experiment.sample_temperature}: expected zero or more"
         )
-    if not (experiment.report and experiment.sample_tokens):
+    if not (experiment.report and experiment.sample_tokens) or config.head != "lm":
         return
     [prompt] = data.tokenize([experiment.sample_prompt], tokenizer)
     if not 0 < len(prompt) < config.max_length:

@@ -77,7 +77,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error}): expected a results.json") from None
     models = results.get("models") if isinstance(results, dict) else None
     needed = {"name", "token_ppl", "sparsity"}
-    if not models or not all(isinstance(m, dict) and needed <= m.keys() for m in models):
+    if not models or not all(isinstance(m, dict) and _is_entry(m) for m in models):
         raise UserError(
             f'{path}: no results of evaluate.py: expected {{"models": [...]}}, each with '
             f"{', '.join(sorted(needed))}"
@@ -153,21 +153,26 @@ def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
 
 def table(results: Sequence[Results]) -> str:
     """All models of all results as a Markdown table, by sparsity, dense models first."""
+    entries = with_dense(results)
+    metrics = dict.fromkeys(name for entry, _ in entries for name in entry.get("metrics", ()))
     heads = [
         "model",
-        "perplexity / token",
-        "/ byte",
+        *(metrics or ("perplexity / token", "/ byte")),
         "FFN sparsity",
         "GFLOPs / token",
         "ms / token",
         "time / dense",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    for entry, dense in with_dense(results):
+    for entry, dense in entries:
+        perplexities = (
+            f"{_number(entry.get('token_ppl'), '.3f')}{_change(entry, dense)}",
+            _number(entry.get("byte_ppl"), ".3f"),
+        )
+        scores = [_number(entry.get("metrics", {}).get(name), ".2f") for name in metrics]
         cells = [
             entry["name"],
-            f"{entry['token_ppl']:.3f}{_change(entry, dense)}",
-            _number(entry.get("byte_ppl"), ".3f"),
+            *(scores or perplexities),
             f"{entry['sparsity']:.1%}",
             _number(entry.get("gflops_per_token"), ".3g"),
             _number(entry.get("latency_ms"), ".3g"),
@@ -211,8 +216,13 @@ def samples(results: Sequence[Results]) -> str:
     return "".join(blocks)
 
 
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    """Whether it describes a model: what it is called, how good and how sparse it is."""
+    return {"name", "sparsity"} <= entry.keys() and bool({"token_ppl", "metrics"} & entry.keys())
+
+
 def _change(entry: Results, dense: Results | None) -> str:
-    if dense is None or entry is dense:
+    if dense is None or entry is dense or "metrics" in entry:
         return ""
     return f" ({entry['token_ppl'] / dense['token_ppl'] - 1:+.1%})"
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lte_jax import interrupt
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
-from lte_jax.model import Transformer
+from lte_jax.model import Transformer, forward
 from lte_jax.routing import largest
 
 log = logging.getLogger(__name__)
@@ -218,13 +218,7 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
 
 def _ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array]):
     """FFN inputs [N, T, D], hidden activations [N, T, E, M], and real tokens [T]; T = B*L."""
-    _, sown = model.apply(
-        {"params": params},
-        batch["tokens"],
-        mask=batch["segments"],
-        routing="dense",
-        mutable="intermediates",
-    )
+    _, sown = forward(model, params, batch, routing="dense", mutable="intermediates")
     (x_NBLD,), (h_NBLEM,) = (
         sown["intermediates"]["layers"]["ffn"][n] for n in ("ffn_input", "hidden")
     )

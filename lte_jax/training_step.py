@@ -19,12 +19,13 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from lte_jax import losses, sharding
-from lte_jax.model import Transformer
+from lte_jax.model import Transformer, forward
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
 
-Batch = dict[str, Array | np.ndarray]  # tokens [B, L] and segments [B, L], int32
+# tokens and segments [B, L], int32; some have types or answers [B, L], or labels [B].
+Batch = dict[str, Array | np.ndarray]
 
 
 @flax.struct.dataclass
@@ -37,25 +38,45 @@ class TrainState:
     control: SparsityController
 
 
+def predicted(model: Transformer, batch: Batch) -> Array:
+    """True at what has a task loss: positions [B, L] whose next token counts, or texts [B]."""
+    if model.config.head == "classes":
+        return (batch["segments"] > 0).any(axis=1)
+    return losses.loss_mask(batch["segments"], batch.get("answers"))
+
+
+def distilled(model: Transformer, batch: Batch) -> Array:
+    """True at what the teacher is asked: all real tokens, or texts; of answers, what predicts."""
+    if model.config.head == "classes" or "answers" in batch:
+        return predicted(model, batch)
+    return batch["segments"] > 0
+
+
+def task_loss(model: Transformer, logits: Array, batch: Batch, count: Array) -> Array:
+    """The loss of the model's head: of next tokens, or of labels."""
+    if model.config.head == "classes":
+        return losses.label_loss(logits, batch["labels"], predicted(model, batch), count)
+    return losses.cross_entropy(logits, batch["tokens"], predicted(model, batch), count)
+
+
 def make_loss(model: Transformer, stage: Stage) -> Callable:
     """The loss of a stage: (params, teacher, batch, control, counts) -> (loss, parts).
 
-    `counts` are the predicted and the real tokens of the whole batch; `batch` may be a microbatch.
+    `counts` are of the whole batch: what is predicted, what is distilled, and the real tokens;
+    `batch` may be a microbatch.
     `teacher` holds the dense model's parameters, in expert order, for distillation.
     """
 
     def loss(params, teacher, batch, control, counts):
-        tokens, segments = batch["tokens"], batch["segments"]
-        loss_mask, real, threshold = losses.loss_mask(segments), segments > 0, control.threshold
-        out = model.apply(
-            {"params": params}, tokens, routing=stage.routing, mask=segments, threshold=threshold
-        )
-        task = losses.cross_entropy(out.logits, tokens, loss_mask, counts["predicted"])
+        real, threshold = batch["segments"] > 0, control.threshold
+        out = forward(model, params, batch, routing=stage.routing, threshold=threshold)
+        task = task_loss(model, out.logits, batch, counts["predicted"])
         total, parts = stage.task_weight * task, {"task": task}
         if stage.distill_weight:
             with jax.named_scope("teacher"):
-                dense = model.apply({"params": teacher}, tokens, routing="dense", mask=segments)
-            parts["distill"] = losses.distillation(out.logits, dense.logits, real, counts["real"])
+                dense = forward(model, teacher, batch, routing="dense")
+            mask, count = distilled(model, batch), counts["distilled"]
+            parts["distill"] = losses.distillation(out.logits, dense.logits, mask, count)
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
             count, power = counts["real"], model.lte.efficiency_power
@@ -84,7 +105,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = {
-            "predicted": _count(losses.loss_mask(batch["segments"])),
+            "predicted": _count(predicted(model, batch)),
+            "distilled": _count(distilled(model, batch)),
             "real": _count(batch["segments"] > 0),
         }
 
@@ -133,15 +155,11 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
     routing = kind(stage.routing).served
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
-        tokens, segments = batch["tokens"], batch["segments"]
-        loss_mask, one = losses.loss_mask(segments), jnp.float32(1)
-        out = model.apply(
-            {"params": params}, tokens, routing=routing, mask=segments, threshold=threshold
-        )
-        real = jnp.sum((segments > 0).astype(jnp.float32))
+        out = forward(model, params, batch, routing=routing, threshold=threshold)
+        real = jnp.sum((batch["segments"] > 0).astype(jnp.float32))
         return {
-            "loss": losses.cross_entropy(out.logits, tokens, loss_mask, one),
-            "predicted": jnp.sum(loss_mask.astype(jnp.float32)),
+            "loss": task_loss(model, out.logits, batch, jnp.float32(1)),
+            "predicted": jnp.sum(predicted(model, batch).astype(jnp.float32)),
             "skipped": out.sparsity * real,
             "real": real,
         }

@@ -43,6 +43,7 @@ ORDER = {
     "lte_jax.optim": 17,
     "lte_jax.stages": 17.5,
     "lte_jax.data": 17.8,  # asks a model where texts end
+    "lte_jax.tasks": 18,
     "lte_jax.writers": 19,
     "lte_jax.training_step": 19.5,
     "lte_jax.trainer": 20,

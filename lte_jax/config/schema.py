@@ -241,6 +241,9 @@ class DataConfig(Checked):
 
     train: str = ""  # training text: .jsonl or .txt file, hub id ("name:config") or "python-stdlib"
     validation: str = ""  # validation text, likewise; "": hold out a part of the training text
+    # Name of a task of lte_jax/tasks/, such as "sst2"; "": language modelling. A task reads its own
+    # columns from data.train and data.validation (or the hub's splits of data.train).
+    task: str = ""
     column: str = "text"  # key of the text in each record
     join: str | None = None  # joins all records into one text; None: a record is a document
     # Token appended to each training document; "auto": what the pretrained model expects there, eos

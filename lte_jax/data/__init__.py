@@ -18,26 +18,31 @@ from lte_jax.data.ends import end_probabilities, end_token
 from lte_jax.data.packing import (
     Records,
     build,
+    check,
     digest,
     eval_batches,
     pack,
     pad,
     train_iterator,
 )
-from lte_jax.data.texts import read_texts
+from lte_jax.data.texts import read_rows, read_texts, text_of, value_of
 from lte_jax.data.tokens import byte_tokenizer, tokenize
 
 __all__ = [
     "Records",
     "build",
     "byte_tokenizer",
+    "check",
     "digest",
     "end_probabilities",
     "end_token",
     "eval_batches",
     "pack",
     "pad",
+    "read_rows",
     "read_texts",
+    "text_of",
     "tokenize",
     "train_iterator",
+    "value_of",
 ]

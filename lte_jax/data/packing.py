@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,27 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Token records in memory; `records[i]` is {"tokens": int32 [L], "segments": int32 [L]}."""
+    """Token records in memory; `records[i]` is {"tokens": int32 [L], "segments": int32 [L]}.
+
+    `more` holds what a task adds, by its name in a batch: "types" and "answers" [R, L], "labels"
+    [R].
+    """
 
     tokens_RL: np.ndarray
     segments_RL: np.ndarray
+    more: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens_RL)
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        return {"tokens": self.tokens_RL[index], "segments": self.segments_RL[index]}
+        arrays = {"tokens": self.tokens_RL, "segments": self.segments_RL, **self.more}
+        return {name: array[index] for name, array in arrays.items()}
+
+    def take(self, chosen: np.ndarray) -> Records:
+        """These records."""
+        more = {name: array[chosen] for name, array in self.more.items()}
+        return Records(self.tokens_RL[chosen], self.segments_RL[chosen], more)
 
 
 def pack(documents: Iterable[np.ndarray], length: int) -> Records:
@@ -85,6 +96,8 @@ def digest(records: Records) -> str:
     sha = hashlib.sha256(repr(records.tokens_RL.shape).encode())
     for array_RL in records.tokens_RL, records.segments_RL:
         sha.update(np.ascontiguousarray(array_RL, "<i4"))
+    for name, array in sorted(records.more.items()):
+        sha.update(name.encode() + np.ascontiguousarray(array, "<f4").tobytes())
     return sha.hexdigest()
 
 
@@ -127,7 +140,8 @@ def eval_batches(
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
         missing = batch_size - len(batch["tokens"])
-        yield {key: np.pad(x_BL, ((0, missing), (0, 0)))[mine] for key, x_BL in batch.items()}
+        zeros = {key: np.zeros((missing, *x.shape[1:]), x.dtype) for key, x in batch.items()}
+        yield {key: np.concatenate([x, zeros[key]])[mine] for key, x in batch.items()}
 
 
 def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
@@ -167,7 +181,7 @@ def build(
     Raises:
       UserError: if data, tokenizer and model do not fit together.
     """
-    _check(data, tokenizer, model_config)
+    check(data, tokenizer, model_config)
     documents = _documents(data, data.train, "train", tokenizer, model_config)
     train = documents if end is None else [_with_end(d, end, data.length) for d in documents]
     rng = np.random.default_rng(seed)
@@ -185,11 +199,11 @@ def build(
             f"data.batch_size={data.batch_size}: lower data.batch_size or data.length, or add text"
         )
     chosen = np.sort(rng.permutation(len(validation_rows))[: data.max_validation_records])
-    kept = validation_rows.tokens_RL[chosen], validation_rows.segments_RL[chosen]
-    return train_rows, Records(*kept)
+    return train_rows, validation_rows.take(chosen)
 
 
-def _check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
+def check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
+    """Refuses sources and lengths that do not fit the model, before anything is read."""
     if not data.train:
         raise UserError(
             "data.train is empty: expected a JSON-lines file, a hub dataset or 'python-stdlib'"

@@ -26,6 +26,10 @@ SPLITS = ("train", "validation")
 SURROGATE = re.compile("[\ud800-\udfff]")  # alone, which is no character
 
 
+class WholeText(str):
+    """A text that is a record by itself, without columns."""
+
+
 def read_texts(
     source: str,
     column: str = "text",
@@ -64,7 +68,8 @@ def read_texts(
         if not isinstance(between, str | None) or SURROGATE.search(between or ""):
             raise UserError(f"{name}={between!r}: expected characters that a text can hold")
     texts = []
-    for text in _records(source, column, split):
+    for where, row in read_rows(source, split):
+        text = str(row) if isinstance(row, WholeText) else text_of(row, column, where)
         if len(texts) == limit:
             break
         if text or join is not None:
@@ -79,18 +84,23 @@ def local_path(source: str) -> Path:
     return Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves an unknown ~user
 
 
-def _records(source: str, column: str, split: str | None) -> Iterator[str]:
+def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The records of `source`, as `read_texts` has it, each with its place for error messages.
+
+    A record is an object of columns, or a `WholeText`. A folder holds a file for each split, such
+    as train.jsonl.
+    """
     name, _, part = source.partition(":")
     path = local_path(source)
     if name == STDLIB:
-        return _stdlib_records(part or split)
+        return _stdlib_rows(part or split)
     is_local = os.path.lexists(path) or source.startswith((".", "/", "~"))
     if is_local or path.suffix in (*FILE_KINDS, ".gz"):
-        return _file_records(path, column)
-    return _hub_records(source, column, split)
+        return _file_rows(_of_split(path, split) if path.is_dir() else path)
+    return _hub_rows(source, split)
 
 
-def _stdlib_records(part: str | None) -> Iterator[str]:
+def _stdlib_rows(part: str | None) -> Iterator[tuple[str, Any]]:
     if part not in (None, *SPLITS):
         raise UserError(f"{STDLIB}:{part}: {nearest(part, SPLITS)}")
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -104,10 +114,17 @@ def _stdlib_records(part: str | None) -> Iterator[str]:
         held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
         machine_made = name.startswith("_sysconfigdata")  # holds paths of the build machine
         if not machine_made and (part is None or held_out == (part == "validation")):
-            yield (root / name).read_text(encoding="utf-8", errors="replace")
+            text = (root / name).read_text(encoding="utf-8", errors="replace")
+            yield name, WholeText(text)
 
 
-def _file_records(path: Path, column: str) -> Iterator[str]:
+def _of_split(folder: Path, split: str | None) -> Path:
+    """The file of a split in a folder; the folder itself, which is then refused, if none is."""
+    names = [f"{split}{kind}{gz}" for kind in FILE_KINDS for gz in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).exists()), folder)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     try:
         mode = path.stat().st_mode
@@ -121,10 +138,9 @@ def _file_records(path: Path, column: str) -> Iterator[str]:
             if file.read(3) != codecs.BOM_UTF8:
                 file.seek(0)
             if kind == ".txt":
-                yield file.read().decode().replace("\r\n", "\n")
+                yield str(path), WholeText(file.read().decode().replace("\r\n", "\n"))
             elif kind in FILE_KINDS:
-                for where, row in _json_rows(path, kind, file):
-                    yield _text_of(row, column, where)
+                yield from _json_rows(path, kind, file)
             else:
                 raise UserError(f"{path}: unknown kind of file: expected {', '.join(FILE_KINDS)}")
     except FileNotFoundError:
@@ -159,7 +175,20 @@ def _parse(text: bytes, where: str) -> Any:
         raise UserError(f"{where}: cannot be read as JSON ({error}): mend or remove it") from None
 
 
-def _text_of(row: Any, column: str, where: str) -> str:
+def text_of(row: Any, column: str, where: str) -> str:
+    """The text in a column of a record."""
+    value = value_of(row, column, where)
+    if not isinstance(value, str):
+        kind, textual = type(value).__name__, [c for c in row if isinstance(row[c], str)]
+        raise UserError(
+            f"{where}: column {column!r} holds {kind}, expected text: "
+            f"columns with text are {', '.join(textual) or 'none'}"
+        )
+    return value
+
+
+def value_of(row: Any, column: str, where: str) -> Any:
+    """What a column of a record holds."""
     if not isinstance(row, Mapping):
         kind = type(row).__name__
         raise UserError(f'{where}: a JSON {kind}: expected an object such as {{"{column}": "..."}}')
@@ -168,16 +197,10 @@ def _text_of(row: Any, column: str, where: str) -> str:
             f"{where}: no column {column!r} (columns: {', '.join(row) or 'none'}): "
             f"{nearest(column, row)}"
         )
-    if not isinstance(row[column], str):
-        kind, textual = type(row[column]).__name__, [c for c in row if isinstance(row[c], str)]
-        raise UserError(
-            f"{where}: column {column!r} holds {kind}, expected text: "
-            f"columns with text are {', '.join(textual) or 'none'}"
-        )
     return row[column]
 
 
-def _hub_records(source: str, column: str, split: str | None) -> Iterator[str]:
+def _hub_rows(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -193,5 +216,4 @@ def _hub_records(source: str, column: str, split: str | None) -> Iterator[str]:
     except (OSError, ValueError, RuntimeError) as error:  # absent, offline, no such split
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{source}: the hub dataset cannot be loaded ({reason})") from None
-    for number, row in enumerate(rows):
-        yield _text_of(row, column, f"{source}: row {number}")
+    yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows))

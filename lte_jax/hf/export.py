@@ -24,6 +24,8 @@ from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand, read_json, replacing, write_manifest
 from lte_jax.hf import names
 from lte_jax.hf.config_json import parse, read_config, write_config
+from lte_jax.hf.families import FAMILIES
+from lte_jax.hf.family import HEAD
 from lte_jax.hf.fields import DTYPES
 from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, INDEX, ONE_FILE, check_replaceable, companions
 from lte_jax.hf.hub import resolve
@@ -117,7 +119,12 @@ class _Tensor:
 
 def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None) -> dict[str, Any]:
     """The object for config.json; that of `source` if there is one."""
-    raw = write_config(config, config.dtype) if source is None else read_json(source / CONFIG)
+    if source is None:
+        raw = write_config(config, config.dtype)
+    else:
+        raw = read_json(source / CONFIG)
+        if _differs(config, parse(raw, CONFIG)[0], ()):  # by its head alone, as was checked
+            raw |= FAMILIES[config.family].write_head(config)
     raw.pop("lte", None)
     return raw if lte is None else raw | {"lte": dataclasses.asdict(lte)}
 
@@ -143,13 +150,17 @@ def _main_dtype(tensors: list[_Tensor]) -> str:
 
 def _check_source(config: ModelConfig, source: Path) -> None:
     theirs = read_config(source)[0]
-    for field in dataclasses.fields(config):
-        mine, other = getattr(config, field.name), getattr(theirs, field.name)
-        if mine != other and field.name != "dtype":
-            raise UserError(
-                f"source {source} has {field.name}={other!r}, the model to be saved {mine!r}: "
-                "name the folder the model was made from, or none"
-            )
+    for name in _differs(config, theirs, HEAD):
+        raise UserError(
+            f"source {source} has {name}={getattr(theirs, name)!r}, the model to be saved "
+            f"{getattr(config, name)!r}: name the folder the model was made from, or none"
+        )
+
+
+def _differs(config: ModelConfig, other: ModelConfig, besides: tuple[str, ...]) -> list[str]:
+    """The fields, but for the stored type and `besides`, in which two configs differ."""
+    names_ = {field.name for field in dataclasses.fields(config)} - {"dtype", *besides}
+    return sorted(name for name in names_ if getattr(config, name) != getattr(other, name))
 
 
 def _stored_dtypes(source: Path) -> dict[str, str | None]:
@@ -157,6 +168,11 @@ def _stored_dtypes(source: Path) -> dict[str, str | None]:
     with contextlib.ExitStack() as stack:
         known = open_parameters(source, *read_config(source), stack)
         return {name: STORED_DTYPES.get(tensor.dtype) for name, tensor in known.items()}
+
+
+def _kept(stored: Mapping[str, str | None], name: str, config: ModelConfig) -> str | None:
+    """The type of a tensor in the source, where it may have no head and so no prefix."""
+    return stored.get(name) or stored.get(name.removeprefix(FAMILIES[config.family].prefix))
 
 
 def _plan(
@@ -188,7 +204,7 @@ def _plan(
                 f"{row.path} is {own}, expected {', '.join(DTYPES)}: convert it, or give a dtype"
             )
         for layer, name in enumerate(row.hf_names(sizes)):
-            kept = stored.get(name) or own if dtype == "source" else dtype or own
+            kept = _kept(stored, name, config) or own if dtype == "source" else dtype or own
             kept = own if is_router(row.path) else kept
             where = layer if row.layered else None
             shared = planned.get(name)

@@ -12,9 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from lte_jax.config import ModelConfig
 from lte_jax.errors import UserError
+from lte_jax.hf import labels
 from lte_jax.hf.fields import Fields
 
 Values = dict[str, Any]  # fields of ModelConfig
+HEAD = ("head", "num_labels", "pooler")  # fields that say what stands on the last layer
 REQUIRED: Any = object()
 
 
@@ -88,6 +90,7 @@ class Family:
             values[field] = key.null(values) if value is None and key.null else value
         for part in self.parts:
             values |= part.read(fields, values)
+        values |= labels.read(fields, values)
         for field, value in self.fixed.items():
             values[field] = value(values) if callable(value) else value
         for name, value in self.expects.items():
@@ -98,18 +101,25 @@ class Family:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of config.json that say `config`."""
-        if config.head not in self.architectures:
-            raise UserError(
-                f"head={config.head!r} has no HF export with family={self.model_type!r}: valid are "
-                f"{', '.join(self.architectures)}"
-            )
-        raw: dict[str, Any] = {"architectures": [self.architectures[config.head]]}
-        raw["model_type"] = self.model_type
+        raw = {"model_type": self.model_type} | self.write_head(config)
         for field, key in self.keys.items():
             raw[key.name] = key.write(getattr(config, field))
         for part in self.parts:
             raw |= part.write(config)
         return raw
+
+    def write_head(self, config: ModelConfig) -> dict[str, Any]:
+        """The keys that name the head.
+
+        Raises:
+          UserError: if the family has no such head.
+        """
+        if config.head not in self.architectures:
+            raise UserError(
+                f"head={config.head!r} has no HF export with family={self.model_type!r}: valid are "
+                f"{', '.join(self.architectures)}"
+            )
+        return {"architectures": [self.architectures[config.head]]} | labels.write(config)
 
     def names(self, config: ModelConfig) -> dict[str, tuple[str, str]]:
         """Name and layout of the tensor of each path, in a checkpoint of this model."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lte_jax.config import ModelConfig
-from lte_jax.hf.family import Values
 from lte_jax.hf.fields import Fields
 
 
-def read(fields: Fields, values: Values) -> Values:
+def read(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     """The number of labels; transformers' default is 2."""
     fields.asked |= {"label2id"}
     named = fields.get("id2label", dict, None)

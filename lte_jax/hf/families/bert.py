@@ -4,7 +4,6 @@ A norm follows each sum with the residual stream, every token sees all others, a
 and position are embeddings. transformers: models/bert/configuration_bert.py, modeling_bert.py.
 """
 
-from lte_jax.hf import labels
 from lte_jax.hf.families import llama
 from lte_jax.hf.family import Family, Key
 from lte_jax.hf.fields import Fields
@@ -84,7 +83,7 @@ FAMILY = Family(
         "masked_lm": "BertForMaskedLM",
     },
     keys=KEYS,
-    parts=(labels,),
+    parts=(),
     tensors=TENSORS,
     prefix="bert.",
     fixed=FIXED,

@@ -6,7 +6,6 @@ transformers: models/roberta/configuration_roberta.py, modeling_roberta.py.
 import dataclasses
 
 from lte_jax.errors import UserError
-from lte_jax.hf import labels
 from lte_jax.hf.families import bert
 from lte_jax.hf.fields import Fields
 
@@ -52,7 +51,7 @@ FAMILY = dataclasses.replace(
         "classes": "RobertaForSequenceClassification",
         "masked_lm": "RobertaForMaskedLM",
     },
-    parts=(_Positions(), labels),
+    parts=(_Positions(),),
     tensors=TENSORS,
     heads={"classes": CLASSIFIER},
     prefix="roberta.",

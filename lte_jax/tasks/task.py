@@ -1,0 +1,139 @@
+"""What a task is: its columns, labels, loss and metrics, as data; and its records.
+
+A file of this folder describes the tasks of one benchmark. The loss follows from the model's head
+(`ModelConfig.head`); the trainer knows no task.
+
+Dimension key: R records  L length  Y labels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lte_jax import checks
+from lte_jax.config import DataConfig, ModelConfig
+from lte_jax.data import Records, check, read_rows, text_of, value_of
+from lte_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of predictions [R] and labels [R]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A label for each text or pair of texts.
+
+    Attributes:
+      name: as in `data.task`.
+      columns: of the text, or of both texts.
+      labels: names of the classes, in the order of their numbers; () for a regression.
+      metrics: name -> function, the first one is the one that papers give.
+      validation: name of the validation split, or splits.
+      source: where the task is described.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: Mapping[str, Metric]
+    validation: tuple[str, ...] = ("validation",)
+    source: str = ""
+
+    def dense_config(self, config: ModelConfig) -> ModelConfig:
+        """The model's config with the head of this task.
+
+        Raises:
+          UserError: if its family has none.
+        """
+        if config.causal:
+            raise UserError(
+                f"data.task={self.name!r} needs an encoder, such as roberta or bert; the model's "
+                f"family is {config.family!r}"
+            )
+        number = len(self.labels) or 1
+        return dataclasses.replace(config, head="classes", num_labels=number, pooler=True)
+
+    def build(
+        self, data: DataConfig, tokenizer: Any, config: ModelConfig
+    ) -> tuple[Records, Records]:
+        """The records of training and of the (first) validation split.
+
+        Raises:
+          UserError: if data, tokenizer and model do not fit together.
+        """
+        check(data, tokenizer, config)
+        train = self.records(data.train, "train", data, tokenizer, config)
+        held_out = data.validation or data.train
+        validation = self.records(held_out, self.validation[0], data, tokenizer, config)
+        if len(train) < data.batch_size:
+            raise UserError(
+                f"{data.train}: {len(train)} training records, fewer than data.batch_size="
+                f"{data.batch_size}: lower data.batch_size"
+            )
+        return train, validation
+
+    def records(
+        self, source: str, split: str, data: DataConfig, tokenizer: Any, config: ModelConfig
+    ) -> Records:
+        """The records of a split, one text or pair each; longer ones are cut, and that is said.
+
+        Raises:
+          UserError: on missing columns and bad labels; names file and line.
+        """
+        texts: list[list[str]] = []
+        labels = []
+        for where, row in read_rows(source, split):
+            if len(labels) == data.max_documents:
+                break
+            texts.append([text_of(row, column, where) for column in self.columns])
+            labels.append(self._label(row, where))
+        if not labels:
+            raise UserError(f"{source}: no records of {self.name} in split {split!r}")
+        return self._encode(texts, np.array(labels), source, data, tokenizer, config)
+
+    def _label(self, row: Mapping[str, Any], where: str) -> float:
+        label = value_of(row, "label", where)
+        number = isinstance(label, int | float) and not isinstance(label, bool)
+        if self.labels:
+            number = number and label == int(label) and 0 <= label < len(self.labels)
+        if not number:
+            names = ", ".join(f"{i} ({name})" for i, name in enumerate(self.labels))
+            raise UserError(
+                f"{where}: label={label!r}: expected {names or 'a number'}"
+                + (" (-1 marks a test set without labels)" if label == -1 else "")
+            )
+        return label
+
+    def _encode(self, texts, labels_R, source, data, tokenizer, config) -> Records:
+        length = data.length
+        coded = tokenizer(*map(list, zip(*texts, strict=True)))
+        ids, cut = coded["input_ids"], 0
+        tokens_RL = np.zeros((len(ids), length), np.int32)
+        segments_RL, types_RL = np.zeros_like(tokens_RL), np.zeros_like(tokens_RL)
+        for row, tokens in enumerate(ids):
+            checks.token_ids(np.asarray(tokens), config.vocab_size, f"{source}: record {row + 1}")
+            types = coded["token_type_ids"][row] if "token_type_ids" in coded else [0] * len(tokens)
+            if len(tokens) > length:
+                cut += 1
+                short = tokenizer(*texts[row], truncation=True, max_length=length)
+                tokens = short["input_ids"]
+                types = short["token_type_ids"] if "token_type_ids" in short else [0] * length
+            tokens_RL[row, : len(tokens)], segments_RL[row, : len(tokens)] = tokens, 1
+            types_RL[row, : len(tokens)] = types
+        if cut:
+            log.warning("%s: %d of %d records are cut to %d tokens", source, cut, len(ids), length)
+        kind = np.int32 if self.labels else np.float32
+        more = {"labels": labels_R.astype(kind)}
+        if config.token_types > 1:
+            more["types"] = types_RL
+        return Records(tokens_RL, segments_RL, more)
+
+    def score(self, logits_RY: np.ndarray, labels_R: np.ndarray) -> dict[str, float]:
+        """The metrics of a model's logits, in percent."""
+        guessed_R = logits_RY.argmax(axis=1) if self.labels else logits_RY[:, 0]
+        return {name: 100 * metric(guessed_R, labels_R) for name, metric in self.metrics.items()}
