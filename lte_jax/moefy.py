@@ -21,7 +21,7 @@ Dimension key: N layers  F = E*M neurons of an FFN  E experts  M neurons per exp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,6 @@ def to_experts(
     mask: np.ndarray | Array | None = None,
     *,
     seed: int = 0,
-    progress: bool = True,
 ) -> tuple[Transformer, dict[str, Any], Int[np.ndarray, "N E M"]]:
     """Groups the neurons of a dense model into experts; adds no routers yet.
 
@@ -62,7 +61,6 @@ def to_experts(
       calibration: token ids [R, L] of typical text, for grouping="coactivation".
       mask: [R, L], True or > 0 at real tokens. None: no padding.
       seed: of the grouping.
-      progress: show a progress bar over the layers if standard error is a terminal.
 
     Returns:
       The model with `lte`, its parameters without routers, and the dense neuron in each slot.
@@ -79,14 +77,13 @@ def to_experts(
     statistics = itertools.repeat(None, num_layers)
     if lte.grouping == "coactivation":
         statistics = coactivations(model, params, calibration, mask)
-    disable = None if progress else True
-    bar = tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=disable)
-    order_NEM = np.stack(
-        [
-            group_neurons(np.asarray(first_N1FD[layer, 0]), lte, layer, covariance_FF, seed=seed)
-            for layer, covariance_FF in enumerate(bar)
-        ]
-    )
+    orders = [
+        group_neurons(np.asarray(first_N1FD[layer, 0]), lte, layer, covariance_FF, seed=seed)
+        for layer, covariance_FF in enumerate(
+            tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=None)
+        )
+    ]
+    order_NEM = np.stack(orders)
     return model.clone(lte=lte), permute(params, order_NEM), order_NEM
 
 
@@ -122,14 +119,21 @@ def add_routers(
                 "lte.router_init='ridge' fits routers to data: pass calibration token ids "
                 "[rows, length], or choose lte.router_init='normal'"
             )
-        mask_RL = np.ones(calibration.shape, np.int32) if mask is None else np.asarray(mask)
-        rows = [
-            {"tokens": calibration[i : i + 1], "segments": mask_RL[i : i + 1].astype(np.int32)}
-            for i in range(len(calibration))
-        ]
-        router = router_init.ridge_router(model, params, rows, lte)
+        router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
+
+
+def _rows(
+    calibration: np.ndarray | Array, mask: np.ndarray | Array | None
+) -> list[dict[str, np.ndarray | Array]]:
+    """Batches of one row each."""
+    mask_RL = np.ones(calibration.shape) if mask is None else mask
+    mask_RL = np.asarray(mask_RL, np.int32)
+    return [
+        {"tokens": calibration[i : i + 1], "segments": mask_RL[i : i + 1]}
+        for i in range(len(calibration))
+    ]
 
 
 def to_dense(
@@ -142,7 +146,8 @@ def to_dense(
     """
     ffn = {name: w for name, w in params["layers"]["ffn"].items() if name != "router"}
     params = params | {"layers": params["layers"] | {"ffn": ffn}}
-    return model.clone(lte=None), permute(params, inverse(order_NEM))
+    order_NF = np.asarray(order_NEM).reshape(len(order_NEM), -1)
+    return model.clone(lte=None), permute(params, np.argsort(order_NF, axis=1)[:, None])
 
 
 def group_neurons(
@@ -174,9 +179,8 @@ def group_neurons(
         raise UserError(f"lte.expert_size={lte.expert_size} does not divide F={len(first_FD)}")
     seeds = (seed, layer)
     if lte.grouping == "random":
-        return clustering.canonical(
-            clustering.random_order(len(first_FD), seeds).reshape(experts, -1)
-        )
+        order_F = clustering.random_order(len(first_FD), seeds)
+        return clustering.canonical(order_F.reshape(experts, -1))
     coactivation = lte.grouping == "coactivation"
     grouped_by = covariance_FF if coactivation else first_FD.astype(np.float32)
     assert grouped_by is not None
@@ -217,9 +221,8 @@ def coactivations(
             f"lte.grouping='coactivation': calibration has shape {shape}, expected token ids "
             "[rows, length]; pass some, or choose lte.grouping='kmeans'"
         )
-    mask_RL = np.ones(calibration.shape) if mask is None else mask
-    mask_RL = np.asarray(mask_RL, np.int32)
-    num_tokens = int(np.sum(mask_RL > 0))
+    rows = _rows(calibration, mask)
+    num_tokens = sum(np.count_nonzero(row["segments"] > 0) for row in rows)
     if not num_tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     num_layers, d_ff = model.config.num_layers, model.config.d_ff
@@ -227,10 +230,9 @@ def coactivations(
     for start in range(0, num_layers, chunk):
         layers = range(start, min(start + chunk, num_layers))
         sums = None
-        for row in range(len(calibration)):
+        for row in rows:
             interrupt.check("while grouping neurons")
-            rows = slice(row, row + 1)
-            new = _magnitude_sums(model, params, calibration[rows], mask_RL[rows], layers)
+            new = _magnitude_sums(model, params, row, layers)
             sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         for product_FF, sum_F in zip(*sums, strict=True):
             mean_F = np.asarray(sum_F) / np.float32(num_tokens)
@@ -240,15 +242,12 @@ def coactivations(
 
 @partial(jax.jit, static_argnames=("model", "layers"))
 def _magnitude_sums(
-    model: Transformer, params: Any, tokens_BL: Array, mask_BL: Array, layers: range
+    model: Transformer, params: Any, batch: Mapping[str, Array], layers: range
 ) -> tuple[Float[Array, "N F F"], Float[Array, "N F"]]:
     """Sums over the real tokens of |h_f| |h_g| and of |h_f|, for some layers."""
-    _, state = model.apply(
-        {"params": params}, tokens_BL, routing="dense", mask=mask_BL, mutable=["intermediates"]
-    )
-    h_NBLEM = state["intermediates"]["layers"]["ffn"]["hidden"][0][layers.start : layers.stop]
-    h_NTF = jnp.abs(h_NBLEM.reshape(len(layers), tokens_BL.size, -1).astype(jnp.float32))
-    h_NTF = jnp.where((mask_BL > 0).reshape(1, -1, 1), h_NTF, 0.0)
+    _, h_NTEM, real_T = router_init.ffn_intermediates(model, params, batch)
+    h_NTF = jnp.abs(h_NTEM[layers.start : layers.stop].reshape(len(layers), real_T.size, -1))
+    h_NTF = jnp.where(real_T[None, :, None], h_NTF, 0.0)
     product_NFG = jnp.einsum("NTF,NTG->NFG", h_NTF, h_NTF, precision=jax.lax.Precision.HIGHEST)
     return product_NFG, jnp.sum(h_NTF, axis=1)
 
@@ -282,9 +281,3 @@ def permute(params: Any, order_NEM: Int[np.ndarray, "N E M"]) -> dict[str, Any]:
 def _permuted(w_NEMD: Array, order_NEM: Array) -> Array:
     w_NFD = w_NEMD.reshape(w_NEMD.shape[0], -1, *w_NEMD.shape[3:])
     return jax.vmap(lambda w_FD, order_EM: w_FD[order_EM])(w_NFD, order_NEM)
-
-
-def inverse(order_NEM: Int[np.ndarray, "N E M"]) -> Int[np.ndarray, "N 1 F"]:
-    """The order that undoes `order_NEM`: `permute` with it restores the dense layout."""
-    order_NF = np.asarray(order_NEM).reshape(len(order_NEM), -1)
-    return np.argsort(order_NF, axis=1).astype(np.int32)[:, None]
