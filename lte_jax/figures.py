@@ -45,15 +45,14 @@ def label(entry: Results) -> str:
 
 def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
     """Each model with the dense model of its results, by sparsity and without duplicates."""
-    entries: list[tuple[Results, Results | None]] = []
+    entries: dict[tuple, tuple[Results, Results | None]] = {}
     for result in results:
         models = result["models"]
         dense = next((m for m in models if not (m.get("lte") or m["sparsity"])), None)
         for entry in models:
-            known = [(old["name"], old["token_ppl"], old["sparsity"]) for old, _ in entries]
-            if (entry["name"], entry["token_ppl"], entry["sparsity"]) not in known:
-                entries.append((entry, dense))
-    return sorted(entries, key=lambda pair: pair[0]["sparsity"])
+            key = (entry["name"], entry["token_ppl"], entry["sparsity"])
+            entries.setdefault(key, (entry, dense))
+    return sorted(entries.values(), key=lambda pair: pair[0]["sparsity"])
 
 
 def draw(results: Sequence[Results], out: Path) -> list[Path]:
@@ -107,19 +106,12 @@ def _colours(entries: Sequence[Results]) -> dict[str, str]:
     return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
 
 
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The ascending places, moved up where they are closer than `gap`."""
-    spread: list[float] = []
-    for place in places:
-        spread.append(max(place, spread[-1] + gap) if spread else place)
-    return spread
-
-
 def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
-    """Names at the right ends of lines, at the fraction `x` of the axes' width."""
+    """Names at the right ends of lines, moved apart, at the fraction `x` of the axes' width."""
     low, high = axes.get_ylim()
-    names = sorted(places, key=lambda name: places[name])
-    for name, y in zip(names, _spread(sorted(places.values()), 0.065 * (high - low)), strict=True):
+    names, gap = sorted(places, key=lambda name: places[name]), 0.065 * (high - low)
+    spread = itertools.accumulate(sorted(places.values()), lambda last, y: max(y, last + gap))
+    for name, y in zip(names, spread, strict=True):
         where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate(name, (x, y), (8, 0), va="center", color=colours[name], **where)
 

@@ -15,15 +15,7 @@ Dimension key: B batch  L length  R records
 """
 
 from lte_jax.data.ends import end_probabilities, end_token
-from lte_jax.data.packing import (
-    Records,
-    build,
-    digest,
-    eval_batches,
-    pack,
-    pad,
-    train_iterator,
-)
+from lte_jax.data.packing import Records, build, digest, eval_batches, pack, pad, train_iterator
 from lte_jax.data.texts import read_texts
 from lte_jax.data.tokens import byte_tokenizer, tokenize
 
