@@ -20,9 +20,9 @@ def main() -> None:
     add("--data", help="JSON-lines file, hub dataset, or python-stdlib")
     add("--column", default="text", help="column of --data that holds the text")
     add("--newline", default="\n", help="replaces newlines in the text")
-    add("--join", help="joins all rows of --data into one text, with this between them")
+    add("--join", help="joins all records of --data into one text, with this between them")
     add("--length", type=flag(config.Length), default=256, help="tokens per record")
-    add("--rows", type=flag(config.Count), default=64, help="read this many texts of --data")
+    add("--records", type=flag(config.Count), default=64, help="read this many texts of --data")
     add("--batch-size", type=flag(config.Count), default=8)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
@@ -41,14 +41,14 @@ def main() -> None:
         model, params = lte_jax.load(flags.model, flags.dtype)
         baseline = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         tokenizer = lte_jax.load_tokenizer(flags.model)
-        source = (flags.data, flags.column, flags.newline, flags.rows, "validation", flags.join)
+        source = (flags.data, flags.column, flags.newline, flags.records, "validation", flags.join)
         documents = data.tokenize(data.read_texts(*source), tokenizer)
         fill = data.pad if flags.join is None else data.pack  # padding would cut off one long text
-        rows = fill(documents, min(flags.length, max(map(len, documents))))
+        records = fill(documents, min(flags.length, max(map(len, documents))))
         settings = ("name", "routing", "threshold", "batch_size", "prompt")
         chosen = {name: getattr(flags, name) for name in settings}
         chosen |= {"baseline": baseline, "tokenizer": tokenizer}
-        results = lte_jax.evaluate(model, params, rows, **chosen)
+        results = lte_jax.evaluate(model, params, records, **chosen)
         results |= {"environment": report.environment(), "source": vars(flags)}
         report.write([results], out, figures=not flags.no_figures)
         print(report.table([results]) + report.samples([results]))

@@ -65,13 +65,13 @@ def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Ru
             f"stages.adapt.steps={steps}",
             "stages.adapt.learning_rate=5e-4",
         )
-        control = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
+        baseline = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
         yield Run(
             model,
             "dense baseline",
             None,
             None,
-            (*control, "stages.router.steps=0", "stages.adapt.steps=0"),
+            (*baseline, "stages.router.steps=0", "stages.adapt.steps=0"),
         )
         for size in sizes:
             for target in TARGETS:
@@ -161,7 +161,7 @@ def table(results: list[dict]) -> str:
         "| model | method | experts of | target | FFN sparsity | perplexity | against dense |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    control = {r["model"]: r["perplexity"] for r in results if r["target"] is None}
+    baseline = {r["model"]: r["perplexity"] for r in results if r["target"] is None}
     for r in results:
         dense = r["target"] is None
         cells = (
@@ -171,7 +171,7 @@ def table(results: list[dict]) -> str:
             "" if dense else f"{r['target']:.0%}",
             "0%" if dense else f"{r['sparsity']:.1%}",
             f"{r['perplexity']:.3f}",
-            "" if dense else f"{r['perplexity'] / control[r['model']] - 1:+.1%}",
+            "" if dense else f"{r['perplexity'] / baseline[r['model']] - 1:+.1%}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -188,8 +188,8 @@ def figure(results: list[dict], path: Path) -> None:
     _, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
     for axis, (model, size) in zip(axes, panels, strict=True):
         mine = [r for r in results if r["model"] == model]
-        control = next(r["perplexity"] for r in mine if r["target"] is None)
-        axis.axhline(control, color="0.6", linestyle="--", label="dense baseline")
+        baseline = next(r["perplexity"] for r in mine if r["target"] is None)
+        axis.axhline(baseline, color="0.6", linestyle="--", label="dense baseline")
         for method, style in (("LTE", "o-"), ("ridge, frozen", "s:"), ("random, frozen", "^:")):
             points = [r for r in mine if r["method"] == method and r["expert_size"] == size]
             axis.plot(

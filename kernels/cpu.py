@@ -53,9 +53,8 @@ def sparse_ffn(
     """
     _ready(x_BD)
     names = ("up", "down", "gate", "up_bias", "gate_bias")
-    call = jax.ffi.ffi_call(
-        "lte_jax_ffn", jax.ShapeDtypeStruct(x_BD.shape, x_BD.dtype), vmap_method="sequential"
-    )
+    out = jax.ShapeDtypeStruct(x_BD.shape, x_BD.dtype)
+    call = jax.ffi.ffi_call("lte_jax_ffn", out, vmap_method="sequential")
     return call(
         x_BD,
         active_BE,
@@ -72,10 +71,8 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     Raises: as sparse_ffn.
     """
     _ready(x_BK)
-    shape = (x_BK.shape[0], w.shape[1 if transposed else 2])
-    call = jax.ffi.ffi_call(
-        "lte_jax_linear", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
-    )
+    out = jax.ShapeDtypeStruct((len(x_BK), w.shape[1 if transposed else 2]), jnp.float32)
+    call = jax.ffi.ffi_call("lte_jax_linear", out, vmap_method="sequential")
     return call(x_BK, layer, w, transposed=transposed)
 
 
@@ -96,8 +93,7 @@ def attend(
     _ready(q_BHC)
     out = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q_BHC, k_NBTKC, v_NBTKC))
     call = jax.ffi.ffi_call("lte_jax_attend", out, input_output_aliases={3: 1, 4: 2})
-    y_BHC, k_NBTKC, v_NBTKC = call(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, layer, index)
-    return y_BHC, k_NBTKC, v_NBTKC
+    return tuple(call(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, layer, index))
 
 
 def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -210,9 +206,8 @@ def _cache_folder() -> pathlib.Path:
         folder = pathlib.Path(os.path.abspath(folder.expanduser()))
         folder = folder.parent.resolve() / folder.name  # its own link is left, to be refused
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        why = _distrust(folder, stat.S_ISDIR) or next(
-            filter(None, map(_unsafe, folder.parents)), ""
-        )
+        unsafe = filter(None, map(_unsafe, folder.parents))
+        why = _distrust(folder, stat.S_ISDIR) or next(unsafe, "")
         if not why:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
@@ -228,8 +223,7 @@ def _private_folder(instead: pathlib.Path, why: str) -> tempfile.TemporaryDirect
     _log.warning(
         "%s %s: each process builds the CPU kernels for itself, three seconds; name a folder of "
         "your own in $LTE_JAX_CACHE",
-        instead,
-        why,
+        *(instead, why),
     )
     return tempfile.TemporaryDirectory(prefix="lte_jax-")
 

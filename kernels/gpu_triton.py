@@ -92,8 +92,7 @@ def unavailable() -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# The launches
+# ------------------------------------------------------------------------------------ launches
 
 
 def hidden(
@@ -222,8 +221,7 @@ def _jax_triton():
     return jax_triton
 
 
-# ---------------------------------------------------------------------------------------------
-# Block sizes
+# --------------------------------------------------------------------------------- block sizes
 
 
 def padded(b: int) -> int:
@@ -247,10 +245,9 @@ def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1)
     """
     if dtype not in _TYPES:
         raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
+    shape = (kernel, b, m, d, dtype)
     tuned = read_tuned(tuned_path()) if jax.default_backend() == "gpu" else {}
-    return tuned.get(key(kernel, b, m, d, dtype)) or by_rule(
-        kernel, b, m, d, dtype, experts=experts
-    )
+    return tuned.get(key(*shape)) or by_rule(*shape, experts=experts)
 
 
 def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
@@ -264,10 +261,9 @@ def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1
     rows, size = padded(b), jnp.dtype(dtype).itemsize
     power = 1 << (m - 1).bit_length()  # no tile needs more rows
     if kernel == "combine":
-        if rows == 1:
-            cut = Blocks(m=min(16, power), d=256 // size, warps=4, stages=6)
-        else:  # the list of experts takes every second stage
-            cut = Blocks(m=min(32, max(16, power)), d=256 // size, warps=4, stages=7)
+        # With several rows, the list of experts takes every second stage.
+        tall, stages = (min(16, power), 6) if rows == 1 else (min(32, max(16, power)), 7)
+        cut = Blocks(m=tall, d=256 // size, warps=4, stages=stages)
         panels, columns = experts * -(-m // cut.m), -(-d // cut.d)
         # With many rows the partial sums would be as large as the weights: use fewer.
         programs = _PROGRAMS if rows <= 16 else _PROGRAMS // 2

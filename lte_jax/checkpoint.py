@@ -42,40 +42,29 @@ State = TypeVar("State")
 log = logging.getLogger(__name__)
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores training states by step; every process of a run calls every method.
 
     Args:
       folder: created if absent; for checkpoints only.
       keep_last: how many of the newest steps to keep, at least 1.
-      keep_best: how many more steps to keep for their low `best_metric`.
+      keep_best: how many more steps to keep for their low validation loss.
 
     Raises:
       UserError: if the folder cannot be created or written to.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        keep_last: int = 2,
-        keep_best: int = 1,
-        best_metric: str = "validation_loss",
-    ):
-        if keep_last < 1 or keep_best < 0:
-            raise UserError(
-                f"checkpoint.keep_last={keep_last}, checkpoint.keep_best={keep_best}: "
-                "expected at least 1 and at least 0"
-            )
+    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: int = 1):
         self.folder = Path(folder).absolute()
-        self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
+        self._keep_last, self._keep_best = keep_last, keep_best
         self._primary = jax.process_index() == 0
         self._finishing: Future | None = None
         self._saved: set[int] = set()  # steps saved or restored by this object
         if self._primary:
             self._prepare_folder()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._manager = self._open()
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
 
     def save(
         self,
@@ -90,7 +79,7 @@ class Checkpointer:
           step: later than any step saved or restored before.
           state: a pytree of arrays, saved in their shardings.
           data_state: of the data iterator, JSON-serialisable.
-          metrics: finite or not; keep_best goes by their `best_metric`.
+          metrics: finite or not; keep_best goes by their "validation_loss".
 
         Raises:
           UserError: if this save or the previous one cannot be written.
@@ -106,12 +95,14 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
         )
+        # Of its own: a failed save's error would be raised again by those that follow.
+        orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         with self._explained(step):
-            self._manager.save(step, args=items, force=True)
+            orbax.save(self._path(step), args=items)
         self._saved.add(step)
         values = {name: float(value) for name, value in (metrics or {}).items()}
         manifest = {"step": step, "metrics": values, "leaves": _leaves(state)}
-        self._finishing = self._thread.submit(self._finish, manifest)
+        self._finishing = self._thread.submit(self._finish, orbax, manifest)
 
     def restore(self, abstract_state: State) -> tuple[int, State, dict[str, Any]] | None:
         """The newest undamaged (step, state, data_state), or None if nothing has been saved.
@@ -124,26 +115,15 @@ class Checkpointer:
           UserError: if every step is damaged, or belongs to another model or optimizer.
         """
         self.wait()
-        step, problem = NO_STEP, ""
-        if self._primary:
-            try:
-                step = self._newest_good_step(_leaves(abstract_state))
-            except UserError as error:  # raised below, or the other processes would wait forever
-                problem = str(error)
-        if jax.process_count() > 1:
-            failed = multihost_utils.broadcast_one_to_all(bool(problem))
-            step = int(multihost_utils.broadcast_one_to_all(step))
-            problem = problem or ("checkpoints are unusable: see process 0" if failed else "")
-        if problem:
-            raise UserError(problem)
-        self._manager.close()
-        self._manager = self._open()  # rereads the steps, as damaged ones have been moved
+        leaves = _leaves(abstract_state)
+        step = on_first(lambda: self._newest_good_step(leaves))
         if step == NO_STEP:
             return None
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        restored = orbax.restore(self._path(step), args=items)
         self._saved = {step}
         return step, restored.state, restored.data
 
@@ -154,13 +134,8 @@ class Checkpointer:
           UserError: if it could not be written; earlier steps are untouched.
         """
         finishing, self._finishing = self._finishing, None
-        if finishing is None:
-            return
-        try:
+        if finishing is not None:
             finishing.result()
-        except Exception:
-            _drained(self._manager.wait_until_finished)
-            raise
 
     def close(self) -> None:
         """Finishes the last save and ends the background threads."""
@@ -168,29 +143,13 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            _drained(self._manager.close)
             if self._primary:  # threads of a failed save may have written after the clean-up
                 for half in half_done(self.folder):
                     shutil.rmtree(half, ignore_errors=True)
 
-    def __enter__(self) -> Checkpointer:
-        """Returns itself."""
-        return self
-
     def __exit__(self, *exception: object) -> None:
         """Closes."""
         self.close()
-
-    def _open(self) -> ocp.CheckpointManager:
-        # Orbax would delete old steps before the new one's manifest exists; we do it afterwards.
-        # Its background clean-up after a killed run can, on a slow machine, also delete the first
-        # save of this run; we do it beforehand, in _prepare_folder.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, cleanup_tmp_directories=False, lightweight_initialize=True
-        )
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_news)
-        return ocp.CheckpointManager(self.folder, options=options)
 
     def _prepare_folder(self) -> None:
         """Creates the folder, and removes what a killed run left half-written or half-deleted."""
@@ -216,11 +175,11 @@ class Checkpointer:
         """Committed steps, oldest first."""
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
-    def _finish(self, manifest: Manifest) -> None:
+    def _finish(self, orbax: ocp.AsyncCheckpointer, manifest: Manifest) -> None:
         """In the background: waits for Orbax's commit, writes the manifest, deletes old steps."""
         step = manifest["step"]
         with self._explained(step):
-            self._manager.wait_until_finished()
+            orbax.close()
             if not self._primary:
                 return
             files.write_manifest(self._path(step), manifest)
@@ -231,14 +190,11 @@ class Checkpointer:
 
     def _dispensable(self) -> list[int]:
         """Steps that are neither among the newest nor among the best."""
-        steps = self._steps()
-        losses = {}
+        steps, rated = self._steps(), {}
         for step in steps:
-            with contextlib.suppress(Damaged):
-                losses[step] = files.read_manifest(self._path(step))["metrics"].get(
-                    self._best_metric
-                )
-        rated = {step: loss for step, loss in losses.items() if loss is not None}
+            with contextlib.suppress(Damaged, KeyError):
+                metrics = files.read_manifest(self._path(step))["metrics"]
+                rated[step] = metrics["validation_loss"]
         # NaN sorts last; of equal losses the newest is best.
         best = sorted(rated, key=lambda s: (math.isnan(rated[s]), rated[s], -s))[: self._keep_best]
         return sorted(set(steps) - set(steps[-self._keep_last :]) - set(best))
@@ -318,14 +274,21 @@ def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str
             )
 
 
-def _drained(wait: Callable[[], None]) -> None:
-    """Waits for Orbax, which raises the error of a failed save once for each of its threads."""
-    for _ in range(8):
+def on_first(action: Callable[[], int | None]) -> int:
+    """Runs `action` in process 0 and returns its result in all; if it fails there, all raise."""
+    result, problem = 0, ""
+    if jax.process_index() == 0:
         try:
-            return wait()
-        except (OSError, ValueError) as error:
-            if files.disk_trouble(error) is None:
-                raise
+            result = action() or 0
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1:
+        known = multihost_utils.broadcast_one_to_all(np.int32([result, bool(problem)]))
+        result = int(known[0])
+        problem = problem or ("process 0 failed: see its error" if known[1] else "")
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def _is_news(record: logging.LogRecord) -> bool:

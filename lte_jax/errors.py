@@ -25,14 +25,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(_tame(message))
-
-
-def _tame(message: str) -> str:
-    line = "".join(map(_printable, message.replace("\n", " ")))
-    if len(line) > MAX_LENGTH:
-        line = f"{line[: MAX_LENGTH // 2 - 5]} ... {line[-MAX_LENGTH // 2 :]}"
-    return line
+        line = "".join(map(_printable, message.replace("\n", " ")))
+        if len(line) > MAX_LENGTH:
+            line = f"{line[: MAX_LENGTH // 2 - 5]} ... {line[-MAX_LENGTH // 2 :]}"
+        super().__init__(line)
 
 
 def _printable(character: str) -> str:

@@ -35,7 +35,7 @@ from lte_jax.training_step import predicted, task_loss
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
 UNION_SIZES = (1, 2, 4, 8, 16)  # batch sizes for which the union of active experts is measured
-_GIGA = 2**30  # as in the paper's Table 1
+_GIGA = 2**30  # of FLOPs, as in the paper's Table 1, and of bytes of weights
 _LATENCY_TOKENS = 32  # length of the prompt, and of the timed continuation
 
 
@@ -128,8 +128,17 @@ class _Entrant:
         settings = {"routing": self.routing, "threshold": self.threshold, "batch_size": batch_size}
         settings |= {"num_bytes": num_bytes, "label": self.name, "task": task}
         quality = perplexity(self.model, self.params, records, **settings)
-        cost = _cost(self.model, quality["sparsity"])
-        return {"name": self.name} | _description(self.model) | quality | cost
+        config, lte, dtype = self.model.config, self.model.lte, self.model.dtype
+        sparsity, width = quality["sparsity"], jnp.dtype(dtype).itemsize
+        return {
+            "name": self.name,
+            "config": dataclasses.asdict(config),
+            "lte": None if lte is None else dataclasses.asdict(lte),
+            "dtype": dtype,
+            **quality,
+            "gflops_per_token": flops_per_token(config, lte, sparsity) / _GIGA,
+            "gbytes_per_token": bytes_per_token(config, lte, sparsity, width) / _GIGA,
+        }
 
     def sample(self, tokenizer: Any, prompt: str, tokens: int, temperature: float) -> dict:
         """A continuation of the prompt by up to `tokens`, as far as the model has positions."""
@@ -142,12 +151,7 @@ class _Entrant:
         return {"sample": {"prompt": prompt, "text": text}}
 
 
-def _add_latency(
-    entries: Sequence[dict[str, Any]],
-    entrants: Sequence[_Entrant],
-    records: Records,
-    rounds: int,
-) -> None:
+def _add_latency(entries, entrants: Sequence[_Entrant], records: Records, rounds: int) -> None:
     """Adds times per token, and their ratio to the first: the baseline, or all experts active."""
     decoders = [Decoder.of(e.model, e.params, e.routing, e.threshold) for e in entrants]
     if len(entrants) == 1 and entrants[0].model.lte is not None:
@@ -287,21 +291,6 @@ def _exp(nats: float, unit: str, label: str) -> float:
             f"model {label!r}: a loss of {nats:.6g} nats per {unit} is a perplexity too large for "
             "a float: check that text and tokenizer fit the model"
         ) from None
-
-
-def _description(model: Transformer) -> dict[str, Any]:
-    """The configuration of a model as plain data."""
-    lte = None if model.lte is None else dataclasses.asdict(model.lte)
-    return {"config": dataclasses.asdict(model.config), "lte": lte, "dtype": model.dtype}
-
-
-def _cost(model: Transformer, sparsity: float) -> dict[str, float]:
-    """Cost of a decoded token: FLOPs and bytes of weights in units of 2**30, see sparsity.py."""
-    width = jnp.dtype(model.dtype).itemsize
-    return {
-        "gflops_per_token": flops_per_token(model.config, model.lte, sparsity) / _GIGA,
-        "gbytes_per_token": bytes_per_token(model.config, model.lte, sparsity, width) / _GIGA,
-    }
 
 
 def scored_bytes(records: Records, tokenizer: Any) -> int:

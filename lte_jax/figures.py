@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +57,14 @@ def loss_of_quality(entry: Results, dense: Results) -> float:
 
 def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
     """Each model with the dense model of its results, by sparsity and without duplicates."""
-    entries: list[tuple[Results, Results | None]] = []
+    entries: dict[tuple, tuple[Results, Results | None]] = {}
     for result in results:
         models = result["models"]
         dense = next((m for m in models if not (m.get("lte") or m["sparsity"])), None)
         for entry in models:
-            known = [(old["name"], quality(old), old["sparsity"]) for old, _ in entries]
-            if (entry["name"], quality(entry), entry["sparsity"]) not in known:
-                entries.append((entry, dense))
-    return sorted(entries, key=lambda pair: pair[0]["sparsity"])
+            key = (entry["name"], quality(entry), entry["sparsity"])
+            entries.setdefault(key, (entry, dense))
+    return sorted(entries.values(), key=lambda pair: pair[0]["sparsity"])
 
 
 def draw(results: Sequence[Results], out: Path) -> list[Path]:
@@ -79,17 +77,21 @@ def draw(results: Sequence[Results], out: Path) -> list[Path]:
 
     made = []
     with matplotlib.rc_context(_STYLE):
-        for name, (make, entries) in _FIGURES.items():
-            if entries(results):
-                image = io.BytesIO()
-                figure = make(results)
-                figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
-                atomic_write(out / f"{name}.png", image.getvalue())
-                made.append(out / f"{name}.png")
+        for name in drawable(results):
+            image = io.BytesIO()
+            figure = _FIGURES[name][0](results)
+            figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
+            atomic_write(out / name, image.getvalue())
+            made.append(out / name)
     return made
 
 
-def _sparse_entries(results: Sequence[Results], key: str = "sparsity") -> list[Results]:
+def drawable(results: Sequence[Results]) -> list[str]:
+    """Names of the files that `draw` makes."""
+    return [name for name, (_, key) in _FIGURES.items() if _sparse_entries(results, key)]
+
+
+def _sparse_entries(results: Sequence[Results], key: str) -> list[Results]:
     """The models that skip experts and have numbers under `key`."""
     return [entry for entry, _ in with_dense(results) if entry["sparsity"] and entry.get(key)]
 
@@ -116,19 +118,12 @@ def _colours(entries: Sequence[Results]) -> dict[str, str]:
     return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
 
 
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The ascending places, moved up where they are closer than `gap`."""
-    spread: list[float] = []
-    for place in places:
-        spread.append(max(place, spread[-1] + gap) if spread else place)
-    return spread
-
-
 def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
-    """Names at the right ends of lines, at the fraction `x` of the axes' width."""
+    """Names at the right ends of lines, moved apart, at the fraction `x` of the axes' width."""
     low, high = axes.get_ylim()
-    names = sorted(places, key=lambda name: places[name])
-    for name, y in zip(names, _spread(sorted(places.values()), 0.065 * (high - low)), strict=True):
+    names, gap = sorted(places, key=lambda name: places[name]), 0.065 * (high - low)
+    spread = itertools.accumulate(sorted(places.values()), lambda last, y: max(y, last + gap))
+    for name, y in zip(names, spread, strict=True):
         where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate(name, (x, y), (8, 0), va="center", color=colours[name], **where)
 
@@ -143,8 +138,7 @@ def _quality(results: Sequence[Results]):
         mine = [(e, dense) for e, dense in entries if e["name"] == name]
         x = [100 * e["sparsity"] for e, _ in mine]
         y = [
-            loss_of_quality(e, dense) if relative and dense else quality(e)[1]
-            for e, dense in mine
+            loss_of_quality(e, dense) if relative and dense else quality(e)[1] for e, dense in mine
         ]
         axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
         if relative:
@@ -174,10 +168,8 @@ def _layers(results: Sequence[Results]):
         means = {}
         for entry in (entry for entry in entries if entry["name"] == name):
             share = [100 * value for value in entry["sparsity_per_layer"]]
-            axes.plot(
-                range(1, len(share) + 1), share, "o-", color=colour, markeredgecolor="white",
-                clip_on=False,
-            )  # fmt: skip
+            style = {"color": colour, "markeredgecolor": "white", "clip_on": False}
+            axes.plot(range(1, len(share) + 1), share, "o-", **style)
             mean = 100 * entry["sparsity"]
             axes.axhline(mean, color=colour, linestyle=_DASHES, linewidth=1, alpha=0.7)
             means[f"mean {mean:.0f}%"] = mean
@@ -204,14 +196,8 @@ def _scores(results: Sequence[Results]):
         axes.bar(centres, heights, width * 0.9, color=colours[entry["name"]])
         threshold = (entry.get("lte") or {}).get("threshold", 0.5)
         axes.axvline(threshold, color=_INK, linestyle=_DASHES, linewidth=1.2)
-        axes.annotate(
-            "threshold" if i == 0 else "",
-            (threshold, 1),
-            (5, -4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-        )
+        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate("threshold" if i == 0 else "", (threshold, 1), (5, -4), va="top", **where)
         axes.grid(axis="x", visible=False)
         axes.set_xlim(0, 1)
         axes.set_title(label(entry) if len(panels) > 1 else f"Router scores: {label(entry)}")
@@ -220,14 +206,9 @@ def _scores(results: Sequence[Results]):
     return figure
 
 
-# Name -> what draws it, and the models it shows; without models there is no figure.
+# File -> what draws it, and the numbers that a model must have to be in it.
 _FIGURES = {
-    "quality": (_quality, _sparse_entries),
-    "layers": (_layers, partial(_sparse_entries, key="sparsity_per_layer")),
-    "scores": (_scores, partial(_sparse_entries, key="score_histogram")),
+    "quality.png": (_quality, "sparsity"),
+    "layers.png": (_layers, "sparsity_per_layer"),
+    "scores.png": (_scores, "score_histogram"),
 }
-
-
-def drawable(results: Sequence[Results]) -> list[str]:
-    """Names of the files that `draw` makes."""
-    return [f"{name}.png" for name, (_, entries) in _FIGURES.items() if entries(results)]

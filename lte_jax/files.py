@@ -12,10 +12,10 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,21 +37,16 @@ def expand(path: str | os.PathLike, name: str = "a path") -> Path:
         raise UserError(f"{name} is {type(path).__name__}: expected the path of a file or folder")
     if not os.fspath(path):
         raise UserError(f"{name} is empty: expected a file or folder (. is the current folder)")
-    if not _can_be_a_name(path):
+    try:
+        components = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError:  # a lone surrogate
+        components = [b"\0"]
+    if any(b"\0" in part or len(part) > _NAME_BYTES for part in components):
         raise UserError(f"{name} {path}: no file can have this name: correct the path")
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: the home folder ~ is unknown: write it out") from None
-
-
-def _can_be_a_name(path: str | os.PathLike) -> bool:
-    """Whether a file can have this name: encodable, no null byte, not too long."""
-    try:
-        name = os.fsencode(path)
-        return b"\0" not in name and max(map(len, name.split(b"/"))) <= _NAME_BYTES
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
 
 
 class Damaged(Exception):
@@ -70,15 +65,23 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     path = Path(path)
     half = path.with_name(f".{path.name}.half-written")
     try:
-        with half.open("wb") as file:
+        with explained(path), half.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        half.replace(path)
-        sync(path.parent)
-    except OSError as error:
+            half.replace(path)
+            sync(path.parent)
+    finally:
         with contextlib.suppress(OSError):
             half.unlink()
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns an OSError into the UserError that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): free some space or name another place"
         ) from error
@@ -115,15 +118,22 @@ def replacing(folder: Path) -> Iterator[Path]:
       UserError: if it cannot be written; the previous folder is then untouched.
     """
     folder = Path(os.path.realpath(folder))
-    new = None
+    tag = secrets.token_hex(4)
+    new, old = (folder.parent / f".{folder.name}.{word}-{tag}" for word in ("new", "old"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-        new.chmod(0o777 & ~_umask())  # mkdtemp makes it 0o700
+        new.mkdir(parents=True)
         yield new
         for file in (*new.iterdir(), new):
             sync(file)
-        _move(new, folder)
+        try:
+            if folder.is_dir():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
         sync(folder.parent)
     except Exception as e:
         if (reason := disk_trouble(e)) is None:
@@ -133,29 +143,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             "free space; nothing was changed there"
         ) from None
     finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def _move(new: Path, folder: Path) -> None:
-    """Replaces `folder` by `new`; on failure `folder` stays."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    folder.rename(old)  # replaces the empty folder
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        shutil.rmtree(new, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------- manifests
@@ -167,22 +155,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprints(folder: Path) -> dict[str, list[Any]]:
-    """Relative name -> [size in bytes, SHA-256] of every file in a folder except its manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [path for path in files if path != folder / MANIFEST]
+def _digests(paths: Sequence[Path]) -> list[str]:
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(sha256, files))
-    return {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
-        for path, digest in zip(files, digests, strict=True)
-    }
+        return list(pool.map(sha256, paths))
 
 
 def write_manifest(folder: Path, kept: Mapping[str, Any] | None = None) -> None:
     """Writes the manifest of a folder's current files; `kept` is stored as extra keys."""
-    text = json.dumps(dict(kept or {}) | {"files": fingerprints(folder)}, indent=1)
-    atomic_write(folder / MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    own = folder / MANIFEST
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != own)
+    found = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
+        for path, digest in zip(paths, _digests(paths), strict=True)
+    }
+    text = json.dumps(dict(kept or {}) | {"files": found}, indent=1)
+    atomic_write(own, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -223,11 +210,10 @@ def verify(folder: Path, *, digests: bool = True) -> dict[str, Any]:
         if path.stat().st_size != size:
             raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
     if digests:
-        with ThreadPoolExecutor() as pool:
-            found = pool.map(sha256, [folder / name for name in named])
-            for (name, (_, digest)), actual in zip(named.items(), found, strict=True):
-                if actual != digest:
-                    raise Damaged(f"{name} is corrupt (its SHA-256 differs)")
+        found = _digests([folder / name for name in named])
+        for (name, (_, digest)), actual in zip(named.items(), found, strict=True):
+            if actual != digest:
+                raise Damaged(f"{name} is corrupt (its SHA-256 differs)")
     return manifest
 
 
@@ -255,26 +241,19 @@ def read_json(path: Path, hint: str = "download or copy it again") -> dict[str, 
     """
     try:
         check_regular(path)
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise UserError(
-                f"{path} has {path.stat().st_size:,} bytes: expected at most {MAX_JSON_BYTES:,} "
-                f"of JSON: {hint}"
+                f"{path} has {size:,} bytes: expected at most {MAX_JSON_BYTES:,} of JSON: {hint}"
             )
-        raw = parse_json(path.read_bytes())
+        raw = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {hint}") from None
     except UserError:
         raise
+    except RecursionError:
+        raise UserError(f"{path} cannot be read (nested too deeply): {hint}") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): {hint}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a JSON {type(raw).__name__}: expected an object of keys")
     return raw
-
-
-def parse_json(text: bytes | str) -> Any:
-    """`json.loads` that raises only ValueError."""
-    try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from lte_jax import clustering, interrupt, router_init
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
-from lte_jax.model import Transformer, forward
+from lte_jax.model import Transformer
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices accumulated per pass over the calibration data
@@ -51,7 +51,6 @@ def to_experts(
     mask: np.ndarray | Array | None = None,
     *,
     seed: int = 0,
-    progress: bool = True,
 ) -> tuple[Transformer, dict[str, Any], Int[np.ndarray, "N E M"]]:
     """Groups the neurons of a dense model into experts; adds no routers yet.
 
@@ -63,7 +62,6 @@ def to_experts(
         grouping="coactivation".
       mask: [R, L], True or > 0 at real tokens. None: no padding.
       seed: of the grouping.
-      progress: show a progress bar over the layers if standard error is a terminal.
 
     Returns:
       The model with `lte`, its parameters without routers, and the dense neuron in each slot.
@@ -80,14 +78,13 @@ def to_experts(
     statistics = itertools.repeat(None, num_layers)
     if lte.grouping == "coactivation":
         statistics = coactivations(model, params, calibration, mask)
-    disable = None if progress else True
-    bar = tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=disable)
-    order_NEM = np.stack(
-        [
-            group_neurons(np.asarray(first_N1FD[layer, 0]), lte, layer, covariance_FF, seed=seed)
-            for layer, covariance_FF in enumerate(bar)
-        ]
-    )
+    orders = [
+        group_neurons(np.asarray(first_N1FD[layer, 0]), lte, layer, covariance_FF, seed=seed)
+        for layer, covariance_FF in enumerate(
+            tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=None)
+        )
+    ]
+    order_NEM = np.stack(orders)
     return model.clone(lte=lte), permute(params, order_NEM), order_NEM
 
 
@@ -123,16 +120,16 @@ def add_routers(
                 "lte.router_init='ridge' fits routers to data: pass calibration token ids "
                 "[rows, length], or choose lte.router_init='normal'"
             )
-        router = router_init.ridge_router(model, params, one_by_one(calibration, mask), lte)
+        router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
 
-def one_by_one(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray]]:
-    """Calibration data, token ids [R, L] or a batch of arrays [R, ...], as batches of one row."""
+def _rows(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray | Array]]:
+    """Token ids [R, L], or a batch of arrays [R, ...], as batches of one row each."""
     if not isinstance(calibration, Mapping):
-        mask_RL = np.ones(calibration.shape, np.int32) if mask is None else np.asarray(mask)
-        calibration = {"tokens": calibration, "segments": mask_RL.astype(np.int32)}
+        mask_RL = np.ones(calibration.shape) if mask is None else mask
+        calibration = {"tokens": calibration, "segments": np.asarray(mask_RL, np.int32)}
     rows = range(len(calibration["tokens"]))
     return [{name: x[row : row + 1] for name, x in calibration.items()} for row in rows]
 
@@ -147,7 +144,8 @@ def to_dense(
     """
     ffn = {name: w for name, w in params["layers"]["ffn"].items() if name != "router"}
     params = params | {"layers": params["layers"] | {"ffn": ffn}}
-    return model.clone(lte=None), permute(params, inverse(order_NEM))
+    order_NF = np.asarray(order_NEM).reshape(len(order_NEM), -1)
+    return model.clone(lte=None), permute(params, np.argsort(order_NF, axis=1)[:, None])
 
 
 def group_neurons(
@@ -179,9 +177,8 @@ def group_neurons(
         raise UserError(f"lte.expert_size={lte.expert_size} does not divide F={len(first_FD)}")
     seeds = (seed, layer)
     if lte.grouping == "random":
-        return clustering.canonical(
-            clustering.random_order(len(first_FD), seeds).reshape(experts, -1)
-        )
+        order_F = clustering.random_order(len(first_FD), seeds)
+        return clustering.canonical(order_F.reshape(experts, -1))
     coactivation = lte.grouping == "coactivation"
     grouped_by = covariance_FF if coactivation else first_FD.astype(np.float32)
     assert grouped_by is not None
@@ -223,8 +220,8 @@ def coactivations(
             f"lte.grouping='coactivation': calibration has shape {shape}, expected token ids "
             "[rows, length]; pass some, or choose lte.grouping='kmeans'"
         )
-    rows = one_by_one(calibration, mask)
-    num_tokens = sum(int(np.sum(row["segments"] > 0)) for row in rows)
+    rows = _rows(calibration, mask)
+    num_tokens = sum(np.count_nonzero(row["segments"] > 0) for row in rows)
     if not num_tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     num_layers, d_ff = model.config.num_layers, model.config.d_ff
@@ -247,11 +244,9 @@ def _magnitude_sums(
     model: Transformer, params: Any, batch: Mapping[str, Array], layers: range
 ) -> tuple[Float[Array, "N F F"], Float[Array, "N F"]]:
     """Sums over the real tokens of |h_f| |h_g| and of |h_f|, for some layers."""
-    _, state = forward(model, params, batch, routing="dense", mutable=["intermediates"])
-    mask_BL = batch["segments"]
-    h_NBLEM = state["intermediates"]["layers"]["ffn"]["hidden"][0][layers.start : layers.stop]
-    h_NTF = jnp.abs(h_NBLEM.reshape(len(layers), mask_BL.size, -1).astype(jnp.float32))
-    h_NTF = jnp.where((mask_BL > 0).reshape(1, -1, 1), h_NTF, 0.0)
+    _, h_NTEM, real_T = router_init.ffn_intermediates(model, params, batch)
+    h_NTF = jnp.abs(h_NTEM[layers.start : layers.stop].reshape(len(layers), real_T.size, -1))
+    h_NTF = jnp.where(real_T[None, :, None], h_NTF, 0.0)
     product_NFG = jnp.einsum("NTF,NTG->NFG", h_NTF, h_NTF, precision=jax.lax.Precision.HIGHEST)
     return product_NFG, jnp.sum(h_NTF, axis=1)
 
@@ -285,9 +280,3 @@ def permute(params: Any, order_NEM: Int[np.ndarray, "N E M"]) -> dict[str, Any]:
 def _permuted(w_NEMD: Array, order_NEM: Array) -> Array:
     w_NFD = w_NEMD.reshape(w_NEMD.shape[0], -1, *w_NEMD.shape[3:])
     return jax.vmap(lambda w_FD, order_EM: w_FD[order_EM])(w_NFD, order_NEM)
-
-
-def inverse(order_NEM: Int[np.ndarray, "N E M"]) -> Int[np.ndarray, "N 1 F"]:
-    """The order that undoes `order_NEM`: `permute` with it restores the dense layout."""
-    order_NF = np.asarray(order_NEM).reshape(len(order_NEM), -1)
-    return np.argsort(order_NF, axis=1).astype(np.int32)[:, None]

@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from lte_jax import (
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
-from lte_jax.checkpoint import quiet_threads
+from lte_jax.checkpoint import on_first, quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
@@ -75,8 +75,8 @@ def train(
         raise UserError(f"experiment is {kind}: expected an Experiment, as load_config makes it")
     paths = Paths(files.expand(workdir, "workdir"))
     with _alone(paths):
-        _on_first(functools.partial(work.check_same, paths, experiment))
-        _on_first(functools.partial(work.put_right, paths))
+        on_first(functools.partial(work.check_same, paths, experiment))
+        on_first(functools.partial(work.put_right, paths))
         run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh), profile)
         if not run.finished():
             run.prepare()
@@ -119,12 +119,9 @@ class _Run:
         """Checks everything that can be checked, then claims the work directory."""
         for folder in self.paths.models:
             if self.paths.has(folder):
-                _on_first(functools.partial(_verify, folder))
-        parts = self.parts
-        claim = lambda: work.claim(  # noqa: E731
-            self.paths, self.experiment, work.check_inputs(self.paths, parts.inputs)
-        )
-        _on_first(claim)
+                on_first(functools.partial(_verify, folder))
+        inputs = self.parts.inputs
+        on_first(lambda: work.claim(self.paths, self.experiment, inputs))
 
     def train(self) -> None:
         """Runs every step that is not done yet."""
@@ -270,7 +267,7 @@ class _Run:
             self.writer,
             mesh=self.mesh,
             teacher=teacher,
-            profile=self.paths.profile(stage.name) if self.profile else None,
+            profile=self.paths.root / "profile" / stage.name if self.profile else None,
         )
 
     def _model(self, config, lte) -> Transformer:
@@ -317,23 +314,8 @@ def _alone(paths: Paths) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(interrupt.handled(_GO_ON, install=one_process))
         stack.enter_context(quiet_threads())
-        _on_first(lambda: stack.enter_context(work.held(paths.root)))
+        on_first(lambda: stack.enter_context(work.held(paths.root)))
         yield
-
-
-def _on_first(action: Callable[[], Any]) -> None:
-    """Runs `action` in process 0; if it fails there, all processes raise."""
-    problem = ""
-    if jax.process_index() == 0:
-        try:
-            action()
-        except UserError as error:
-            problem = str(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.int32(bool(problem)))
-        problem = problem or ("process 0 could not start: see its error" if failed else "")
-    if problem:
-        raise UserError(problem)
 
 
 def _results(path: Path) -> dict[str, Any] | None:

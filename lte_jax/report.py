@@ -9,13 +9,14 @@ make one table and one figure of quality against sparsity.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,14 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
+    words = "describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
-        run = [
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-            )
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        ]
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run[0].stdout.strip() + ("+" if run[1].stdout.strip() else "")
+    return done.stdout.strip()
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
       UserError: if the folder cannot be written, or, after writing all else, if matplotlib is
         missing.
     """
-    out, problem = expand(out, "out"), None
+    out = expand(out, "out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,18 +105,16 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
         ) from None
     made = [out / "table.md"]
     atomic_write(made[0], table(results) + "\n" + notes(results) + samples(results))
-    if figures:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            problem = "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
-        else:
-            made += draw(results, out)
+    drawn = figures and importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        made += draw(results, out)
     if len(results) == 1:
         made.append(out / "results.json")
         atomic_write(made[-1], as_json(results[0]))
-    if problem:
-        raise UserError(problem)
+    if figures and not drawn:
+        raise UserError(
+            "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
+        )
     return made
 
 
@@ -136,49 +133,38 @@ def as_json(results: Mapping[str, Any]) -> str:
     try:
         return json.dumps(results, indent=1, allow_nan=False) + "\n"
     except ValueError:
-        [where, value] = next(_not_finite(results, "results"))
+        import jax
+
+        leaves = jax.tree_util.tree_leaves_with_path({"results": results})
+        numbers = ((path, value) for path, value in leaves if isinstance(value, float))
+        path, value = next(found for found in numbers if not math.isfinite(found[1]))
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
         raise UserError(
             f"{where}={value}: expected a finite number, as JSON has no others"
         ) from None
-
-
-def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield where, value
-    if isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, part in items:
-            yield from _not_finite(part, f"{where}.{key}")
 
 
 def table(results: Sequence[Results]) -> str:
     """All models of all results as a Markdown table, by sparsity, dense models first."""
     entries = with_dense(results)
     metrics = dict.fromkeys(name for entry, _ in entries for name in entry.get("metrics", ()))
-    heads = [
-        "model",
-        *(metrics or ("perplexity / token", "/ byte")),
-        "FFN sparsity",
-        "GFLOPs / token",
-        "ms / token",
-        "time / dense",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    heads = ["model", *(metrics or ("perplexity / token", "/ byte")), "FFN sparsity"]
+    heads += ["GFLOPs / token", "ms / token", "time / dense"]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for entry, dense in entries:
-        perplexities = (
-            f"{_number(entry.get('token_ppl'), '.3f')}{_change(entry, dense)}",
-            _number(entry.get("byte_ppl"), ".3f"),
-        )
+        perplexity = _number(entry.get("token_ppl"), ".3f")
+        if dense is not None and entry is not dense and "token_ppl" in entry:
+            perplexity += f" ({entry['token_ppl'] / dense['token_ppl'] - 1:+.1%})"
         scores = [_number(entry.get("metrics", {}).get(name), ".2f") for name in metrics]
         cells = [
             entry["name"],
-            *(scores or perplexities),
+            *(scores or (perplexity, _number(entry.get("byte_ppl"), ".3f"))),
             f"{entry['sparsity']:.1%}",
             _number(entry.get("gflops_per_token"), ".3g"),
             _number(entry.get("latency_ms"), ".3g"),
             _number(entry.get("latency_ratio"), ".2f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -219,12 +205,6 @@ def samples(results: Sequence[Results]) -> str:
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     """Whether it describes a model: what it is called, how good and how sparse it is."""
     return {"name", "sparsity"} <= entry.keys() and bool({"token_ppl", "metrics"} & entry.keys())
-
-
-def _change(entry: Results, dense: Results | None) -> str:
-    if dense is None or entry is dense or "metrics" in entry:
-        return ""
-    return f" ({entry['token_ppl'] / dense['token_ppl'] - 1:+.1%})"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -133,7 +133,7 @@ def _moments(
     model: Transformer, top: int, params: Any, batch: Mapping[str, Array]
 ) -> dict[str, Array]:
     """Sums over real tokens: gram [N, K, K] of (inputs, 1); cross [N, K, E] with the choice."""
-    x_NTD, h_NTEM, real_T = _ffn_intermediates(model, params, batch)
+    x_NTD, h_NTEM, real_T = ffn_intermediates(model, params, batch)
     down_NEMD = params["layers"]["ffn"]["down"].astype(jnp.float32)
     chosen_NTE = largest(jax.vmap(contribution)(h_NTEM, down_NEMD), top)
     x_NTK = jnp.concatenate([x_NTD, jnp.ones_like(x_NTD[..., :1])], axis=-1)
@@ -179,7 +179,7 @@ def _histogram(
     width_NE: Array,
 ) -> Int[Array, "N E S"]:
     """How many real tokens have their logit in each bin; outliers count in the outer bins."""
-    x_NTD, _, real_T = _ffn_intermediates(model, params, batch)
+    x_NTD, _, real_T = ffn_intermediates(model, params, batch)
     z_NTE = jnp.einsum("NTD,NDE->NTE", x_NTD, kernel_NDE, precision=_HIGHEST)
     bin_NTE = jnp.clip((z_NTE - low_NE[:, None]) / width_NE[:, None], 0, BINS - 1)
     empty_S = jnp.zeros(BINS, jnp.int32)
@@ -216,7 +216,7 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
         )
 
 
-def _ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array]):
+def ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array]):
     """FFN inputs [N, T, D], hidden activations [N, T, E, M], and real tokens [T]; T = B*L."""
     _, sown = forward(model, params, batch, routing="dense", mutable="intermediates")
     (x_NBLD,), (h_NBLEM,) = (

@@ -42,6 +42,12 @@ class Routing:
     reads_neurons: ClassVar[bool] = False  # whether scores come from all neurons' activations
     served: ClassVar[str] = "hard"  # routing for validation and serving after training with this
 
+    @classmethod
+    def of(cls, config: ModelConfig, lte: LTEConfig) -> Routing:
+        """The routing of this kind for a model with experts."""
+        del config, lte
+        return cls()
+
     def scores(self, logits: Callable[[], Scores], h_BLEM: Float[Array, "*B E M"] | None) -> Scores:
         """A float32 score per expert, from the router's `logits` or the neurons' activations.
 
@@ -96,6 +102,12 @@ class TopK(Routing):
     by_threshold, served = False, "top_k"
     count: int
 
+    @classmethod
+    def of(cls, config: ModelConfig, lte: LTEConfig) -> TopK:
+        """As many experts as `lte.target_sparsity` leaves, at least one."""
+        kept = 1.0 - lte.wanted_sparsity("routing='top_k'")
+        return cls(max(1, round(kept * num_experts(config, lte))))
+
     def active(self, scores_BLE: Scores, threshold: Float[Array, ""] | float) -> Active:
         """Exactly `count` per token."""
         del threshold
@@ -124,11 +136,7 @@ def make(routing: Routing | str | None, config: ModelConfig, lte: LTEConfig | No
     kind(routing)
     if lte is None:
         return Dense()
-    chosen = kind(lte.routing if routing is None else routing)
-    if chosen is not TopK:
-        return chosen()
-    kept = 1.0 - lte.wanted_sparsity("routing='top_k'")
-    return TopK(max(1, round(kept * num_experts(config, lte))))
+    return kind(lte.routing if routing is None else routing).of(config, lte)
 
 
 def kind(name: str | None) -> type[Routing]:

@@ -30,6 +30,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax import traverse_util
+
 from lte_jax import checkpoint, files
 from lte_jax.config import Experiment, from_mapping, moved
 from lte_jax.errors import UserError
@@ -48,54 +50,19 @@ _DAMAGED = (
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
 class Paths:
-    """Paths in a work directory."""
+    """Paths in a work directory; the layout is at the top of this file."""
 
-    root: Path
-
-    @property
-    def experiment(self) -> Path:
-        """The configuration, as JSON."""
-        return self.root / "experiment.json"
-
-    @property
-    def inputs(self) -> Path:
-        """Number and digest of each input, as JSON."""
-        return self.root / "inputs.json"
-
-    @property
-    def metrics(self) -> Path:
-        """Training metrics, one JSON object per line."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def dense(self) -> Path:
-        """HF folder of the dense model."""
-        return self.root / "dense"
-
-    @property
-    def experts(self) -> Path:
-        """LTE folder before training: neurons grouped, routers initialised."""
-        return self.root / "experts"
-
-    @property
-    def lte(self) -> Path:
-        """LTE folder of the result."""
-        return self.root / "lte"
+    def __init__(self, root: Path):
+        self.root = root
+        self.experiment, self.inputs = root / "experiment.json", root / "inputs.json"
+        self.metrics = root / "metrics.jsonl"
+        self.dense, self.experts, self.lte = root / "dense", root / "experts", root / "lte"
+        self.models = self.dense, self.experts, self.lte  # in the order they are made
 
     def checkpoints(self, stage: str) -> Path:
         """Training states of a stage."""
         return self.root / "checkpoints" / stage
-
-    def profile(self, stage: str) -> Path:
-        """Trace of a few steps of a stage, for TensorBoard or Perfetto."""
-        return self.root / "profile" / stage
-
-    @property
-    def models(self) -> tuple[Path, ...]:
-        """The model folders, in the order they are made."""
-        return self.dense, self.experts, self.lte
 
     def has(self, folder: Path) -> bool:
         """Whether one of `models` exists; they are written atomically."""
@@ -179,14 +146,13 @@ def _lock(root: Path) -> int:
 def put_right(paths: Paths) -> None:
     """Restores what a killed run had moved aside, removes what it left half-done, and logs it."""
     root = paths.root
+    leftovers = list(root.glob(".*.half-written"))
     for folder in paths.models:
         # A run killed between the two renames of a replacement leaves the old folder renamed.
         for old in root.glob(f".{folder.name}.old-*"):
             if not folder.exists() and paths.has(old):
                 old.rename(folder)
                 log.warning("%s: restored; a run was killed while replacing it", folder)
-    leftovers = list(root.glob(".*.half-written"))
-    for folder in paths.models:
         leftovers += [*root.glob(f".{folder.name}.new-*"), *root.glob(f".{folder.name}.old-*")]
     for stage in sorted(root.glob("checkpoints/*/")):
         leftovers += [*checkpoint.half_done(stage), *stage.glob(checkpoint.DAMAGED)]
@@ -198,9 +164,8 @@ def put_right(paths: Paths) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    names = ", ".join(str(path.relative_to(root)) for path in leftovers[:5])
-    more = f" and {len(leftovers) - 5} more" if len(leftovers) > 5 else ""
-    log.warning("%s: cleared %s%s, left by an earlier run (%.1f MB)", root, names, more, size / 1e6)
+    names = _some([str(path.relative_to(root)) for path in leftovers], most=5)
+    log.warning("%s: cleared %s, left by an earlier run (%.1f MB)", root, names, size / 1e6)
 
 
 def _bytes(path: Path) -> int:
@@ -225,12 +190,13 @@ def check_same(paths: Paths, experiment: Experiment) -> None:
             paths.experiment,
         )
         return
-    old, new = moved(files.read_json(paths.experiment, _DAMAGED)), _plain(experiment)
-    kept = [{k: v for k, v in side.items() if k not in FREE} for side in (old, new)]
-    if different := sorted(_differences(*kept)):
+    old = traverse_util.flatten_dict(moved(files.read_json(paths.experiment, _DAMAGED)))
+    new = traverse_util.flatten_dict(_plain(experiment))
+    different = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    if named := sorted(".".join(("config", *key)) for key in different if key[0] not in FREE):
         raise UserError(
             f"{paths.root} holds a run with another configuration, which differs in "
-            f"{_some(different)}: restore it to resume, or choose a new workdir"
+            f"{_some(named)}: restore it to resume, or choose a new workdir"
         )
 
 
@@ -265,8 +231,8 @@ def check_inputs(paths: Paths, inputs: Inputs) -> dict[str, Any]:
     old = recorded(paths)
     if not old:
         return dict(inputs)
-    groups = {_group(name) for name in inputs}
-    known = {name: value for name, value in old.items() if _group(name) in groups}
+    groups = {name.partition("/")[0] for name in inputs}
+    known = {name: value for name, value in old.items() if name.partition("/")[0] in groups}
     changed = [
         f"{name}: {_spell(known.get(name))} before, {_spell(inputs.get(name))} now"
         for name in sorted(known.keys() | inputs.keys())
@@ -284,11 +250,12 @@ def claim(paths: Paths, experiment: Experiment, inputs: Inputs) -> None:
     """Records the configuration and inputs of the run, after all checks.
 
     Raises:
-      UserError: if they cannot be written.
+      UserError: as `check_inputs`; also if they cannot be written.
     """
+    inputs = check_inputs(paths, inputs)
     if not paths.begun():
         paths.metrics.unlink(missing_ok=True)  # of a run that made nothing
-    for path, values in ((paths.inputs, dict(inputs)), (paths.experiment, _plain(experiment))):
+    for path, values in ((paths.inputs, inputs), (paths.experiment, _plain(experiment))):
         text = json.dumps(values, indent=1) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             files.atomic_write(path, text)
@@ -297,17 +264,6 @@ def claim(paths: Paths, experiment: Experiment, inputs: Inputs) -> None:
 def _plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment as JSON returns it: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(experiment)))
-
-
-def _differences(old: Any, new: Any, where: str = "config") -> set[str]:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return set() if old == new else {where}
-    keys = old.keys() | new.keys()
-    return set().union(*(_differences(old.get(k), new.get(k), f"{where}.{k}") for k in keys))
-
-
-def _group(name: str) -> str:
-    return name.partition("/")[0]
 
 
 def _spell(value: Any) -> str:

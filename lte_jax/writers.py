@@ -12,12 +12,14 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
+
+from tqdm import tqdm
 
 from lte_jax.errors import UserError
-from lte_jax.files import atomic_write
+from lte_jax.files import atomic_write, explained
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,7 @@ SHOWN = {
 }
 
 
-@runtime_checkable
-class Writer(Protocol):
+class Writer:
     """A destination for metrics."""
 
     def start(self, stage: str, step: int, steps: int) -> None:
@@ -45,7 +46,7 @@ class Writer(Protocol):
         """Flushes; no writes may follow."""
 
 
-class MultiWriter:
+class MultiWriter(Writer):
     """Several writers as one."""
 
     def __init__(self, writers: Iterable[Writer]) -> None:
@@ -68,7 +69,7 @@ class MultiWriter:
                 stack.callback(writer.close)
 
 
-class TerminalWriter:
+class TerminalWriter(Writer):
     """A progress bar per stage on a terminal; elsewhere (a file, CI) one plain line per write.
 
     Both show loss, sparsity, speed, and the time left in the stage.
@@ -91,8 +92,6 @@ class TerminalWriter:
         self.close()
         self._shown, self._steps, self._first = {}, steps, None
         if self._file.isatty():
-            from tqdm import tqdm
-
             self._bar = tqdm(
                 desc=stage,
                 initial=step,
@@ -112,15 +111,16 @@ class TerminalWriter:
         seconds = time.monotonic() - self._first[1]
         steps_a_second = (step - self._first[0]) / max(seconds, 1e-9)
         parts = [f"{label} {self._shown[k]:.4g}" for k, label in SHOWN.items() if k in self._shown]
-        if self._tokens_per_step and steps_a_second:
-            parts.append(f"{_short(self._tokens_per_step * steps_a_second)} tokens/s")
+        if speed := self._tokens_per_step * steps_a_second:
+            parts.append(f"{tqdm.format_sizeof(speed)} tokens/s")
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
             return
         if steps_a_second:
-            parts.append(f"{_clock((self._steps - step) / steps_a_second)} left")
+            left = (self._steps - step) / steps_a_second
+            parts.append(f"{tqdm.format_interval(left)} left")
         print(f"{stage} {step}/{self._steps}", *parts, sep="  ", file=self._file, flush=True)
 
     def close(self) -> None:
@@ -130,21 +130,7 @@ class TerminalWriter:
             self._bar = None
 
 
-def _short(number: float) -> str:
-    """12345 as "12.3k"."""
-    for factor, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
-
-
-class JsonlWriter:
+class JsonlWriter(Writer):
     """One line per write: {"stage": ..., "step": ..., name: value, ...}; null for NaN and infinity.
 
     Appends to an existing file. When a stage starts or resumes, lines after its step (and of later
@@ -174,11 +160,8 @@ class JsonlWriter:
         """See `Writer`."""
         numbers = {name: float(value) for name, value in values.items()}
         finite = {k: value if math.isfinite(value) else None for k, value in numbers.items()}
-        with _explained(self._path), self._path.open("a", encoding="utf-8") as file:
+        with explained(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step} | finite) + "\n")
-
-    def close(self) -> None:
-        """See `Writer`."""
 
 
 def _lines_before(path: Path, stage: str, step: int) -> tuple[list[str], int]:
@@ -203,17 +186,7 @@ def _lines_before(path: Path, stage: str, step: int) -> tuple[list[str], int]:
     return kept, damaged
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or name another place"
-        ) from error
-
-
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
     """TensorBoard event files, one TensorBoard run per stage: <folder>/<stage>.
 
     Raises:
@@ -233,13 +206,13 @@ class TensorBoardWriter:
     def start(self, stage: str, step: int, steps: int) -> None:
         """See `Writer`."""
         self.close()
-        with _explained(self._folder):
+        with explained(self._folder):
             # From the purge step on, TensorBoard hides what an earlier process wrote.
             self._events = self._make(str(self._folder / stage), purge_step=step + 1)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
-        with _explained(self._folder):
+        with explained(self._folder):
             for name, value in values.items():
                 self._events.add_scalar(name, float(value), step)
 
@@ -247,5 +220,5 @@ class TensorBoardWriter:
         """See `Writer`."""
         events, self._events = self._events, None
         if events is not None:
-            with _explained(self._folder):
+            with explained(self._folder):
                 events.close()

@@ -3,7 +3,6 @@
 Every mistake of a user is a row of a table: what is done, and what the line must name.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -15,6 +14,7 @@ import sys
 import pytest
 
 from lte_jax import config
+from lte_jax.errors import Parser
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLAMA = str(ROOT / "configs/llama7b.py")
@@ -91,7 +91,10 @@ def test_override_of_a_section_that_is_none():
 
 def test_overrides_reach_every_key():
     """Each key of an Experiment can be set to its own default, written as on a command line."""
-    lines = filter(re.compile(r"  \S").match, config.loading._describe_keys())
+    lines = filter(
+        re.compile(r"  \S").match,
+        config.loading._describe_keys(config.Experiment, config.Experiment()),
+    )
     written = [line.strip().rpartition("  (")[0].split(" = ") for line in lines]
     written = [(key, value.strip("'")) for key, value in written if "rope_scaling." not in key]
     assert len(written) > 80
@@ -133,12 +136,12 @@ BAD_OVERRIDES = {
     "log_every=0": "config.log_every=0: expected a positive integer",
     "seed=-1": "config.seed=-1: expected zero or more",
     "seed=9223372036854775807": "expected zero or more, and less than 2**31",
-    "source.compute_dtype=bfloat16": "config.source.compute_dtype is no more: set "
+    "source.compute_dtype=bfloat16": "config.source.compute_dtype was renamed to "
     "config.compute.dtype",
-    "source.remat=True": "config.source.remat is no more: set config.compute.remat",
-    "calibration_rows=4": "config.calibration_rows is no more: set config.lte.calibration_records",
-    "lte.seed=-1": "config.lte.seed is no more: set config.seed",
-    "name=mine": "config.name is no more: leave it out",
+    "source.remat=True": "config.source.remat was renamed to config.compute.remat",
+    "calibration_rows=4": "config.calibration_rows was renamed to config.lte.calibration_records",
+    "lte.seed=-1": "config.lte.seed was renamed to config.seed",
+    "name=mine": "config.name was removed: leave it out",
     "lte.separability_weight=-1": "config.lte.separability_weight=-1.0: expected zero or more",
     "lte.efficiency_weight=1e999": "weight=inf: expected a number, and finite in float32",
     "lte.separability_eps=1e-60": "separability_eps=1e-60: expected a positive number",
@@ -234,9 +237,9 @@ def test_bad_input_section_that_a_file_made_a_number(tmp_path):
 
 
 BAD_FILES = {
-    START + "    c.lte.seed = 3\n    return c": "config.lte.seed is no more: set config.seed",
-    START + "    c.source.remat = True\n    return c": "set config.compute.remat",
-    START.replace("Experiment()", "Experiment(name='a')"): "config.name is no more: leave it out",
+    START + "    c.lte.seed = 3\n    return c": "config.lte.seed was renamed to config.seed",
+    START + "    c.source.remat = True\n    return c": "renamed to config.compute.remat",
+    START.replace("Experiment()", "Experiment(name='a')"): "config.name was removed: leave it out",
     "x = 1": "FILE: expected a function get_config()",
     "def get_config(:": "FILE:1: SyntaxError",
     "import no_such_module": "FILE:1: ModuleNotFoundError: No module named 'no_such_module'",
@@ -335,7 +338,7 @@ def test_sizes_that_divide_are_found_at_once():
 
 def test_help_documents_every_key(capsys):
     with pytest.raises(SystemExit):
-        config.parse_flags(argparse.ArgumentParser(), ["--help"])
+        config.parse_flags(Parser(), ["--help"])
     lines = capsys.readouterr().out.splitlines()
     keys = [i for i, line in enumerate(lines) if re.match(r"  [a-z0-9_.]+ = .*\(.*\)$", line)]
     assert len(keys) > 70

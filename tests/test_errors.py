@@ -166,7 +166,7 @@ def test_bad_input_flags_are_found_before_a_model_is_loaded(flag, message, monke
     ("flag", "message"),
     [
         ("--length=1", "2 or more"),
-        ("--rows=0", "a positive integer"),
+        ("--records=0", "a positive integer"),
         ("--batch-size=-1", "a positive integer"),
         ("--threshold=nan", "expected float"),
         ("--out=", "--out is empty"),

@@ -263,7 +263,7 @@ def test_script_from_folders_to_table_and_figures(lte, tmp_path, monkeypatch, ca
         "dense": tmp_path / "dense",
         "data": tmp_path / "texts.jsonl",
         "length": 24,
-        "rows": 3,
+        "records": 3,
         "prompt": "def",
         "out": tmp_path / "eval",
     }
@@ -275,7 +275,7 @@ def test_script_from_folders_to_table_and_figures(lte, tmp_path, monkeypatch, ca
     results = report.read(tmp_path / "eval" / "results.json")
     again = copy.deepcopy(results)
     assert report.table([again]) in out
-    assert results["source"]["rows"] == 3 and results["environment"]["versions"]["jax"]
+    assert results["source"]["records"] == 3 and results["environment"]["versions"]["jax"]
     dense, sparse_one = results["models"]
     assert (
         dense["config"]
@@ -302,7 +302,7 @@ def test_script_joins_records_into_one_text(lte, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lte_jax, "evaluate", measure)
     flags = {"model": tmp_path / "lte", "data": tmp_path / "lines.jsonl", "out": tmp_path / "out"}
-    flags |= {"join": "-", "length": 6, "rows": 3}
+    flags |= {"join": "-", "length": 6, "records": 3}
     with pytest.raises(SystemExit):
         run_script(monkeypatch, *(f"--{key}={value}" for key, value in flags.items()))
     [records] = seen

@@ -110,7 +110,9 @@ def test_bad_input_float64(tmp_path):
 )
 def test_bad_input_known_families(model_type, word, tmp_path):
     folder = write_folder(tmp_path, {"model_type": model_type}, {})
-    assert_complains(lambda: load(folder), f"'{model_type}'", word, "llama, mistral, qwen2, qwen3, gpt2, bert")
+    assert_complains(
+        lambda: load(folder), f"'{model_type}'", word, "llama, mistral, qwen2, qwen3, gpt2, bert"
+    )
 
 
 def test_bad_input_classifier(tmp_path):

@@ -29,7 +29,7 @@ def batches(count, **kwargs):
 
 def inputs(model, params, data):
     """FFN inputs [N, T, D] of the real tokens."""
-    found = [router_init._ffn_intermediates(model, params, batch) for batch in data]
+    found = [router_init.ffn_intermediates(model, params, batch) for batch in data]
     return np.concatenate([np.asarray(x)[:, np.asarray(real)] for x, _, real in found], axis=1)
 
 
@@ -53,7 +53,7 @@ def test_scale_and_quantiles_are_those_of_all_logits_at_once():
     std_N = np.sqrt(np.mean(np.var(z_NTE, axis=1), axis=-1))
     np.testing.assert_allclose(std_N, tiny.LTE.router_init_std, rtol=1e-4)
 
-    found = [router_init._ffn_intermediates(model, params, batch) for batch in data]
+    found = [router_init.ffn_intermediates(model, params, batch) for batch in data]
     down = params["layers"]["ffn"]["down"]
     chosen = np.zeros((x_NTD.shape[0], E))
     for _, h_NTEM, real_T in found:

@@ -92,7 +92,7 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
     after_dense, loss_dense = of_the_end(model, dense.params, told, end)
 
     calibration = rows.tokens_RL[:32], rows.segments_RL[:32]
-    lte, teacher, _ = moefy.to_experts(model, params, SETTINGS.lte, *calibration, progress=False)
+    lte, teacher, _ = moefy.to_experts(model, params, SETTINGS.lte, *calibration)
     teacher = moefy.add_routers(lte, teacher, *calibration)
     trained = fit(lte, "router", teacher, start, teacher)
     trained = fit(lte, "adapt", trained.params, trained.control, teacher)

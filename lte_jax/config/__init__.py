@@ -41,4 +41,3 @@ from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig
 from lte_jax.config.schema import num_experts as num_experts
 from lte_jax.errors import UserError as UserError
-from lte_jax.errors import nearest as nearest

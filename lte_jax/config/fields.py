@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from lte_jax.errors import UserError, nearest
@@ -63,11 +64,7 @@ Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "within [0, 1]")]
 Decay = Annotated[float, Range(lambda x: 0 <= x < 1, "in [0, 1)")]
 Inside = Annotated[float, Range(lambda x: 0 < x < 1, "strictly between 0 and 1, such as 0.5")]
 Target = Annotated[
-    float,
-    Range(
-        lambda x: 0 < x < 1,
-        "strictly between 0 and 1, such as 0.5, or None for a fixed efficiency_weight",
-    ),
+    float, Range(lambda x: 0 < x < 1, "strictly between 0 and 1, or None: fixed efficiency_weight")
 ]
 
 
@@ -85,8 +82,7 @@ class Checked:
 
 def to_config_dict(config: Any) -> ConfigDict:
     """The fields of a dataclass as a locked ConfigDict, for a configs/ file to change."""
-    fields = dataclasses.asdict(config)
-    return ConfigDict(fields, convert_dict=True).lock()
+    return ConfigDict(dataclasses.asdict(config), convert_dict=True).lock()
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
@@ -96,13 +92,11 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: st
       UserError: on an unknown key (naming the nearest valid one), a missing key without a default,
         or a value of the wrong type or out of range; it names the key's dotted path.
     """
-    hints = _hints(cls)
-    made = {}
+    hints, made = _hints(cls), {}
     for key, value in values.items():
         if key not in hints:
             raise unknown(f"{where}.{key}", nearest(str(key), hints))
-        section = next(filter(dataclasses.is_dataclass, options(hints[key])), None)
-        if section is not None and isinstance(value, Mapping | ConfigDict):
+        if (section := section_of(hints[key])) and isinstance(value, Mapping | ConfigDict):
             made[key] = from_mapping(section, value, f"{where}.{key}")
         else:
             made[key] = convert(hints[key], value, f"{where}.{key}")
@@ -121,28 +115,18 @@ def unknown(path: str, hint: str) -> UserError:
     if old not in MOVED:
         return UserError(f"unknown key {path}: {hint}")
     new = MOVED[old]
-    return UserError(f"{path} is no more: " + (f"set config.{new}" if new else "leave it out"))
+    return UserError(f"{path} was {f'renamed to config.{new}' if new else 'removed: leave it out'}")
 
 
-def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+def moved(values: dict[str, Any]) -> dict[str, Any]:
     """An Experiment's values as an earlier version wrote them, under this version's keys."""
-    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    flat = traverse_util.flatten_dict(values, keep_empty_nodes=True)
     for old, new in MOVED.items():
-        section, name = _place(values, old)
-        if name not in section:
-            continue
-        value = section.pop(name)
-        if new is not None:
-            section, name = _place(values, new)
-            section.setdefault(name, value)
-    return values
-
-
-def _place(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """The section of a dotted key, created if absent, and the key's name in it."""
-    section, _, name = path.rpartition(".")
-    inside = values.setdefault(section, {}) if section else values
-    return inside if isinstance(inside, dict) else {}, name
+        if (path := tuple(old.split("."))) in flat:
+            value, path = flat.pop(path), tuple(new.split(".")) if new else ()
+            if path and path[:-1] not in flat:  # where a section should be is no number, say
+                flat.setdefault(path, value)
+    return traverse_util.unflatten_dict(flat)
 
 
 @functools.cache
@@ -156,6 +140,11 @@ def options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
+def section_of(hint: Any) -> Any:
+    """The dataclass that a type allows as a value; None if it allows none."""
+    return next(filter(dataclasses.is_dataclass, options(hint)), None)
+
+
 def convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type `hint`, or a UserError that names the key `where`.
 
@@ -163,38 +152,31 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        number = convert(args[0], value, where)
-        wrong = args[1].expects(number)
-        _check(not wrong, where, number, wrong)
-        return number
-    if origin in (typing.Union, types.UnionType):
+        value = convert(args[0], value, where)
+        expected = args[1].expects(value)
+    elif origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        known = any(type(value) is type(arg) and value == arg for arg in args)
-        _check(known, where, value, spell(hint))
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
+    elif origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
-    wrong_bool = isinstance(value, bool) and hint is not bool
-    right = isinstance(kind, type) and isinstance(value, kind) and not wrong_bool
-    _check(right, where, value, spell(hint))
+    elif origin is Literal:
+        known = any(type(value) is type(arg) and value == arg for arg in args)
+        expected = "" if known else spell(hint)
+    else:
+        kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+        right = isinstance(kind, type) and isinstance(value, kind)
+        expected = "" if right and (hint is bool or not isinstance(value, bool)) else spell(hint)
+    if expected:
+        try:
+            shown = repr(value)
+        except ValueError:  # Python refuses to write thousands of digits
+            shown = "(thousands of digits)"
+        raise UserError(f"{where}={shown}: expected {expected}")
     try:
         return hint(value) if hint in (int, float) else value
     except OverflowError:  # an integer too large for a float
         return math.inf
-
-
-def _check(ok: bool, where: str, value: Any, expected: str) -> None:
-    if ok:
-        return
-    try:
-        shown = repr(value)
-    except ValueError:  # Python refuses to write thousands of digits
-        shown = "(thousands of digits)"
-    raise UserError(f"{where}={shown}: expected {expected}")
 
 
 def spell(hint: Any) -> str:

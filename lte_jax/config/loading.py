@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import difflib
 import inspect
-import io
 import os
 import pathlib
 import re
 import runpy
 import textwrap
-import tokenize
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lte_jax.config.fields import MOVED, convert, from_mapping, options, spell, unknown
+from lte_jax.config.fields import MOVED, convert, from_mapping, options, section_of, spell, unknown
 from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand
@@ -130,8 +127,7 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> type of every value in a dataclass of dataclasses."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        section = next(filter(dataclasses.is_dataclass, options(hint)), None)
-        if section is not hint:
+        if (section := section_of(hint)) is not hint:
             found[prefix + name] = hint
         if section is not None:
             found |= _leaves(section, f"{prefix}{name}.")
@@ -170,8 +166,8 @@ def parse_flags(
     Raises:
       UserError: as `load_config` does. On a wrong flag, argparse ends the program.
     """
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(["--config.KEY=VALUE, keys and their defaults:", *_describe_keys()])
+    lines = _describe_keys(Experiment, Experiment())
+    parser.epilog = "\n".join(["--config.KEY=VALUE, keys and their defaults:", *lines])
     parser.add_argument(
         "--config",
         required=True,
@@ -184,34 +180,27 @@ def parse_flags(
     return flags, load_config(flags.config, [flag.removeprefix("--config.") for flag in rest])
 
 
-def _describe_keys() -> Iterator[str]:
+def _describe_keys(cls: Any, default: Any, prefix: str = "") -> Iterator[str]:
     """Each key that --config.KEY=VALUE can set, with its default, type and documentation."""
-    documented = _documentation(Experiment)
-    for key, hint in _leaves(Experiment).items():
-        default: Any = Experiment()
-        for name in key.split("."):
-            default = getattr(default, name, None)
-        yield f"  {key} = {default!r}  ({spell(hint)})"
-        yield from textwrap.wrap(
-            documented[key], 80, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
-
-
-def _documentation(cls: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted key -> the comment beside it, or on the lines above it, in schema.py."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
-    alone = {line for line, token in comments.items() if token.line.lstrip().startswith("#")}
-    found = {}
-    [definition] = ast.parse(source).body
-    for field in filter(lambda node: isinstance(node, ast.AnnAssign), definition.body):
-        first = field.lineno
-        while first - 1 in alone:
-            first -= 1
-        lines = [line for line in range(first, field.end_lineno + 1) if line in comments]
-        found[prefix + field.target.id] = " ".join(comments[n].string.lstrip("# ") for n in lines)
+    documented = _documentation(cls)
     for name, hint in typing.get_type_hints(cls).items():
-        for section in filter(dataclasses.is_dataclass, options(hint)):
-            found |= _documentation(section, f"{prefix}{name}.")
+        value, section = getattr(default, name, None), section_of(hint)
+        if section is not hint:
+            yield f"  {prefix}{name} = {value!r}  ({spell(hint)})"
+            indent = " " * 6
+            yield from textwrap.wrap(
+                documented[name], 80, initial_indent=indent, subsequent_indent=indent
+            )
+        if section is not None:
+            yield from _describe_keys(section, value, f"{prefix}{name}.")
+
+
+def _documentation(cls: Any) -> dict[str, str]:
+    """Key -> the comment beside it, or on the lines above it, in schema.py."""
+    found, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        code, _, comment = line.partition("  # ")
+        if key := re.match(r"    (\w+): ", code):
+            found[key[1]] = " ".join([*above, comment])
+        above = [*above, comment] if not code.strip() and comment else []
     return found

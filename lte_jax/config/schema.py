@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from collections.abc import Mapping
 from typing import Literal
 
@@ -114,8 +113,8 @@ class ModelConfig(Checked):
             )
         if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
             raise UserError(
-                f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each of "
-                f"{self.num_layers} layers"
+                f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each "
+                f"of {self.num_layers} layers"
             )
         ids = {"bos_id": (self.bos_id,), "eos_ids": self.eos_ids, "pad_id": (self.pad_id,)}
         for key, values in ids.items():
@@ -198,24 +197,22 @@ def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
     return config.d_ff // lte.expert_size
 
 
-PRESETS: Mapping[str, LTEConfig] = types.MappingProxyType(
-    {
-        "ours": LTEConfig(),
-        # The paper's settings (section 5.1), except for the guard of Eq. 5. It does not state the
-        # initialisation of routers: small normal weights are the usual choice.
-        "paper": LTEConfig(
-            grouping="kmeans",
-            router_bias=False,
-            router_init="normal",
-            router_init_std=1.0,
-            stage1_routing="soft",
-            target_sparsity=None,
-            efficiency_weight=1.0,
-            separability_weight=0.5,
-            distill_weight=0.0,
-        ),
-    }
-)
+PRESETS: Mapping[str, LTEConfig] = {
+    "ours": LTEConfig(),
+    # The paper's settings (section 5.1), except for the guard of Eq. 5. It does not state the
+    # initialisation of routers: small normal weights are the usual choice.
+    "paper": LTEConfig(
+        grouping="kmeans",
+        router_bias=False,
+        router_init="normal",
+        router_init_std=1.0,
+        stage1_routing="soft",
+        target_sparsity=None,
+        efficiency_weight=1.0,
+        separability_weight=0.5,
+        distill_weight=0.0,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)

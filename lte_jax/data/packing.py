@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,15 +220,12 @@ def check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
         )
     train, validation = map(local_path, (data.train, data.validation))
     one_part = data.train.startswith(f"{STDLIB}:") or os.path.exists(train)
-    if one_part and (train == validation or _same_file(train, validation)):
+    both = os.path.exists(train) and os.path.exists(validation)
+    if one_part and (train == validation or both and os.path.samefile(train, validation)):
         raise UserError(
             f"data.validation={data.validation!r} is the training text: name another, or '' to "
             "hold out a part of it"
         )
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _documents(
@@ -279,9 +275,8 @@ def _hold_out_blocks(
             f"data.validation is '' and {data.train} is one document of {len(document)} tokens, "
             f"too short to hold any records of {length} out: name a validation source"
         )
-    chosen = np.sort(
-        rng.permutation(count)[: max(1, min(data.max_validation_records, count // 10))]
-    )
+    held = max(1, min(data.max_validation_records, count // 10))
+    chosen = np.sort(rng.permutation(count)[:held])
     starts, ends = [0, *((chosen + 1) * length)], [*(chosen * length), len(train)]
     rest = [train[a:b] for a, b in zip(starts, ends, strict=True) if a < b]
     return rest, [document[a : a + length] for a in chosen * length]

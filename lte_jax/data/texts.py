@@ -6,6 +6,7 @@ import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -67,13 +68,12 @@ def read_texts(
     for name, between in ("newline", newline), ("join", join):
         if not isinstance(between, str | None) or SURROGATE.search(between or ""):
             raise UserError(f"{name}={between!r}: expected characters that a text can hold")
-    texts = []
-    for where, row in read_rows(source, split):
-        text = str(row) if isinstance(row, WholeText) else text_of(row, column, where)
-        if len(texts) == limit:
-            break
-        if text or join is not None:
-            texts.append(text if newline == "\n" else text.replace("\n", newline))
+    texts = (
+        str(row) if isinstance(row, WholeText) else text_of(row, column, where)
+        for where, row in read_rows(source, split)
+    )
+    texts = (text for text in texts if text or join is not None)
+    texts = [text.replace("\n", newline) for text in itertools.islice(texts, limit)]
     if not any(texts):
         raise UserError(f"{source}: no rows with text in column {column!r}: expected at least one")
     return texts if join is None else [join.join(texts)]
@@ -132,10 +132,10 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
             what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
             raise UserError(f"{path}: is {what}: expected a file ({', '.join(FILE_KINDS)})")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            if not file.read(1):
+            start = file.read(3)
+            if not start:
                 raise UserError(f"{path}: the file is empty: expected rows of text")
-            file.seek(0)
-            if file.read(3) != codecs.BOM_UTF8:
+            if start != codecs.BOM_UTF8:
                 file.seek(0)
             if kind == ".txt":
                 yield str(path), WholeText(file.read().decode().replace("\r\n", "\n"))
@@ -155,12 +155,12 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_rows(path: Path, kind: str, file: io.BufferedIOBase) -> Iterator[tuple[str, Any]]:
     """The records of a file, each with its place for error messages."""
     start = file.tell()
-    if kind == ".json" and file.read(1) == b"[":
-        file.seek(start)
+    is_list = kind == ".json" and file.read(1) == b"["
+    file.seek(start)
+    if is_list:
         rows = _parse(file.read(), str(path))
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
         return
-    file.seek(start)
     for number, line in enumerate(file, 1):
         if not line.isspace():
             yield f"{path}:{number}", _parse(line, f"{path}:{number}")

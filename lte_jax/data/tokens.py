@@ -76,23 +76,19 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         raise UserError(f"tokenizer is {kind}: expected the result of load_tokenizer")
     prefix = _prefix(tokenizer)
     documents, replaced = [], 0
-    total = sum(map(len, texts))
-    with tqdm(
-        total=total, desc="tokenising", unit=" characters", unit_scale=True, delay=2, disable=None
-    ) as bar:
+    style = {"unit": " characters", "unit_scale": True, "delay": 2, "disable": None}
+    with tqdm(total=sum(map(len, texts)), desc="tokenising", **style) as bar:
 
         def progress(characters: int) -> None:
             interrupt.check("while tokenising")
             bar.update(characters)
 
-        for raw in _batches(texts):
-            batch = []
-            for text in raw:
-                text, count = (text, 0) if text.isascii() else SURROGATE.subn("\ufffd", text)
-                batch.append(text)
-                replaced += count
-            encoded = _encode(batch, tokenizer, progress)
-            documents += [_with_prefix(ids, prefix) for ids in encoded]
+        for batch in _batches(texts):
+            clean = [SURROGATE.subn("\ufffd", text) for text in batch]
+            replaced += sum(count for _, count in clean)
+            for ids in _encode([text for text, _ in clean], tokenizer, progress):
+                begins = np.array_equal(ids[: len(prefix)], prefix)
+                documents.append(ids if begins else np.append(prefix, ids))
     if replaced:
         log.warning("%d lone surrogates in the text were replaced by U+FFFD", replaced)
     return documents
@@ -105,10 +101,6 @@ def _prefix(tokenizer: Any) -> np.ndarray:
     whole = tokenizer(text)["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
     return np.array(whole[:at], np.int32)
-
-
-def _with_prefix(ids: np.ndarray, prefix: np.ndarray) -> np.ndarray:
-    return ids if np.array_equal(ids[: len(prefix)], prefix) else np.append(prefix, ids)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -178,8 +170,9 @@ def _encode_long(text: str, tokenizer: Any, progress: Callable[[int], Any]) -> n
                 if cut := _cut(kept, window):
                     ids.frombytes(kept.ids(cut[0]))
                     kept = dataclasses.replace(window, first=cut[1])
-                else:
-                    kept = _widened(kept, text, tokenizer)
+                else:  # extended by its own length
+                    [wider] = _windows(text, [(kept.start, 2 * kept.end - kept.start)], tokenizer)
+                    kept = dataclasses.replace(wider, first=kept.first)
             progress(min(step, len(text) - window.start))
     ids.frombytes(kept.ids())
     return np.frombuffer(ids, np.int32)
@@ -200,13 +193,6 @@ def _windows(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Ite
         tokens[:, 0] = ids
         tokens[:, 1:] = np.array(offsets, np.int32).reshape(-1, 2) + start
         yield _Window(start, min(end, len(text)), tokens)
-
-
-def _widened(window: _Window, text: str, tokenizer: Any) -> _Window:
-    """The window extended by its own length."""
-    span = window.start, 2 * window.end - window.start
-    [wider] = _windows(text, [span], tokenizer)
-    return dataclasses.replace(wider, first=window.first)
 
 
 def _cut(left: _Window, right: _Window) -> tuple[int, int] | None:

@@ -210,11 +210,8 @@ def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
 
 
 def _is_list(value: Any) -> bool:
-    return (
-        isinstance(value, Iterable)
-        and not isinstance(value, str)
-        and getattr(value, "shape", None) != ()
-    )
+    single = isinstance(value, str) or getattr(value, "shape", None) == ()
+    return isinstance(value, Iterable) and not single
 
 
 def _check(config, prompts, max_new_tokens, seed, threshold, temperature, top_k, top_p) -> None:

@@ -60,7 +60,7 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | 
         lte = (
             None
             if section is None
-            else from_mapping(LTEConfig, moved({"lte": section})["lte"], "lte")
+            else from_mapping(LTEConfig, moved({"lte": section}).get("lte", {}), "lte")
         )
         num_experts(config, lte)  # raises if the expert size does not divide the FFN width
     except UserError as e:

@@ -124,7 +124,7 @@ def flags(rng: random.Random, box: pathlib.Path) -> Case:
         keep, main = {"", " ", "--max-new-tokens"}, program.main
     elif which == "evaluate.py":
         given = {"--model": str(folder), "--data": "texts.jsonl", "--out": "out",
-                 "--length": "16", "--rows": "3", "--batch-size": "2", "--column": "text",
+                 "--length": "16", "--records": "3", "--batch-size": "2", "--column": "text",
                  "--newline": " ", "--routing": "dense", "--threshold": "0.5", "--prompt": "def",
                  "--name": "mine", "--dtype": "float32", "--dense": str(folder)}  # fmt: skip
         keep, main = {"--model", "--data", "--out", "--length"}, script(which)

@@ -24,8 +24,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "23 bos stands twice",
         _TOKENS,
-        "return ids if np.array_equal(ids[: len(prefix)], prefix) else np.append(prefix, ids)",
-        "return np.append(prefix, ids)",
+        "documents.append(ids if begins else np.append(prefix, ids))",
+        "documents.append(np.append(prefix, ids))",
         "tests/test_tokens.py::test_bos_stands_once_where_the_text_begins_with_it",
     ),
     Mutant(
@@ -80,7 +80,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "24 a byte order mark is text",
         _TEXTS,
-        "            if file.read(3) != codecs.BOM_UTF8:",
+        "            if start != codecs.BOM_UTF8:",
         "            if True:",
         "tests/test_data.py::test_text_files_as_editors_write_them",
     ),

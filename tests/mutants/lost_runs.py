@@ -37,7 +37,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "6 train takes no lock",
         _PIPELINE,
-        "_on_first(lambda: stack.enter_context(work.held(paths.root)))",
+        "on_first(lambda: stack.enter_context(work.held(paths.root)))",
         "paths.root.mkdir(parents=True, exist_ok=True)",
         "tests/test_workdir.py::test_train_takes_the_lock_of_the_directory_that_a_shell_would_mean",
     ),
@@ -50,9 +50,9 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "7 a run that goes on compares no data",
-        _PIPELINE,
-        "self.paths, self.experiment, work.check_inputs(self.paths, parts.inputs)",
-        "self.paths, self.experiment, parts.inputs",
+        _WORKDIR,
+        "    inputs = check_inputs(paths, inputs)",
+        "    inputs = dict(inputs)",
         "tests/test_workdir.py::test_bad_input_other_data_on_the_way",
     ),
     Mutant(
@@ -114,7 +114,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "8 a run goes on from a flipped bit in experts/",
         _PIPELINE,
-        "_on_first(functools.partial(_verify, folder))",
+        "on_first(functools.partial(_verify, folder))",
         "pass",
         "tests/test_workdir.py::test_bad_input_one_flipped_bit_in_a_model_of_the_run[experts]",
     ),

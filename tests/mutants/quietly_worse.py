@@ -150,8 +150,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "F empty records vanish from a joined text",
         "lte_jax/data/texts.py",
-        "if text or join is not None:",
-        "if text:",
+        "if text or join is not None)",
+        "if text)",
         "tests/test_data.py::test_records_joined_to_one_text",
     ),
     Mutant(

@@ -24,8 +24,8 @@ MUTANTS = [
          "jax.lax.stop_gradient(ones_BLE - scores_BLE) + scores_BLE",
          "ones_BLE"),
         ("top_k keeps one more", "test_a_forward_pass_by_hand[plain-top_k]",
-         "TopK(max(1, round(",
-         "TopK(max(1, 1 + round("),
+         "cls(max(1, round(",
+         "cls(max(1, 1 + round("),
     ),
     *of(
         "lte_jax/layers.py", "tests/test_model.py",

@@ -114,8 +114,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "13 the directory is claimed before anything is checked",
         _PIPELINE,
-        "_on_first(functools.partial(work.put_right, paths))",
-        "_on_first(functools.partial(work.claim, paths, experiment, {}))",
+        "on_first(functools.partial(work.put_right, paths))",
+        "on_first(functools.partial(work.claim, paths, experiment, {}))",
         f"{_FOUND_BEFORE}[changes0-words0]",
     ),
     Mutant(
@@ -249,8 +249,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "15 a damaged experiment.json is a traceback",
         _WORKDIR,
-        "old, new = moved(files.read_json(paths.experiment, _DAMAGED)), _plain(experiment)",
-        "old, new = moved(json.loads(paths.experiment.read_text())), _plain(experiment)",
+        "old = traverse_util.flatten_dict(moved(files.read_json(paths.experiment, _DAMAGED)))",
+        "old = traverse_util.flatten_dict(moved(json.loads(paths.experiment.read_text())))",
         "tests/test_workdir.py::test_bad_input_damaged_records_of_a_run[experiment.json]",
     ),
     Mutant(

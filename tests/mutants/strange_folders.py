@@ -211,8 +211,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "22 --workdir=~/x makes a folder named ~",
         "lte_jax/pipeline.py",
-        '    paths = Paths(files.expand(workdir, "workdir"))\n    with _alone(paths):\n        _on',
-        "    paths = Paths(Path(workdir))\n    with _alone(paths):\n        _on",
+        '    paths = Paths(files.expand(workdir, "workdir"))\n    with _alone(paths):\n        on',
+        "    paths = Paths(Path(workdir))\n    with _alone(paths):\n        on",
         "tests/test_workdir.py::test_train_takes_the_lock_of_the_directory_that_a_shell_would_mean",
     ),
 ]
