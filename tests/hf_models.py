@@ -7,15 +7,20 @@ of ../shared included, where the test names no type itself. See `make test-sourc
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (with it, NumPy knows bfloat16 by name)
 import numpy as np
+import pytest
 import safetensors.numpy
+from hf_shapes import tensor_shapes
 
 SHARED_MODELS = ("stories260k", "babyllama")
 SOURCE_DTYPE = os.environ.get("LTE_JAX_SOURCE_DTYPE", "float32")
+
+_NORM = re.compile(r"norm|LayerNorm|\bln_")
 
 _BASE = {
     "hidden_size": 64,
@@ -32,6 +37,32 @@ _BASE = {
     "eos_token_id": 2,
     "torch_dtype": SOURCE_DTYPE,
 }
+_GPT2 = {
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "vocab_size": 97,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+    "torch_dtype": SOURCE_DTYPE,
+}
+_BERT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": SOURCE_DTYPE,
+    "num_hidden_layers": 2,
+    "hidden_act": "gelu",
+    "tie_word_embeddings": True,
+    "pad_token_id": 1,
+}
+_BASES = {"gpt2": _GPT2, "bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -68,49 +99,47 @@ CASES = {
         "layer_types": _MIXED_LAYERS,
     }
     | _QWEN_SLIDING,
+    "gpt2_inner": {"model_type": "gpt2", "n_inner": 96, "activation_function": "relu"},
+    "gpt2": {"model_type": "gpt2"},
+    "gpt2_untied": {"model_type": "gpt2", "tie_word_embeddings": False},
+    "bert": {"model_type": "bert", "architectures": ["BertModel"]},
+    "bert_classes": {
+        "model_type": "bert",
+        "architectures": ["BertForSequenceClassification"],
+        "id2label": {"0": "no", "1": "perhaps", "2": "yes"},
+        "label2id": {"no": 0, "perhaps": 1, "yes": 2},
+    },
+    "bert_masked": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "roberta": {"model_type": "roberta", "architectures": ["RobertaModel"], "type_vocab_size": 1},
+    "roberta_masked": {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]},
+    "roberta_classes": {
+        "model_type": "roberta",
+        "architectures": ["RobertaForSequenceClassification"],
+        "hidden_act": "gelu_new",
+    },
+    "xlm_roberta": {"model_type": "xlm-roberta", "architectures": ["XLMRobertaForMaskedLM"]},
 }
+FAMILY_CASES = list({raw["model_type"]: case for case, raw in CASES.items()}.values())  # one each
 
 
 def config_json(case: str, **changes) -> dict:
     """The config.json of a case, in the spelling of transformers 4."""
-    return _BASE | CASES[case] | changes
+    raw = CASES[case] | changes
+    return _BASES.get(raw["model_type"], _BASE) | raw
 
 
-def tensor_shapes(raw: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint, written down anew: the importer's table is under test."""
-    D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
-    C = raw.get("head_dim") or D // raw["num_attention_heads"]
-    Q, K = raw["num_attention_heads"] * C, raw["num_key_value_heads"] * C
-    kind = raw["model_type"]
-    attention_bias = raw.get("attention_bias", False)
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not raw["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (V, D)
-    for i in range(raw["num_hidden_layers"]):
-        layer = {
-            "input_layernorm.weight": (D,),
-            "post_attention_layernorm.weight": (D,),
-            "self_attn.q_proj.weight": (Q, D),
-            "self_attn.k_proj.weight": (K, D),
-            "self_attn.v_proj.weight": (K, D),
-            "self_attn.o_proj.weight": (D, Q),
-            "mlp.gate_proj.weight": (F, D),
-            "mlp.up_proj.weight": (F, D),
-            "mlp.down_proj.weight": (D, F),
-        }
-        if attention_bias or kind == "qwen2":
-            layer |= {
-                f"self_attn.{n}_proj.bias": (s,) for n, s in zip("qkv", (Q, K, K), strict=True)
-            }
-        if attention_bias and kind != "qwen2":
-            layer["self_attn.o_proj.bias"] = (D,)
-        if kind == "qwen3":
-            layer |= {"self_attn.q_norm.weight": (C,), "self_attn.k_norm.weight": (C,)}
-        if raw.get("mlp_bias"):
-            layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,)}
-            layer["mlp.down_proj.bias"] = (D,)
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
+def is_decoder(case: str) -> bool:
+    """Whether the model of a case continues texts."""
+    return "architectures" not in CASES[case]
+
+
+def reference(folder: Path):
+    """The model as transformers loads it, in float32, or a skip."""
+    torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
+    transformers = pytest.importorskip("transformers")
+    named = json.loads((folder / "config.json").read_text()).get("architectures")
+    kind = getattr(transformers, named[0] if named else "AutoModelForCausalLM")
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def random_tensors(raw: dict, seed: int = 0, dtype=SOURCE_DTYPE) -> dict[str, np.ndarray]:
@@ -119,7 +148,8 @@ def random_tensors(raw: dict, seed: int = 0, dtype=SOURCE_DTYPE) -> dict[str, np
     tensors = {}
     for name, shape in tensor_shapes(raw).items():
         scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.2
-        values = rng.standard_normal(shape) * scale + (1.0 if "norm" in name else 0.0)
+        is_norm = _NORM.search(name) and name.endswith("weight")
+        values = rng.standard_normal(shape) * scale + (1.0 if is_norm else 0.0)
         tensors[name] = values.astype(dtype)
     return tensors
 

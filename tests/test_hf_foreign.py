@@ -8,6 +8,8 @@ import safetensors.numpy
 from hf_folders import HEAD, assert_complains, hub_snapshot, load, lte_folder
 from hf_models import config_json, random_tensors, read_tensors, write_folder
 
+from lte_jax.hf.families import FAMILIES
+
 
 def adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
@@ -110,9 +112,7 @@ def test_bad_input_float64(tmp_path):
 )
 def test_bad_input_known_families(model_type, word, tmp_path):
     folder = write_folder(tmp_path, {"model_type": model_type}, {})
-    assert_complains(
-        lambda: load(folder), f"'{model_type}'", word, "llama, mistral, qwen2, qwen3, gpt2, bert"
-    )
+    assert_complains(lambda: load(folder), f"'{model_type}'", word, ", ".join(FAMILIES))
 
 
 def test_bad_input_classifier(tmp_path):

@@ -1,0 +1,119 @@
+"""Names and shapes of checkpoints, written down anew: the importer's tables are under test.
+
+Dimension key: D model width  F FFN neurons  V vocabulary  C head width  Q, K width of all heads
+               S positions
+"""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensor_shapes(raw: dict) -> Shapes:
+    """Those of the model that a config.json describes."""
+    return _KINDS.get(raw["model_type"], _llama)(raw)
+
+
+def _llama(raw: dict) -> Shapes:
+    D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    C = raw.get("head_dim") or D // raw["num_attention_heads"]
+    Q, K = raw["num_attention_heads"] * C, raw["num_key_value_heads"] * C
+    kind = raw["model_type"]
+    attention_bias = raw.get("attention_bias", False)
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(raw["num_hidden_layers"]):
+        layer = {
+            "input_layernorm.weight": (D,),
+            "post_attention_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (Q, D),
+            "self_attn.k_proj.weight": (K, D),
+            "self_attn.v_proj.weight": (K, D),
+            "self_attn.o_proj.weight": (D, Q),
+            "mlp.gate_proj.weight": (F, D),
+            "mlp.up_proj.weight": (F, D),
+            "mlp.down_proj.weight": (D, F),
+        }
+        if attention_bias or kind == "qwen2":
+            layer |= {
+                f"self_attn.{n}_proj.bias": (s,) for n, s in zip("qkv", (Q, K, K), strict=True)
+            }
+        if attention_bias and kind != "qwen2":
+            layer["self_attn.o_proj.bias"] = (D,)
+        if kind == "qwen3":
+            layer |= {"self_attn.q_norm.weight": (C,), "self_attn.k_norm.weight": (C,)}
+        if raw.get("mlp_bias"):
+            layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,)}
+            layer["mlp.down_proj.bias"] = (D,)
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _dense(name: str, outputs: int, inputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _conv1d(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, D: int) -> Shapes:
+    return {f"{name}.weight": (D,), f"{name}.bias": (D,)}
+
+
+def _gpt2(raw: dict) -> Shapes:
+    D, V, S = raw["n_embd"], raw["vocab_size"], raw["n_positions"]
+    F = raw.get("n_inner") or 4 * D
+    shapes = {"transformer.wte.weight": (V, D), "transformer.wpe.weight": (S, D)}
+    shapes |= _norm("transformer.ln_f", D)
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(raw["n_layer"]):
+        layer = f"transformer.h.{i}"
+        shapes |= _norm(f"{layer}.ln_1", D) | _norm(f"{layer}.ln_2", D)
+        shapes |= _conv1d(f"{layer}.attn.c_attn", D, 3 * D) | _conv1d(f"{layer}.attn.c_proj", D, D)
+        shapes |= _conv1d(f"{layer}.mlp.c_fc", D, F) | _conv1d(f"{layer}.mlp.c_proj", F, D)
+    return shapes
+
+
+def _bert(raw: dict) -> Shapes:
+    """BERT, and RoBERTa, whose heads have other names."""
+    D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    S, U = raw["max_position_embeddings"], raw.get("type_vocab_size", 2)
+    kind, [head] = raw["model_type"], raw["architectures"]
+    masked, classes = head.endswith("MaskedLM"), len(raw.get("id2label", "01"))
+    base = f"{kind.removeprefix('xlm-')}." if "For" in head else ""
+    shapes = {
+        f"{base}embeddings.word_embeddings.weight": (V, D),
+        f"{base}embeddings.position_embeddings.weight": (S, D),
+        f"{base}embeddings.token_type_embeddings.weight": (U, D),
+    }
+    shapes |= _norm(f"{base}embeddings.LayerNorm", D)
+    for i in range(raw["num_hidden_layers"]):
+        layer = f"{base}encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            shapes |= _dense(f"{layer}.attention.self.{name}", D, D)
+        shapes |= _dense(f"{layer}.attention.output.dense", D, D)
+        shapes |= _norm(f"{layer}.attention.output.LayerNorm", D)
+        shapes |= _dense(f"{layer}.intermediate.dense", F, D)
+        shapes |= _dense(f"{layer}.output.dense", D, F) | _norm(f"{layer}.output.LayerNorm", D)
+    if kind == "bert":
+        if not masked:
+            shapes |= _dense("bert.pooler.dense" if base else "pooler.dense", D, D)
+        if masked:
+            shapes |= _dense("cls.predictions.transform.dense", D, D)
+            shapes |= _norm("cls.predictions.transform.LayerNorm", D)
+            shapes |= {"cls.predictions.bias": (V,)}
+        elif base:
+            shapes |= _dense("classifier", classes, D)
+        return shapes
+    if masked:
+        shapes |= _dense("lm_head.dense", D, D) | _norm("lm_head.layer_norm", D)
+        shapes |= {"lm_head.bias": (V,)}
+    elif base:
+        shapes |= _dense("classifier.dense", D, D) | _dense("classifier.out_proj", classes, D)
+    else:
+        shapes |= _dense("pooler.dense", D, D)
+    return shapes
+
+
+_KINDS = {"gpt2": _gpt2, "bert": _bert, "roberta": _bert, "xlm-roberta": _bert}
