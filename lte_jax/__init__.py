@@ -178,12 +178,14 @@ def apply(
     *,
     routing: Routing | str | None = None,
     mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
+    types: Int[Array | np.ndarray, "B L"] | Any = None,
     threshold: Float[Array, ""] | float | Any = None,
 ) -> Output:
     """The forward pass; works under `jax.jit` (model and routing static) and `jax.grad`.
 
         out = lte_jax.apply(model, params, tokens)
-        out.logits     # [B, L, V] float32
+        out.logits     # [B, L, V] float32; of a classifier, [B, classes]
+        out.hidden     # [B, L, D] what the head reads: an encoder's hidden states
         out.scores     # [N, B, L, E] router scores; None with dense routing
         out.sparsity   # fraction of experts skipped, over real tokens
 
@@ -195,6 +197,7 @@ def apply(
         hard for an LTE model, dense for a dense one.
       mask: True at real tokens, or int segment ids (0: padding) for rows that hold several texts.
         Padding may be anywhere: a token's position is the number of real tokens before it.
+      types: the tokenizer's token_type_ids, for models that have them; None: all 0.
       threshold: in [0, 1]; experts with a larger score run. None: the model's own.
 
     Raises:
@@ -204,7 +207,9 @@ def apply(
     _checks.model(model, params)
     tokens = _checks.array(tokens, "tokens")
     mask = None if mask is None else _checks.array(mask, "mask")
-    return model.apply({"params": params}, tokens, routing=routing, mask=mask, threshold=threshold)
+    types = None if types is None else _checks.array(types, "types")
+    settings = {"routing": routing, "mask": mask, "types": types, "threshold": threshold}
+    return model.apply({"params": params}, tokens, **settings)
 
 
 def train(

@@ -84,14 +84,25 @@ def token_ids(
 
 
 def batch(
-    config: ModelConfig, tokens: Any, mask: Any = None, cache: Any = None, name: str = "tokens"
+    config: ModelConfig,
+    tokens: Any,
+    mask: Any = None,
+    cache: Any = None,
+    name: str = "tokens",
+    types: Any = None,
 ) -> None:
-    """Refuses `tokens`, `mask` and `cache` that a forward pass cannot take."""
+    """Refuses `tokens`, `mask`, `cache` and `types` that a forward pass cannot take."""
     _expect_integers(tokens, name)
     _expect_rows(tokens, name)
     if mask is not None:
         mask_of(tokens, mask, name)
     token_ids(tokens, config.vocab_size, name)
+    if types is not None:
+        _expect_types(config, tokens, types, name)
+    if cache is not None and not config.causal:
+        raise UserError(
+            f"cache: an encoder (family {config.family!r}) reads a text at once: expected None"
+        )
     _expect_room(config, tokens, mask, cache, name)
 
 
@@ -106,6 +117,17 @@ def mask_of(tokens: Any, mask: Any, name: str = "tokens") -> None:
     known = concrete(mask)
     if known is not None and known.min(initial=0) < 0:
         raise UserError(f"mask has the entry {known.min()}: expected 0 or larger")
+
+
+def _expect_types(config: ModelConfig, tokens, types, name: str) -> None:
+    _expect_integers(types, "types", "token types")
+    known, most = concrete(types), max(config.token_types, 1) - 1
+    outside = known is not None and not 0 <= known.min(initial=0) <= known.max(initial=0) <= most
+    if types.shape != tokens.shape or outside:
+        raise UserError(
+            f"types has shape {list(types.shape)}: expected one of 0 to {most} for each of {name} "
+            f"{list(tokens.shape)}"
+        )
 
 
 def _expect_room(config: ModelConfig, tokens, mask, cache, name: str) -> None:

@@ -43,7 +43,7 @@ def label(entry: Results) -> str:
     return f"{entry['name']} {entry['sparsity']:.0%}" if entry["sparsity"] else entry["name"]
 
 
-def quality(entry: Results) -> tuple[str, float]:
+def quality(entry: Results) -> tuple[str, Any]:
     """The first metric of a task and its value in percent, or the perplexity."""
     metrics = entry.get("metrics") or {"perplexity per token": entry.get("token_ppl")}
     return next(iter(metrics.items()))

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
           UserError: on arguments that do not fit the model or each other.
         """
         config, lte = self.config, self.lte
-        checks.batch(config, tokens, mask, cache)
+        checks.batch(config, tokens, mask, cache, types=types)
         checks.threshold(threshold)
         how = routings.make(routing, config, lte)
         if threshold is None:

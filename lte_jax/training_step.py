@@ -38,14 +38,14 @@ class TrainState:
     control: SparsityController
 
 
-def predicted(model: Transformer, batch: Batch) -> Array:
+def predicted(model: Transformer, batch: Batch) -> Array | np.ndarray:
     """True at what has a task loss: positions [B, L] whose next token counts, or texts [B]."""
     if model.config.head == "classes":
         return (batch["segments"] > 0).any(axis=1)
     return losses.loss_mask(batch["segments"], batch.get("answers"))
 
 
-def distilled(model: Transformer, batch: Batch) -> Array:
+def distilled(model: Transformer, batch: Batch) -> Array | np.ndarray:
     """True at what the teacher is asked: all real tokens, or texts; of answers, what predicts."""
     if model.config.head == "classes" or "answers" in batch:
         return predicted(model, batch)

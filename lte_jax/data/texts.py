@@ -119,9 +119,16 @@ def _stdlib_rows(part: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _of_split(folder: Path, split: str | None) -> Path:
-    """The file of a split in a folder; the folder itself, which is then refused, if none is."""
+    """The file of a split in a folder."""
     names = [f"{split}{kind}{gz}" for kind in FILE_KINDS for gz in ("", ".gz")]
-    return next((folder / name for name in names if (folder / name).exists()), folder)
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    held = sorted(file.name for file in folder.iterdir())
+    raise UserError(
+        f"{folder}: is a folder without {split or 'train'}.jsonl (or {', '.join(FILE_KINDS[1:])}): "
+        f"expected a file for each split, found {', '.join(held[:5]) or 'nothing'}"
+    )
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -96,7 +96,7 @@ class Classification:
             raise UserError(f"{source}: no records of {self.name} in split {split!r}")
         return self._encode(texts, np.array(labels), source, data, tokenizer, config)
 
-    def _label(self, row: Mapping[str, Any], where: str) -> float:
+    def _label(self, row: Any, where: str) -> Any:
         label = value_of(row, "label", where)
         number = isinstance(label, int | float) and not isinstance(label, bool)
         if self.labels:
