@@ -154,10 +154,11 @@ class _Run:
         """Writes the dense model, trained on the task if the experiment has a finetune stage."""
         if self.paths.has(self.paths.dense):
             return
-        source, model = self.parts.source, self._model(self.parts.config, None)
+        source = self.parts.source
         if source is not None:
-            params = self._load(source, model)
+            model, params = self._load(source)
         else:
+            model = self._model(self.parts.config, None)
             shardings = sharding.param_shardings(abstract_params(model), self.mesh)
             key, tokens = jax.random.key(self.experiment.seed), jnp.zeros((1, 1), jnp.int32)
             init = jax.jit(lambda: model.init(key, tokens)["params"], out_shardings=shardings)
@@ -172,8 +173,7 @@ class _Run:
         """Groups neurons into experts and initialises routers."""
         if self.paths.has(self.paths.experts):
             return
-        model = self._model(self.parts.config, None)
-        params = self._load(self.paths.dense, model)
+        model, params = self._load(self.paths.dense)
         tokens_RL, segments_RL = self.calibration.tokens_RL, self.calibration.segments_RL
         lte, seed = self.experiment.lte, self.experiment.seed
         model, params, order_NEM = to_experts(model, params, lte, tokens_RL, segments_RL, seed=seed)
@@ -182,9 +182,9 @@ class _Run:
 
     def sparse(self) -> None:
         """Runs the sparse stages and writes the LTE folder."""
-        model = self._model(*hf.read_config(self.paths.experts))
+        model, params = self._load(self.paths.experts)
         assert model.lte is not None
-        params, control = self._load(self.paths.experts, model), SparsityController.start(model.lte)
+        control = SparsityController.start(model.lte)
         distils = any(stage.distill_weight for stage in self.stages())
         teacher = jax.tree.map(jnp.copy, params) if distils else None
         for stage in self.stages():
@@ -269,10 +269,11 @@ class _Run:
         compute = self.experiment.compute
         return Transformer(config, lte, dtype=compute.dtype, remat=compute.remat)
 
-    def _load(self, folder: Path, model: Transformer) -> Any:
-        """Loads float32 master weights directly onto the mesh."""
+    def _load(self, folder: Path) -> tuple[Transformer, Any]:
+        """A model to train, with float32 master weights, directly on the mesh."""
+        model = self._model(*hf.read_config(folder))
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
-        return hf.load_params(folder, model.config, model.lte, "float32", shardings)
+        return model, hf.load_params(folder, model.config, model.lte, "float32", shardings)
 
     def _result(self, folder: Path) -> tuple[Transformer, Any]:
         """Loads a model from its folder, for evaluation."""
