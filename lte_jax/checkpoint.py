@@ -19,6 +19,7 @@ import logging
 import math
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +38,6 @@ from lte_jax.files import MANIFEST, Damaged
 DAMAGED = "damaged"
 NO_STEP = -1
 _UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the folder name of a step that Orbax is writing
-Manifest = dict[str, Any]
 State = TypeVar("State")
 log = logging.getLogger(__name__)
 
@@ -153,11 +153,9 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _prepare_folder(self) -> None:
         """Creates the folder, and removes what a killed run left half-written or half-deleted."""
-        probe = self.folder / ".writable"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise UserError(
                 f"checkpoint folder {self.folder} cannot be written to ({error.strerror}): "
@@ -175,7 +173,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Committed steps, oldest first."""
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
-    def _finish(self, orbax: ocp.AsyncCheckpointer, manifest: Manifest) -> None:
+    def _finish(self, orbax: ocp.AsyncCheckpointer, manifest: dict[str, Any]) -> None:
         """In the background: waits for Orbax's commit, writes the manifest, deletes old steps."""
         step = manifest["step"]
         with self._explained(step):

@@ -49,7 +49,6 @@ from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
 
 log = logging.getLogger(__name__)
-_GO_ON = "progress is saved; run the same command to resume"
 
 
 def train(
@@ -109,10 +108,14 @@ class _Run:
     mesh: jax.sharding.Mesh
     profile: bool = False
 
+    @property
+    def last(self) -> Path:
+        """Folder of the last model."""
+        return self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
+
     def finished(self) -> bool:
         """Whether the last model is written."""
-        sparse = preflight.is_sparse(self.experiment)
-        return self.paths.has(self.paths.lte if sparse else self.paths.dense)
+        return self.paths.has(self.last)
 
     def prepare(self) -> None:
         """Checks everything that can be checked, then claims the work directory."""
@@ -209,8 +212,7 @@ class _Run:
         Returns:
           The last model and its parameters.
         """
-        root = self.paths.root
-        last = self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
+        root, last = self.paths.root, self.last
         _verify(last)
         model, params = self._result(last)
         if not self.experiment.report or jax.process_index() != 0:
@@ -286,18 +288,10 @@ class _Run:
             params = multihost_utils.process_allgather(params, tiled=True)
         if jax.process_index() == 0:
             own = source is None or self.experiment.source.tokenizer
-            tokenizer = self.parts.tokenizer if own else None
+            words = self.parts.tokenizer if own else None
             dtype = model.config.dtype if source is None else "source"  # params are float32 masters
-            hf.save(
-                folder,
-                model.config,
-                model.lte,
-                params,
-                source,
-                order_NEM,
-                dtype=dtype,
-                tokenizer=tokenizer,
-            )
+            config, lte = model.config, model.lte
+            hf.save(folder, config, lte, params, source, order_NEM, dtype=dtype, tokenizer=words)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {folder}")
         interrupt.check(f"after {folder.name}/ was written")
@@ -308,7 +302,8 @@ def _alone(paths: Paths) -> Iterator[None]:
     """Defers signals to a safe point, and keeps other runs out of the directory."""
     one_process = jax.process_count() == 1  # with several, JAX handles the signals
     with contextlib.ExitStack() as stack:
-        stack.enter_context(interrupt.handled(_GO_ON, install=one_process))
+        saved = "progress is saved; run the same command to resume"
+        stack.enter_context(interrupt.handled(saved, install=one_process))
         stack.enter_context(quiet_threads())
         on_first(lambda: stack.enter_context(work.held(paths.root)))
         yield

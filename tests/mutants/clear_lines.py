@@ -150,7 +150,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "28 tokens may have any number of dimensions",
         _CHECKS,
-        "    if len(value.shape) != 2:",
+        "    if len(tokens.shape) != 2:",
         "    if False:",
         "tests/test_checks.py::test_tokens",
     ),
@@ -199,8 +199,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "29 control characters reach the terminal",
         _ERRORS,
-        "return character if character.isprintable() else ascii(character)[1:-1]",
-        "return character",
+        "c if c.isprintable() else ascii(c)[1:-1] for c in line",
+        "c for c in line",
         "tests/test_errors.py::test_what_is_quoted_is_printable",
     ),
     Mutant(
