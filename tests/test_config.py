@@ -41,6 +41,11 @@ def test_config_docstring_says_command_cost_and_score(file):
         assert part in text
 
 
+def test_presets_of_a_config():
+    assert config.load_config(LLAMA).lte.grouping == "coactivation"
+    assert config.load_config(LLAMA + ":paper").lte.grouping == "kmeans"
+
+
 def test_wikitext_is_one_text():
     """The set has a line a record: as a text each, perplexity would not be the paper's."""
     for file in (ROOT / "configs").glob("*.py"):
@@ -127,6 +132,7 @@ BAD_OVERRIDES = {
     "source.scratch.num_kv_heads=3": "config.source.scratch.num_kv_heads=3 does not divide",
     "source.scratch.sliding_layers=True,False": "expected one for each of 32 layers",
     "stages.router.steps=-1": "config.stages.router.steps=-1: expected zero or more",
+    "stages.router.learning_rate=-1": "stages.router.learning_rate=-1.0: expected zero or more",
     "stages.router.warmup_ratio=2": "config.stages.router.warmup_ratio=2.0: expected within [0, 1]",
     "optim.microbatches=0": "config.optim.microbatches=0: expected a positive integer",
     "checkpoint.keep_last=0": "config.checkpoint.keep_last=0: expected a positive integer",

@@ -12,7 +12,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         '        log.info(\n            "the tokenizer has',
         '        raise UserError(\n            "the tokenizer has',
-        "tests/test_data.py::test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare",
+        "tests/test_packing.py::test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare",
     ),
     Mutant(
         "23 a chat marker stands before plain text",
@@ -82,14 +82,14 @@ MUTANTS: list[Mutant] = [
         _TEXTS,
         "            if start != codecs.BOM_UTF8:",
         "            if True:",
-        "tests/test_data.py::test_text_files_as_editors_write_them",
+        "tests/test_texts.py::test_text_files_as_editors_write_them",
     ),
     Mutant(
         "24 lines of .txt end in two characters",
         _TEXTS,
         'file.read().decode().replace("\\r\\n", "\\n")',
         "file.read().decode()",
-        "tests/test_data.py::test_text_files_as_editors_write_them",
+        "tests/test_texts.py::test_text_files_as_editors_write_them",
     ),
     Mutant(
         "25 positions are of two types",
@@ -110,7 +110,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/preflight.py",
         "sharding.check_batch(experiment.data.batch_size, experiment.optim.microbatches, mesh)",
         "pass",
-        "tests/test_workdir.py::test_bad_input_is_found_before_anything_is_claimed",
+        "tests/test_preflight.py::test_bad_input_is_found_before_anything_is_claimed[batch-size]",
     ),
     Mutant(
         "27 evaluate.py knows no work directory",

@@ -60,21 +60,21 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         'sha.update(np.ascontiguousarray(array_RL, "<i4"))',
         "pass",
-        "tests/test_data.py::test_digest_tells_rows_apart",
+        "tests/test_packing.py::test_digest_tells_rows_apart",
     ),
     Mutant(
         "7 another source model goes unnoticed",
         _PREFLIGHT,
         'inputs |= _fingerprints("source", source, _MODEL_FILES)',
         "pass",
-        "tests/test_workdir.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
+        "tests/test_preflight.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
     ),
     Mutant(
         "7 another tokenizer goes unnoticed",
         _PREFLIGHT,
         'inputs |= _fingerprints("tokenizer", hf.resolve(named), COMPANIONS)',
         "pass",
-        "tests/test_workdir.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
+        "tests/test_preflight.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
     ),
     Mutant(
         "8 verify=True reads no file",
@@ -193,7 +193,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/generate/__init__.py",
         "number, 0, config.vocab_size - 1,",
         "number, 0, None,",
-        "tests/test_bad_input_generate.py::test_bad_input_of_generate",
+        "tests/test_checks.py::test_settings_of_generate",
     ),
     Mutant(
         "9 masks may have another shape",

@@ -96,7 +96,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         "train = documents if end is None else",
         "train = documents if True else",
-        "tests/test_data.py::test_the_end_stands_after_the_last_piece",
+        "tests/test_packing.py::test_the_end_stands_after_the_last_piece",
     ),
     Mutant(
         "4 a pretrained model is not asked what it expects",
@@ -152,7 +152,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/generate/__init__.py",
         'checks.token_ids(row, vocab_size, f"prompt {i}")',
         "pass",
-        "tests/test_bad_input_generate.py::test_bad_input_of_generate",
+        "tests/test_checks.py::test_settings_of_generate",
     ),
     Mutant(
         "5 moefy looks at no id",
@@ -174,14 +174,14 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         "            ids,\n            model_config.vocab_size,",
         "            ids,\n            2**31,",
-        "tests/test_bad_input_data.py::test_one_text_of_many_with_a_token_outside_the_vocabulary",
+        "tests/test_packing.py::test_one_text_of_many_with_a_token_outside_the_vocabulary",
     ),
     Mutant(
         "5 results.json holds NaN",
         "lte_jax/report.py",
         "allow_nan=False",
         "allow_nan=True",
-        "tests/test_evaluation.py::test_results_are_json_or_say_where_not",
+        "tests/test_report.py::test_results_are_json_or_say_where_not",
     ),
     Mutant(
         "5 evaluation of NaN weights goes on",
@@ -209,7 +209,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/generate/__init__.py",
         "if not state.finite:",
         "if False:",
-        "tests/test_generate.py::test_logits_that_are_not_finite_are_named_and_not_chosen_from",
+        "tests/test_decoding.py::test_logits_that_are_not_finite_are_named_and_not_chosen_from",
     ),
     Mutant(
         "5 moefy takes NaN weights",
