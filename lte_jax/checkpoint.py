@@ -207,7 +207,14 @@ class Checkpointer(contextlib.AbstractContextManager):
             except Damaged as error:
                 damage[step] = str(error)
                 continue
-            _check_leaves(self._path(step), manifest["leaves"], leaves)
+            for name in [*leaves, *manifest["leaves"]]:
+                there, here = (of.get(name, "absent") for of in (manifest["leaves"], leaves))
+                if there != here:
+                    raise UserError(
+                        f"checkpoint {self._path(step)} is of another model or optimizer: {name} "
+                        f"is {there} there and {here} in this run: use the configuration it was "
+                        "saved with, or an empty folder"
+                    )
             self._set_aside(damage)
             return step
         if damage:
@@ -260,16 +267,6 @@ def _leaves(tree: Any) -> dict[str, str]:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    for name in [*wanted, *saved]:
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise UserError(
-                f"checkpoint {path} is of another model or optimizer: {name} is {there} there and "
-                f"{here} in this run: use the configuration it was saved with, or an empty folder"
-            )
 
 
 def on_first(action: Callable[[], int | None]) -> int:

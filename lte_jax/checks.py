@@ -198,7 +198,7 @@ def finite_params(params: Mapping[str, Any], name: str) -> None:
     finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(params)
     for path, good in jax.tree_util.tree_leaves_with_path(finite):
         if not good:
-            where = "/".join(str(getattr(key, "key", key)) for key in path)
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
                 f"model {name!r}: parameter {where} has values that are not finite: use the "
                 "weights of a working model"

@@ -268,8 +268,7 @@ class _Run:
         )
 
     def _model(self, config, lte) -> Transformer:
-        compute = self.experiment.compute
-        return Transformer(config, lte, dtype=compute.dtype, remat=compute.remat)
+        return Transformer(config, lte, **dataclasses.asdict(self.experiment.compute))
 
     def _load(self, folder: Path) -> tuple[Transformer, Any]:
         """A model to train, with float32 master weights, directly on the mesh."""

@@ -7,7 +7,6 @@ hours after training. What is read here, the run uses.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,16 @@ def prepare(
     named = experiment.source.tokenizer or experiment.source.path
     tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
     _check_sample(experiment, config, tokenizer)
+
+    def load() -> tuple[Transformer, Any]:  # the dense model, for inference
+        model = Transformer(config, dtype=experiment.compute.dtype)
+        shardings = sharding.param_shardings(abstract_params(model), mesh)
+        return model, hf.load_params(folder, config, None, model.dtype, shardings)
+
     if "end_token" in known:
         end = known["end_token"]
     else:
-        load = functools.partial(_load, folder, experiment, config, mesh) if folder else None
-        end = data.end_token(experiment.data, tokenizer, config, load)
+        end = data.end_token(experiment.data, tokenizer, config, load if folder else None)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
     records = data.build(experiment.data, tokenizer, config, experiment.seed, end)
@@ -87,8 +91,7 @@ def prepare(
 
 def is_sparse(experiment: Experiment) -> bool:
     """Whether the run ends in an LTE model, not a dense baseline."""
-    made = stages.make(experiment.stages, experiment.lte)
-    return any(stage.sparse for stage in made)
+    return any(stage.sparse for stage in stages.make(experiment.stages, experiment.lte))
 
 
 def _source(experiment: Experiment) -> Path | None:
@@ -106,15 +109,6 @@ def _source(experiment: Experiment) -> Path | None:
             f"source.path={path!r} holds an LTE model: expected the dense model it was made from"
         )
     return folder
-
-
-def _load(
-    folder: Path, experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh
-) -> tuple[Transformer, Any]:
-    """Loads the dense model, for inference."""
-    model = Transformer(config, dtype=experiment.compute.dtype)
-    shardings = sharding.param_shardings(abstract_params(model), mesh)
-    return model, hf.load_params(folder, config, None, model.dtype, shardings)
 
 
 def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
