@@ -96,7 +96,6 @@ class Runs:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
         }
-        self.env.pop("XLA_FLAGS", None)
         self.folder = folder
         self.started: list[subprocess.Popen] = []
 
