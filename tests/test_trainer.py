@@ -1,4 +1,4 @@
-"""The loop: what it validates, in which order it sees the data, where it goes on."""
+"""The training loop: its validation, the order of its data, and where it resumes."""
 
 import dataclasses
 import shutil

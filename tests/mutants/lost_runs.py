@@ -1,4 +1,4 @@
-"""Faults that lose a run, or let it go on from what it is not: lines 6 to 9 of the list."""
+"""Faults that lose a run, or resume it from the wrong state: lines 6 to 9 of the list."""
 
 from mutant import Mutant
 
@@ -49,7 +49,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_workdir.py::test_inputs_name_every_file_that_changed",
     ),
     Mutant(
-        "7 a run that goes on compares no data",
+        "7 a resumed run compares no data",
         _WORKDIR,
         "    inputs = check_inputs(paths, inputs)",
         "    inputs = dict(inputs)",
@@ -112,7 +112,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_hf_folder.py::test_bad_input_folder_of_a_run",
     ),
     Mutant(
-        "8 a run goes on from a flipped bit in experts/",
+        "8 a run resumes from a flipped bit in experts/",
         _PIPELINE,
         "on_first(functools.partial(_verify, folder))",
         "pass",

@@ -48,7 +48,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_roundtrip.py::test_roundtrip_saves_what_was_trained_as_it_is",
     ),
     Mutant(
-        "2 config.json goes on naming the type of the source",
+        "2 config.json keeps the type of the source",
         "lte_jax/hf/export.py",
         "if parse(raw, CONFIG)[0].dtype != dtype:",
         "if False:",
@@ -127,7 +127,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_stages.py::test_distillation_acts_on_the_last_token_of_a_text",
     ),
     Mutant(
-        "4 a run that goes on asks anew which token ends a text",
+        "4 a resumed run asks again which token ends a text",
         "lte_jax/preflight.py",
         'if "end_token" in known:',
         "if False:",
@@ -184,7 +184,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_report.py::test_results_are_json_or_say_where_not",
     ),
     Mutant(
-        "5 evaluation of NaN weights goes on",
+        "5 NaN weights are evaluated",
         "lte_jax/evaluation.py",
         "checks.finite_params(params, label)",
         "pass",
@@ -205,7 +205,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_checks.py::test_a_perplexity_that_overflows[checked]",
     ),
     Mutant(
-        "5 generation goes on from NaN logits",
+        "5 NaN logits are sampled from",
         "lte_jax/generate/__init__.py",
         "if not state.finite:",
         "if False:",
