@@ -21,7 +21,7 @@ Dimension key: N layers  F = E*M neurons of an FFN  E experts  M neurons per exp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -109,27 +109,22 @@ def add_routers(
     Raises:
       UserError: if ridge has no calibration tokens, or only padding.
     """
-    config, lte = model.config, model.lte
-    if lte.router_init != "ridge":
-        experts, key = num_experts(config, lte), jax.random.key(seed)
-        router = router_init.random_router(key, config.num_layers, config.d_model, experts, lte)
+    if model.lte.router_init != "ridge":
+        router = router_init.random_router(jax.random.key(seed), model.config, model.lte)
+    elif calibration is None:
+        raise UserError(
+            "lte.router_init='ridge' fits routers to data: pass calibration token ids "
+            "[rows, length], or choose lte.router_init='normal'"
+        )
     else:
-        if calibration is None:
-            raise UserError(
-                "lte.router_init='ridge' fits routers to data: pass calibration token ids "
-                "[rows, length], or choose lte.router_init='normal'"
-            )
-        router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
+        router = router_init.ridge_router(model, params, _rows(calibration, mask), model.lte)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
 
-def _rows(
-    calibration: np.ndarray | Array, mask: np.ndarray | Array | None
-) -> list[dict[str, np.ndarray | Array]]:
+def _rows(calibration: Any, mask: Any) -> list[dict[str, Any]]:
     """Batches of one row each."""
-    mask_RL = np.ones(calibration.shape) if mask is None else mask
-    mask_RL = np.asarray(mask_RL, np.int32)
+    mask_RL = np.asarray(np.ones(calibration.shape) if mask is None else mask, np.int32)
     return [
         {"tokens": calibration[i : i + 1], "segments": mask_RL[i : i + 1]}
         for i in range(len(calibration))
@@ -241,10 +236,8 @@ def coactivations(
 
 
 @partial(jax.jit, static_argnames=("model", "layers"))
-def _magnitude_sums(
-    model: Transformer, params: Any, batch: Mapping[str, Array], layers: range
-) -> tuple[Float[Array, "N F F"], Float[Array, "N F"]]:
-    """Sums over the real tokens of |h_f| |h_g| and of |h_f|, for some layers."""
+def _magnitude_sums(model, params, batch, layers: range):
+    """Sums over the real tokens of |h_f| |h_g|, [N, F, F], and of |h_f|, [N, F], of some layers."""
     _, h_NTEM, real_T = router_init.ffn_intermediates(model, params, batch)
     h_NTF = jnp.abs(h_NTEM[layers.start : layers.stop].reshape(len(layers), real_T.size, -1))
     h_NTF = jnp.where(real_T[None, :, None], h_NTF, 0.0)

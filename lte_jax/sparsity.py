@@ -114,13 +114,8 @@ def score_histogram(
 ) -> Int[Array, " S"]:
     """Counts scores of real tokens in each bin of (0, 1], under the served routing; jittable."""
     token_mask_BL = batch["segments"] > 0
-    out = model.apply(
-        {"params": params},
-        batch["tokens"],
-        routing=kind(model.lte.routing).served,
-        mask=batch["segments"],
-        threshold=threshold,
-    )
+    settings = {"routing": kind(model.lte.routing).served, "threshold": threshold}
+    out = model.apply({"params": params}, batch["tokens"], mask=batch["segments"], **settings)
     # A score equal to an edge is not above it, so it belongs to the bin below.
     bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
     real_NBLE = jnp.broadcast_to(token_mask_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)

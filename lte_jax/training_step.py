@@ -74,18 +74,15 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
 
 
 def make_train_step(
-    model: Transformer,
-    stage: Stage,
-    optimizer: optax.GradientTransformation,
-    microbatches: int = 1,
+    model: Transformer, stage: Stage, optimizer: optax.GradientTransformation, microbatches: int = 1
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics)."""
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = {
-            "predicted": _count(losses.loss_mask(batch["segments"])),
-            "real": _count(batch["segments"] > 0),
+            "predicted": losses.count_true(losses.loss_mask(batch["segments"])),
+            "real": losses.count_true(batch["segments"] > 0),
         }
 
         def gradient_of(part):
@@ -119,10 +116,6 @@ def make_train_step(
     return step
 
 
-def _count(mask: Array) -> Float[Array, ""]:
-    return jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
-
-
 def _interleave(x: Array, parts: int) -> Array:
     """[B, ...] as [parts, B/parts, ...]: records i, i + parts, ... so none changes device."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -138,10 +131,10 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
         out = model.apply(
             {"params": params}, tokens, routing=routing, mask=segments, threshold=threshold
         )
-        real = jnp.sum((segments > 0).astype(jnp.float32))
+        real = jnp.sum(segments > 0, dtype=jnp.float32)
         return {
             "loss": losses.cross_entropy(out.logits, tokens, loss_mask, one),
-            "predicted": jnp.sum(loss_mask.astype(jnp.float32)),
+            "predicted": jnp.sum(loss_mask, dtype=jnp.float32),
             "skipped": out.sparsity * real,
             "real": real,
         }

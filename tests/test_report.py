@@ -117,9 +117,9 @@ def test_environment_names_versions_and_commit():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
+        (None, "does not exist"),
         ("{", "cannot be read"),
-        ("[]", "no results of evaluate.py"),
+        ("[]", "holds a JSON list"),
         ('{"models": []}', "no results of evaluate.py"),
         ('{"models": [{"name": "x"}]}', "sparsity, token_ppl"),
         (b"\xff\xfe\x00", "cannot be read"),

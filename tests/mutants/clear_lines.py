@@ -31,8 +31,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "23 an end that the tokenizer appends counts as text",
         _TOKENS,
-        "encoded = tokenizer(batch, add_special_tokens=False, return",
-        "encoded = tokenizer(batch, add_special_tokens=True, return",
+        '{"add_special_tokens": False,',
+        '{"add_special_tokens": True,',
         "tests/test_tokens.py::test_an_end_that_the_tokenizer_appends_is_none_of_the_text",
     ),
     Mutant(
@@ -185,8 +185,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "28 a prompt for the sample is looked at after the measuring",
         "lte_jax/evaluation.py",
-        "            _check_prompt(self.model, tokenizer, prompt)",
-        "            pass",
+        "        if not 0 < length < most:",
+        "        if False:",
         "tests/test_checks.py::test_prompts_of_texts",
     ),
     Mutant(

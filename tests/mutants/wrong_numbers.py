@@ -101,7 +101,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "4 a pretrained model is not asked what it expects",
         "lte_jax/data/ends.py",
-        "return candidates[int(np.argmax(means))]",
+        "return max(by_id, key=by_id.__getitem__)",
         "return candidates[0]",
         "tests/test_ends.py::test_a_pretrained_model_is_asked_which_token_it_expects",
     ),
