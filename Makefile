@@ -10,12 +10,15 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Tests that write a model folder or read those of ../shared: see tests/hf_models.py.
 READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 
+# Tests of what users run optimised: here XLA's rewriting is a part of what is tested.
+OPTIMISED := $(patsubst %,tests/test_%.py,kernels model decoding)
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check test-sources lint format bench tinystories thousand resume \
-  fuzz mutants clean
+.PHONY: help env demo test check test-optimised test-sources lint format bench tinystories thousand \
+  resume fuzz mutants clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python " \
@@ -31,13 +34,17 @@ env: $(READY)  ## make the environment only: .venv
 demo: $(READY)  ## train a small dense model and make it sparse: four minutes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
-# Most of their time is compiling. `make test XLA_FLAGS=` optimises fully, as the last part of CI.
-test mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+# Most of their time is compiling. `make test XLA_FLAGS=` optimises fully.
+test check test-optimised mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(READY)  ## run the fast tests, which are nearly all
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 check: $(READY)  ## run the slow tests: whole runs, killed runs, fuzzing
 	$(BIN)/pytest $(PARALLEL) -m slow
+
+test-optimised: $(READY)  ## run the fast tests; kernels, model and decoding fully optimised
+	$(BIN)/pytest $(PARALLEL) -m "not slow" $(addprefix --ignore=,$(OPTIMISED))
+	XLA_FLAGS= $(BIN)/pytest $(PARALLEL) -m "not slow" $(OPTIMISED)
 
 test-sources: $(READY)  ## run the tests that read models on float16, then on bfloat16 models
 	LTE_JAX_SOURCE_DTYPE=float16 $(BIN)/pytest $(PARALLEL) $(READING)

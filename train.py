@@ -13,12 +13,9 @@ from lte_jax import config, errors
 def main() -> None:
     """Turns the flags into an experiment and runs it."""
     parser = errors.Parser(description=__doc__)
-    parser.add_argument("--workdir", required=True, help="folder for checkpoints and results")
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="trace a few steps of each stage into WORKDIR/profile",
-    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder for checkpoints and results")
+    add("--profile", action="store_true", help="trace steps of each stage into WORKDIR/profile")
     with errors.cli_errors():
         flags, experiment = config.parse_flags(parser)
         lte_jax.train(experiment, flags.workdir, profile=flags.profile)

@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from lte_jax.errors import Parser, UserError, cli_errors
+from lte_jax.files import atomic_write
 
 from . import gpu_triton
 from .gpu_triton import Blocks
@@ -33,11 +33,10 @@ LAYERS, INPUTS = 8, 4  # distinct calls in a measurement: XLA would compute equa
 Run = Callable[[tuple, int, Blocks], jax.Array]  # arrays; call number below LAYERS * INPUTS; blocks
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@cli_errors()
+def main() -> None:
     """Parses the flags and runs `tune` for each number of rows."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lte_jax.kernels.tune", description=__doc__.partition("\n")[0]
-    )
+    parser = Parser(prog="python -m lte_jax.kernels.tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--d-model", type=int, default=4096, metavar="D")
     parser.add_argument("--d-ff", type=int, default=11008, metavar="F", help="E times M")
     parser.add_argument("--expert-size", type=int, default=32, metavar="M")
@@ -54,18 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of idle experts per row")
     parser.add_argument("--no-gate", action="store_true", help="an FFN of two matrices")
     parser.add_argument("--out", type=Path, help="the file to write (default: tuned/<device>.json)")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args()
+    if reason := gpu_triton.unavailable():
+        raise UserError(f"no block sizes can be timed here: {reason}")
+    path = flags.out or gpu_triton.tuned_path()
     try:
-        if reason := gpu_triton.unavailable():
-            raise gpu_triton.Unsupported(f"no block sizes can be timed here: {reason}")
-        path = flags.out or gpu_triton.tuned_path()
         gpu_triton.read_tuned(path)  # raises before the work if it is damaged
         for rows in flags.rows:
             for name, cut, measured in tune(flags, rows):
                 _add(path, name, cut, measured)
-    except (gpu_triton.Unsupported, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except gpu_triton.Unsupported as reason:
+        raise UserError(str(reason)) from None
     print(path)
 
 
@@ -73,7 +71,7 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     """For each kernel and shape: its key, the best blocks, and what was measured."""
     d, m, dtype = flags.d_model, flags.expert_size, jnp.dtype(flags.dtype)
     if m < 1 or flags.d_ff % m:
-        raise ValueError(f"--d-ff {flags.d_ff} is not a multiple of --expert-size {m}")
+        raise UserError(f"--d-ff {flags.d_ff} is not a multiple of --expert-size {m}")
     e = flags.d_ff // m
     keys = iter(jax.random.split(jax.random.key(0), 100 + 10 * len(flags.linear)))
 
@@ -156,7 +154,7 @@ def best(
     times = {rule: milliseconds(run, arrays, rule)}
     bar = tqdm(desc=name, unit=" variants", initial=1)
     for _ in range(ROUNDS):
-        before = min(times, key=times.__getitem__)
+        before = min(times.values())
         for field, values in variants(kernel, b, dtype, rule).items():
             for value in values:
                 cut = min(times, key=times.__getitem__)._replace(**{field: value})
@@ -164,12 +162,12 @@ def best(
                     times[cut] = milliseconds(run, arrays, cut)
                     bar.update()
                     bar.set_postfix_str(f"{size / min(times.values()) / 1e6:.0f} GB/s")
-        if min(times, key=times.__getitem__) == before:
+        if min(times.values()) == before:
             break
     bar.close()
-    if math.isinf(min(times.values())):
-        raise ValueError(f"{name}: no variant runs on this GPU")
     cut = min(times, key=times.__getitem__)
+    if math.isinf(times[cut]):
+        raise UserError(f"{name}: no variant runs on this GPU")
     measured = {"ms": times[cut], "ms_by_rule": times[rule], "gb_per_s": size / times[cut] / 1e6}
     return name, cut, measured
 
@@ -222,10 +220,7 @@ def _add(path: Path, name: str, cut: Blocks, measured: dict[str, float]) -> None
     found.setdefault("blocks", {})[name] = cut._asdict()
     found.setdefault("measured", {})[name] = {k: round(v, 5) for k, v in measured.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(found, file, indent=1)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    atomic_write(path, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from .reference import ACTIVATIONS, compact, embed
 
 __all__ = ["attend", "embed", "linear", "sparse_ffn"]
+_at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
 
 def sparse_ffn(
@@ -36,10 +38,7 @@ def sparse_ffn(
 
     def add_expert(i: jax.Array, y_BD: jax.Array) -> jax.Array:
         expert = ids_E[i]
-        w = {
-            name: jax.lax.dynamic_index_in_dim(f, first + expert, keepdims=False)
-            for name, f in flat.items()
-        }
+        w = {name: _at(f, first + expert) for name, f in flat.items()}
 
         def project(name: str) -> jax.Array:
             h_BM = jnp.einsum("BD,MD->BM", x_BD, w[name], preferred_element_type=jnp.float32)
@@ -48,7 +47,7 @@ def sparse_ffn(
             return h_BM
 
         h_BM = act(project("gate")) * project("up") if "gate" in w else act(project("up"))
-        active_B = jax.lax.dynamic_index_in_dim(active_BE, expert, axis=1, keepdims=False)
+        active_B = _at(active_BE, expert, axis=1)
         h_BM = jnp.where(active_B[:, None], h_BM, 0.0).astype(w["down"].dtype)
         return y_BD + jnp.einsum("BM,MD->BD", h_BM, w["down"], preferred_element_type=jnp.float32)
 
@@ -58,12 +57,13 @@ def sparse_ffn(
 
 def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
-    w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
     # TPUs and GPUs would round float32, and routers then choose other experts than in training.
     # Full precision costs nothing here: the time goes into reading w.
     precision = jax.lax.Precision.HIGHEST if x_BK.dtype == jnp.float32 else None
     dims = "BK,OK->BO" if transposed else "BK,KO->BO"
-    return jnp.einsum(dims, x_BK, w, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        dims, x_BK, _at(w, layer), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def attend(
@@ -81,9 +81,7 @@ def attend(
     here = (layer, zero, index, zero, zero)
     k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_BKC[None, :, None], here)
     v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_BKC[None, :, None], here)
-    k_BTKC, v_BTKC = (
-        jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_NBTKC, v_NBTKC)
-    )
+    k_BTKC, v_BTKC = _at(k_NBTKC, layer), _at(v_NBTKC, layer)
     mask_B11T = visible_BT[:, None, None]
     y_B1HC = jax.nn.dot_product_attention(q_BHC[:, None], k_BTKC, v_BTKC, mask=mask_B11T)
     return y_B1HC[:, 0], k_NBTKC, v_NBTKC

@@ -19,6 +19,7 @@ import logging
 import math
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +38,6 @@ from lte_jax.files import MANIFEST, Damaged
 DAMAGED = "damaged"
 NO_STEP = -1
 _UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the folder name of a step that Orbax is writing
-Manifest = dict[str, Any]
 State = TypeVar("State")
 log = logging.getLogger(__name__)
 
@@ -153,11 +153,9 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _prepare_folder(self) -> None:
         """Creates the folder, and removes what a killed run left half-written or half-deleted."""
-        probe = self.folder / ".writable"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise UserError(
                 f"checkpoint folder {self.folder} cannot be written to ({error.strerror}): "
@@ -175,7 +173,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Committed steps, oldest first."""
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
-    def _finish(self, orbax: ocp.AsyncCheckpointer, manifest: Manifest) -> None:
+    def _finish(self, orbax: ocp.AsyncCheckpointer, manifest: dict[str, Any]) -> None:
         """In the background: waits for Orbax's commit, writes the manifest, deletes old steps."""
         step = manifest["step"]
         with self._explained(step):
@@ -209,7 +207,14 @@ class Checkpointer(contextlib.AbstractContextManager):
             except Damaged as error:
                 damage[step] = str(error)
                 continue
-            _check_leaves(self._path(step), manifest["leaves"], leaves)
+            for name in [*leaves, *manifest["leaves"]]:
+                there, here = (of.get(name, "absent") for of in (manifest["leaves"], leaves))
+                if there != here:
+                    raise UserError(
+                        f"checkpoint {self._path(step)} is of another model or optimizer: {name} "
+                        f"is {there} there and {here} in this run: use the configuration it was "
+                        "saved with, or an empty folder"
+                    )
             self._set_aside(damage)
             return step
         if damage:
@@ -262,16 +267,6 @@ def _leaves(tree: Any) -> dict[str, str]:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _check_leaves(path: Path, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    for name in [*wanted, *saved]:
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise UserError(
-                f"checkpoint {path} is of another model or optimizer: {name} is {there} there and "
-                f"{here} in this run: use the configuration it was saved with, or an empty folder"
-            )
 
 
 def on_first(action: Callable[[], int | None]) -> int:

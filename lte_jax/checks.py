@@ -19,7 +19,6 @@ from lte_jax.errors import UserError
 from lte_jax.params import dimension_sizes, table
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-_SEEDS = 2**32  # so that a seed means the same with and without 64-bit types
 
 
 def model(value: Any, params: Any, name: str = "model") -> None:
@@ -93,7 +92,11 @@ def batch(
 ) -> None:
     """Refuses `tokens`, `mask`, `cache` and `types` that a forward pass cannot take."""
     _expect_integers(tokens, name)
-    _expect_rows(tokens, name)
+    if len(tokens.shape) != 2:
+        mend = f" (one text alone is {name}[None])" if len(tokens.shape) == 1 else ""
+        raise UserError(f"{name} has shape {list(tokens.shape)}: expected [B, L]{mend}")
+    if 0 in tokens.shape:
+        raise UserError(f"{name} has shape {list(tokens.shape)}: expected at least one token")
     if mask is not None:
         mask_of(tokens, mask, name)
     token_ids(tokens, config.vocab_size, name)
@@ -200,8 +203,8 @@ def compute_dtype(value: Any) -> None:
 
 
 def seed(value: Any) -> None:
-    """Refuses anything but an integer in [0, 2**32)."""
-    integer("seed", value, 0, _SEEDS - 1)
+    """Refuses anything but 32 bits, which mean the same with and without 64-bit types."""
+    integer("seed", value, 0, 2**32 - 1)
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None, words: str = "") -> None:
@@ -217,7 +220,7 @@ def finite_params(params: Mapping[str, Any], name: str) -> None:
     finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(params)
     for path, good in jax.tree_util.tree_leaves_with_path(finite):
         if not good:
-            where = "/".join(str(getattr(key, "key", key)) for key in path)
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
                 f"model {name!r}: parameter {where} has values that are not finite: use the "
                 "weights of a working model"
@@ -239,11 +242,3 @@ def _expect_integers(value: Any, name: str, words: str = "token ids", or_bool=Fa
         raise UserError(f"{name} is {type(value).__name__}: expected an array [B, L] of {words}")
     if not (jnp.issubdtype(dtype, jnp.integer) or or_bool and jnp.issubdtype(dtype, jnp.bool_)):
         raise UserError(f"{name} is {dtype}{list(value.shape)}: expected integers [B, L], {words}")
-
-
-def _expect_rows(value: Any, name: str) -> None:
-    if len(value.shape) != 2:
-        mend = f" (one text alone is {name}[None])" if len(value.shape) == 1 else ""
-        raise UserError(f"{name} has shape {list(value.shape)}: expected [B, L]{mend}")
-    if 0 in value.shape:
-        raise UserError(f"{name} has shape {list(value.shape)}: expected at least one token")

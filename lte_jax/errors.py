@@ -25,15 +25,12 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        line = "".join(map(_printable, message.replace("\n", " ")))
+        # Escaped is what a terminal would obey or cannot print.
+        line = message.replace("\n", " ")
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         if len(line) > MAX_LENGTH:
             line = f"{line[: MAX_LENGTH // 2 - 5]} ... {line[-MAX_LENGTH // 2 :]}"
         super().__init__(line)
-
-
-def _printable(character: str) -> str:
-    """The character, escaped if a terminal would obey it or cannot print it."""
-    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -27,11 +27,11 @@ from lte_jax.generate import decode, generate_text
 from lte_jax.generate.decoding import Decoder
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
+from lte_jax.objective import predicted, task_loss
 from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
 from lte_jax.tasks import Classification
-from lte_jax.training_step import predicted, task_loss
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
 UNION_SIZES = (1, 2, 4, 8, 16)  # batch sizes for which the union of active experts is measured
@@ -118,8 +118,16 @@ class _Entrant:
     def check(self, records: Records | Any, tokenizer: Any, prompt: str | Any, tokens: int) -> None:
         """Refuses records and prompts that do not fit the model."""
         _check_records(self.model, records, self.routing, self.threshold)
-        if tokenizer is not None and tokens:
-            _check_prompt(self.model, tokenizer, prompt)
+        if tokenizer is None or not tokens:
+            return
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt is {type(prompt).__name__}: expected a text")
+        length, most = len(tokenize([prompt], tokenizer)[0]), self.model.config.max_length
+        if not 0 < length < most:
+            raise UserError(
+                f"prompt {prompt[:50]!r} has {length} tokens: expected 1 to {most - 1}, because "
+                f"the model's max_length is {most}"
+            )
 
     def measured(
         self, records: Records, batch_size: int, num_bytes: int | None, task: Classification | None
@@ -242,9 +250,8 @@ def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     sums["real"] = jnp.sum(token_mask_BL, dtype=jnp.float32)
     sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * sums["real"]
     sums["union"] = {}
-    for size in UNION_SIZES:  # what a kernel can skip at this batch size (Fig. 15)
-        if size > len(token_mask_BL):
-            break
+    # What a kernel can skip at these batch sizes (Fig. 15).
+    for size in (size for size in UNION_SIZES if size <= len(token_mask_BL)):
         together_1L = jnp.all(token_mask_BL[:size], axis=0, keepdims=True)
         needed_N1LE = jnp.any(out.active[:, :size], axis=1, keepdims=True)
         weight = jnp.sum(together_1L, dtype=jnp.float32)
@@ -253,9 +260,7 @@ def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     return sums
 
 
-def _summary(
-    model: Transformer, totals: dict[str, Any], num_bytes: int | None, label: str
-) -> dict[str, Any]:
+def _summary(model, totals, num_bytes: int | None, label: str) -> dict[str, Any]:
     loss = float(totals["nll"] / totals["predicted"])
     if not math.isfinite(loss):
         raise UserError(
@@ -343,17 +348,6 @@ def _check_records(model: Transformer, records: Any, routing: Any, threshold: An
 
 def _count_predicted(records: Records) -> int:
     return int(jnp.sum(loss_mask(jnp.asarray(records.segments_RL))))
-
-
-def _check_prompt(model: Transformer, tokenizer: Any, prompt: Any) -> None:
-    if not isinstance(prompt, str):
-        raise UserError(f"prompt is {type(prompt).__name__}: expected a text")
-    length, most = len(tokenize([prompt], tokenizer)[0]), model.config.max_length
-    if not 0 < length < most:
-        raise UserError(
-            f"prompt {prompt[:50]!r} has {length} tokens: expected 1 to {most - 1}, because the "
-            f"model's max_length is {most}"
-        )
 
 
 def _check(model, params, baseline, name, batch_size, sample_tokens, latency_rounds) -> None:

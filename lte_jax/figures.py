@@ -100,12 +100,10 @@ def _panels(count: int, columns: int = 3, height: float = 2.4):
     """A figure of `count` panels with shared axes, and the panels; a single one is larger."""
     from matplotlib.figure import Figure
 
-    if count == 1:
-        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-        return figure, [figure.subplots()]
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.0 * columns, height * rows + 1.0), layout="constrained")
+    size = (7.0, 4.2) if count == 1 else (4.0 * columns, height * rows + 1.0)
+    figure = Figure(figsize=size, layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for unused in grid[count:]:
         unused.remove()

@@ -67,35 +67,28 @@ def handled(afterwards: str, *, install: bool = True) -> Iterator[None]:
       Interrupted: from a `check`, or at the end if a signal arrived after the last one.
     """
     global _handling, _noted
-    if _handling or not install or threading.current_thread() is not threading.main_thread():
-        with _told(afterwards):
-            yield
-        return
-    before = {n: signal.getsignal(n) for n in SIGNALS}
+    outermost = install and not _handling
+    outermost &= threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in SIGNALS if outermost}
     ours = {n: old for n, old in before.items() if old is not signal.SIG_IGN}
-    _handling = True
     try:
         for number in ours:
             signal.signal(number, _note)
-        with _told(afterwards):
-            yield
-            check("at its end")
-    finally:
-        for number, old in ours.items():
-            signal.signal(number, old)
-        _handling, _noted = False, None
-
-
-@contextlib.contextmanager
-def _told(afterwards: str) -> Iterator[None]:
-    try:
+        _handling |= outermost
         yield
+        if outermost:
+            check("at its end")
     except Interrupted as stop:
         if not stop.told:
             name = signal.Signals(stop.number).name
             print(f"stopped by {name} {stop.where}: {afterwards}", file=sys.stderr, flush=True)
         stop.told = True
         raise
+    finally:
+        for number, old in ours.items():
+            signal.signal(number, old)
+        if outermost:
+            _handling, _noted = False, None
 
 
 def _note(number: int, frame: object) -> None:

@@ -28,11 +28,16 @@ def _next(x_BL: Array) -> Array:
     return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
 
 
+def count_true(mask_BL: Bool[Array, "*B"]) -> Float[Array, ""]:
+    """The number of positions where the mask is True, at least 1."""
+    return jnp.maximum(jnp.sum(mask_BL, dtype=jnp.float32), 1.0)
+
+
 @jax.named_scope("task_loss")
 def cross_entropy(
     logits_BLV: Float[Array, "B L V"],
-    tokens_BL: Int[Array, "B L"],
-    loss_mask_BL: Bool[Array, "B L"],
+    tokens_BL: Int[Array, "*B"],
+    loss_mask_BL: Bool[Array, "*B"],
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Negative log-likelihood of the next token, nats per predicted token: L_task of Eq. 6."""
@@ -120,7 +125,6 @@ def layer_means(
       token_mask_BL: True at real tokens.
       count: of real tokens in the whole batch, if this is a microbatch; None: count these.
     """
-    if count is None:
-        count = jnp.maximum(jnp.sum(token_mask_BL, dtype=jnp.float32), 1.0)
+    count = count_true(token_mask_BL) if count is None else count
     per_token_NBL = jnp.mean(values_NBLE.astype(jnp.float32), axis=3)
     return jnp.sum(jnp.where(token_mask_BL[None], per_token_NBL, 0.0), axis=(1, 2)) / count

@@ -110,17 +110,15 @@ def add_routers(
     Raises:
       UserError: if ridge has no calibration tokens, or only padding.
     """
-    config, lte = model.config, model.lte
-    if lte.router_init != "ridge":
-        experts, key = num_experts(config, lte), jax.random.key(seed)
-        router = router_init.random_router(key, config.num_layers, config.d_model, experts, lte)
+    if model.lte.router_init != "ridge":
+        router = router_init.random_router(jax.random.key(seed), model.config, model.lte)
+    elif calibration is None:
+        raise UserError(
+            "lte.router_init='ridge' fits routers to data: pass calibration token ids "
+            "[rows, length], or choose lte.router_init='normal'"
+        )
     else:
-        if calibration is None:
-            raise UserError(
-                "lte.router_init='ridge' fits routers to data: pass calibration token ids "
-                "[rows, length], or choose lte.router_init='normal'"
-            )
-        router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
+        router = router_init.ridge_router(model, params, _rows(calibration, mask), model.lte)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
@@ -240,10 +238,8 @@ def coactivations(
 
 
 @partial(jax.jit, static_argnames=("model", "layers"))
-def _magnitude_sums(
-    model: Transformer, params: Any, batch: Mapping[str, Array], layers: range
-) -> tuple[Float[Array, "N F F"], Float[Array, "N F"]]:
-    """Sums over the real tokens of |h_f| |h_g| and of |h_f|, for some layers."""
+def _magnitude_sums(model, params, batch, layers: range):
+    """Sums over the real tokens of |h_f| |h_g|, [N, F, F], and of |h_f|, [N, F], of some layers."""
     _, h_NTEM, real_T = router_init.ffn_intermediates(model, params, batch)
     h_NTF = jnp.abs(h_NTEM[layers.start : layers.stop].reshape(len(layers), real_T.size, -1))
     h_NTF = jnp.where(real_T[None, :, None], h_NTF, 0.0)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
-from flax import traverse_util
 
 from lte_jax.config import OptimConfig, StageConfig
 from lte_jax.errors import UserError
@@ -27,8 +27,7 @@ def labels(params: Any, rules: Sequence[Rule]) -> Any:
     Raises:
       UserError: on a parameter that no rule covers.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return traverse_util.unflatten_dict({path: _label(path, rules) for path in flat}, sep="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: _label(path, rules), params)
 
 
 def schedule(config: StageConfig) -> optax.Schedule:
@@ -50,21 +49,22 @@ def make(
 ) -> optax.GradientTransformation:
     """AdamW for each group of `rules`, no updates for frozen parameters."""
     rate = schedule(stage)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     groups: dict[str, optax.GradientTransformation] = {_FROZEN: optax.set_to_zero()}
     for pattern, multiplier in rules:
-        if multiplier is None:
-            continue
-        groups[pattern] = optax.chain(
-            optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-            optax.scale_by_adam(config.b1, config.b2, config.eps),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(lambda step, m=multiplier: m * rate(step)),
-        )
+        if multiplier is not None:
+            groups[pattern] = optax.chain(
+                clip,
+                optax.scale_by_adam(config.b1, config.b2, config.eps),
+                optax.add_decayed_weights(config.weight_decay),
+                optax.scale_by_learning_rate(lambda step, m=multiplier: m * rate(step)),
+            )
     return optax.partition(groups, lambda params: labels(params, rules))
 
 
-def _label(path: str, rules: Sequence[Rule]) -> str:
+def _label(path: tuple, rules: Sequence[Rule]) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
     for pattern, multiplier in rules:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, name):
             return _FROZEN if multiplier is None else pattern
-    raise UserError(f"no optimizer rule covers parameter {path!r}: add one (None freezes it)")
+    raise UserError(f"no optimizer rule covers parameter {name!r}: add one (None freezes it)")

@@ -50,7 +50,6 @@ from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
 
 log = logging.getLogger(__name__)
-_GO_ON = "progress is saved; run the same command to resume"
 
 
 def train(
@@ -110,10 +109,14 @@ class _Run:
     mesh: jax.sharding.Mesh
     profile: bool = False
 
+    @property
+    def last(self) -> Path:
+        """Folder of the last model."""
+        return self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
+
     def finished(self) -> bool:
         """Whether the last model is written."""
-        sparse = preflight.is_sparse(self.experiment)
-        return self.paths.has(self.paths.lte if sparse else self.paths.dense)
+        return self.paths.has(self.last)
 
     def prepare(self) -> None:
         """Checks everything that can be checked, then claims the work directory."""
@@ -155,14 +158,16 @@ class _Run:
         """Writes the dense model, trained on the task if the experiment has a finetune stage."""
         if self.paths.has(self.paths.dense):
             return
-        source, model = self.parts.source, self._model(self.parts.config, None)
+        source = self.parts.source
         if source is not None:
-            params = self._load(source, self._model(self.parts.loaded, None))
-            if self.parts.config != self.parts.loaded:  # a new head
+            model, params = self._load(source)
+            if self.parts.config != model.config:  # a new head
+                model = self._model(self.parts.config, None)
                 shardings = sharding.param_shardings(abstract_params(model), self.mesh)
                 key = jax.random.key(self.experiment.seed)
                 params = parameters.adopt(model.config, params, key, shardings)
         else:
+            model = self._model(self.parts.config, None)
             shardings = sharding.param_shardings(abstract_params(model), self.mesh)
             key, tokens = jax.random.key(self.experiment.seed), jnp.zeros((1, 1), jnp.int32)
             init = jax.jit(lambda: model.init(key, tokens)["params"], out_shardings=shardings)
@@ -177,8 +182,7 @@ class _Run:
         """Groups neurons into experts and initialises routers."""
         if self.paths.has(self.paths.experts):
             return
-        model = self._model(self.parts.config, None)
-        params = self._load(self.paths.dense, model)
+        model, params = self._load(self.paths.dense)
         texts, lte, seed = self.calibration[:], self.experiment.lte, self.experiment.seed
         model, params, order_NEM = to_experts(model, params, lte, texts, seed=seed)
         params = add_routers(model, params, texts, seed=seed)
@@ -186,9 +190,9 @@ class _Run:
 
     def sparse(self) -> None:
         """Runs the sparse stages and writes the LTE folder."""
-        model = self._model(*hf.read_config(self.paths.experts))
+        model, params = self._load(self.paths.experts)
         assert model.lte is not None
-        params, control = self._load(self.paths.experts, model), SparsityController.start(model.lte)
+        control = SparsityController.start(model.lte)
         distils = any(stage.distill_weight for stage in self.stages())
         teacher = jax.tree.map(jnp.copy, params) if distils else None
         for stage in self.stages():
@@ -213,8 +217,7 @@ class _Run:
         Returns:
           The last model and its parameters.
         """
-        root = self.paths.root
-        last = self.paths.lte if preflight.is_sparse(self.experiment) else self.paths.dense
+        root, last = self.paths.root, self.last
         _verify(last)
         model, params = self._result(last)
         if not self.experiment.report or jax.process_index() != 0:
@@ -271,13 +274,13 @@ class _Run:
         )
 
     def _model(self, config, lte) -> Transformer:
-        compute = self.experiment.compute
-        return Transformer(config, lte, dtype=compute.dtype, remat=compute.remat)
+        return Transformer(config, lte, **dataclasses.asdict(self.experiment.compute))
 
-    def _load(self, folder: Path, model: Transformer) -> Any:
-        """Loads float32 master weights directly onto the mesh."""
+    def _load(self, folder: Path) -> tuple[Transformer, Any]:
+        """A model to train, with float32 master weights, directly on the mesh."""
+        model = self._model(*hf.read_config(folder))
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
-        return hf.load_params(folder, model.config, model.lte, "float32", shardings)
+        return model, hf.load_params(folder, model.config, model.lte, "float32", shardings)
 
     def _result(self, folder: Path) -> tuple[Transformer, Any]:
         """Loads a model from its folder, for evaluation."""
@@ -290,18 +293,10 @@ class _Run:
             params = multihost_utils.process_allgather(params, tiled=True)
         if jax.process_index() == 0:
             own = source is None or self.experiment.source.tokenizer
-            tokenizer = self.parts.tokenizer if own else None
+            words = self.parts.tokenizer if own else None
             dtype = model.config.dtype if source is None else "source"  # params are float32 masters
-            hf.save(
-                folder,
-                model.config,
-                model.lte,
-                params,
-                source,
-                order_NEM,
-                dtype=dtype,
-                tokenizer=tokenizer,
-            )
+            config, lte = model.config, model.lte
+            hf.save(folder, config, lte, params, source, order_NEM, dtype=dtype, tokenizer=words)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {folder}")
         interrupt.check(f"after {folder.name}/ was written")
@@ -312,7 +307,8 @@ def _alone(paths: Paths) -> Iterator[None]:
     """Defers signals to a safe point, and keeps other runs out of the directory."""
     one_process = jax.process_count() == 1  # with several, JAX handles the signals
     with contextlib.ExitStack() as stack:
-        stack.enter_context(interrupt.handled(_GO_ON, install=one_process))
+        saved = "progress is saved; run the same command to resume"
+        stack.enter_context(interrupt.handled(saved, install=one_process))
         stack.enter_context(quiet_threads())
         on_first(lambda: stack.enter_context(work.held(paths.root)))
         yield

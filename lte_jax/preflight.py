@@ -7,7 +7,6 @@ hours after training. What is read here, the run uses.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ class Parts:
     """The inputs of a run, read and checked against each other."""
 
     config: ModelConfig  # of the dense model
-    loaded: ModelConfig  # of the source, whose head may be another
     source: Path | None  # folder of the initial dense model; None: random weights
     tokenizer: Any
     records: tuple[data.Records, data.Records]  # training, validation
@@ -64,7 +62,7 @@ def prepare(
         write_config(config, config.dtype)  # raises if its family cannot express it
     else:
         hf.check_params(folder, config)
-    loaded, task = config, tasks.find(experiment.data.task) if experiment.data.task else None
+    task = tasks.find(experiment.data.task) if experiment.data.task else None
     if task is not None and folder == source:
         config = task.dense_config(config)
     elif task is None and (config.head != "lm" or not config.causal):
@@ -76,11 +74,16 @@ def prepare(
     named = experiment.source.tokenizer or experiment.source.path
     tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
     _check_sample(experiment, config, tokenizer)
+
+    def load() -> tuple[Transformer, Any]:  # the dense model, for inference
+        model = Transformer(config, dtype=experiment.compute.dtype)
+        shardings = sharding.param_shardings(abstract_params(model), mesh)
+        return model, hf.load_params(folder, config, None, model.dtype, shardings)
+
     if "end_token" in known or task is not None:
         end = known.get("end_token")
     else:
-        load = functools.partial(_load, folder, experiment, config, mesh) if folder else None
-        end = data.end_token(experiment.data, tokenizer, config, load)
+        end = data.end_token(experiment.data, tokenizer, config, load if folder else None)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
     if task is None:
@@ -95,13 +98,12 @@ def prepare(
         inputs |= _fingerprints("tokenizer", hf.resolve(named), COMPANIONS)
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
-    return Parts(config, loaded, source, tokenizer, records, task, inputs)
+    return Parts(config, source, tokenizer, records, task, inputs)
 
 
 def is_sparse(experiment: Experiment) -> bool:
     """Whether the run ends in an LTE model, not a dense baseline."""
-    made = stages.make(experiment.stages, experiment.lte)
-    return any(stage.sparse for stage in made)
+    return any(stage.sparse for stage in stages.make(experiment.stages, experiment.lte))
 
 
 def _source(experiment: Experiment) -> Path | None:
@@ -119,15 +121,6 @@ def _source(experiment: Experiment) -> Path | None:
             f"source.path={path!r} holds an LTE model: expected the dense model it was made from"
         )
     return folder
-
-
-def _load(
-    folder: Path, experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh
-) -> tuple[Transformer, Any]:
-    """Loads the dense model, for inference."""
-    model = Transformer(config, dtype=experiment.compute.dtype)
-    shardings = sharding.param_shardings(abstract_params(model), mesh)
-    return model, hf.load_params(folder, config, None, model.dtype, shardings)
 
 
 def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:

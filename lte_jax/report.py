@@ -22,7 +22,7 @@ from typing import Any
 
 from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.figures import Results, draw, drawable, label, with_dense
-from lte_jax.files import atomic_write, expand
+from lte_jax.files import atomic_write, expand, explained, read_json
 
 _PACKAGES = ("lte-jax", "jax", "jaxlib", "flax", "numpy")
 
@@ -54,12 +54,10 @@ def _commit() -> str | None:
         return None
     words = "describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-        )
+        run = subprocess.check_output(["git", "-C", root, *words], stderr=subprocess.DEVNULL)
+        return run.decode().strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -68,14 +66,8 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: if the file is absent or something else.
     """
-    try:
-        results = json.loads(expand(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: expected a results.json of evaluate.py") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): expected a results.json") from None
-    models = results.get("models") if isinstance(results, dict) else None
-    needed = {"name", "token_ppl", "sparsity"}
+    results = read_json(expand(path), "expected a results.json of evaluate.py")
+    models, needed = results.get("models"), {"name", "token_ppl", "sparsity"}
     if not models or not all(isinstance(m, dict) and _is_entry(m) for m in models):
         raise UserError(
             f'{path}: no results of evaluate.py: expected {{"models": [...]}}, each with '
@@ -97,12 +89,8 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
         missing.
     """
     out = expand(out, "out")
-    try:
+    with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out}: the folder cannot be created ({error.strerror}): name another place"
-        ) from None
     made = [out / "table.md"]
     atomic_write(made[0], table(results) + "\n" + notes(results) + samples(results))
     drawn = figures and importlib.util.find_spec("matplotlib") is not None
@@ -207,7 +195,7 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
     return {"name", "sparsity"} <= entry.keys() and bool({"token_ppl", "metrics"} & entry.keys())
 
 
-def _number(value: float | None, spec: str) -> str:
+def _number(value: float | int | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lte_jax import interrupt
-from lte_jax.config import LTEConfig, num_experts
+from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
 from lte_jax.routing import largest
@@ -31,7 +31,7 @@ REACH = 8.0
 _HIGHEST = jax.lax.Precision.HIGHEST  # by default accelerators round operands of float32 products
 
 
-def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: LTEConfig):
+def random_router(key: Array, config: ModelConfig, lte: LTEConfig):
     """Random routers: kernel [N, D, E] and bias [N, E].
 
     "normal": zero-mean logits of standard deviation `router_init_std` on inputs of unit RMS.
@@ -42,12 +42,12 @@ def random_router(key: Array, num_layers: int, d_model: int, experts: int, lte: 
     """
     if lte.router_init == "open" and not lte.router_bias:
         raise UserError("lte.router_init='open' needs lte.router_bias=True: a bias opens the gates")
-    std = lte.router_init_std * (0.1 if lte.router_init == "open" else 1.0) / d_model**0.5
-    shape = (num_layers, d_model, experts)
+    size, level = (0.1, lte.router_init_std) if lte.router_init == "open" else (1.0, 0.0)
+    std = lte.router_init_std * size / config.d_model**0.5
+    shape = (config.num_layers, config.d_model, num_experts(config, lte))
     router = {"kernel": std * jax.random.normal(key, shape, jnp.float32)}
     if lte.router_bias:
-        level = lte.router_init_std if lte.router_init == "open" else 0.0
-        router["bias"] = jnp.full((num_layers, experts), level, jnp.float32)
+        router["bias"] = jnp.full((shape[0], shape[2]), level, jnp.float32)
     return router
 
 
@@ -129,9 +129,7 @@ def ridge_router(
 
 
 @partial(jax.jit, static_argnames=("model", "top"))
-def _moments(
-    model: Transformer, top: int, params: Any, batch: Mapping[str, Array]
-) -> dict[str, Array]:
+def _moments(model, top: int, params, batch) -> dict[str, Array]:
     """Sums over real tokens: gram [N, K, K] of (inputs, 1); cross [N, K, E] with the choice."""
     x_NTD, h_NTEM, real_T = ffn_intermediates(model, params, batch)
     down_NEMD = params["layers"]["ffn"]["down"].astype(jnp.float32)
@@ -170,14 +168,7 @@ def _regress(
 
 
 @partial(jax.jit, static_argnames="model")
-def _histogram(
-    model: Transformer,
-    params: Any,
-    batch: Mapping[str, Array],
-    kernel_NDE: Array,
-    low_NE: Array,
-    width_NE: Array,
-) -> Int[Array, "N E S"]:
+def _histogram(model, params, batch, kernel_NDE, low_NE, width_NE) -> Int[Array, "N E S"]:
     """How many real tokens have their logit in each bin; outliers count in the outer bins."""
     x_NTD, _, real_T = ffn_intermediates(model, params, batch)
     z_NTE = jnp.einsum("NTD,NDE->NTE", x_NTD, kernel_NDE, precision=_HIGHEST)
@@ -219,9 +210,8 @@ def _warn_of_few(tokens: int, d_model: int) -> None:
 def ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array]):
     """FFN inputs [N, T, D], hidden activations [N, T, E, M], and real tokens [T]; T = B*L."""
     _, sown = forward(model, params, batch, routing="dense", mutable="intermediates")
-    (x_NBLD,), (h_NBLEM,) = (
-        sown["intermediates"]["layers"]["ffn"][n] for n in ("ffn_input", "hidden")
-    )
+    ffn = sown["intermediates"]["layers"]["ffn"]
+    [x_NBLD], [h_NBLEM] = ffn["ffn_input"], ffn["hidden"]
     flat = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
     return flat(x_NBLD), flat(h_NBLEM), (batch["segments"] > 0).reshape(-1)
 

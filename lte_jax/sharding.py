@@ -25,21 +25,14 @@ from lte_jax.params import BY_PATH, NAMES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Dimension of a parameter or activation -> mesh axis.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+# Dimension of a parameter or activation -> mesh axis; the others are not split.
+RULES: dict[str, str | tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "D": "fsdp",
     "V": "tensor",
     "H": "tensor",
     "K": "tensor",
     "E": "tensor",
-    "M": None,
-    "N": None,
-    "C": None,
-    "P": None,
-    "S": None,
-    "U": None,
-    "Y": None,
 }
 
 
@@ -111,7 +104,7 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     if path not in BY_PATH:
         raise UserError(f"no parameter {path!r} in the table of params.py: add a row")
     letters = BY_PATH[path].letters
-    spec = [RULES[letter] for letter in letters]
+    spec = [RULES.get(letter) for letter in letters]
     if set(letters) <= set("NDC"):  # small: replicated
         spec = [None] * len(letters)
     elif "EM" in letters and shape[1] == 1:  # a dense FFN is one expert: split its neurons

@@ -84,11 +84,11 @@ def fit(
     with (
         jax.set_mesh(mesh),
         Checkpointer(folder, keep_last=keep.keep_last, keep_best=keep.keep_best) as checkpointer,
-        _Trace(profile) as trace,
+        contextlib.closing(_traced(profile)) as turns,
     ):
         start = (params, control)
         loop = _Loop(model, stage, start, records, experiment, mesh, writer, checkpointer)
-        while True:
+        for _ in turns:
             loop.validate()
             stopping = _stopping(loop.step)
             if stopping or loop.step == steps or loop.step % keep.every == 0:
@@ -100,7 +100,7 @@ def fit(
                 checkpointer.wait()  # a signal may have arrived since
                 interrupt.check(f"after step {loop.step} of stage {stage.name!r}")
                 return Trained(loop.state.params, loop.state.control, **loop.validation)
-            with trace.step(loop.step):
+            with jax.profiler.StepTraceAnnotation("step", step_num=loop.step):
                 loop.advance(teacher)
 
 
@@ -190,23 +190,14 @@ class _Loop:
         )
 
 
-class _Trace(contextlib.ExitStack):
-    """Traces PROFILED steps into a folder; does nothing if that is None."""
-
-    def __init__(self, folder: str | Path | None):
-        super().__init__()
-        self._folder, self._taken = folder, 0
-
-    @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Wraps a step."""
-        if self._folder is not None and self._taken == 1:  # the first one compiles
-            self.enter_context(jax.profiler.trace(self._folder))
-        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+def _traced(folder: str | Path | None) -> Iterator[None]:
+    """An endless iterator; PROFILED of its turns are traced into the folder, if one is given."""
+    yield  # the first step compiles
+    with contextlib.nullcontext() if folder is None else jax.profiler.trace(folder):
+        for _ in range(PROFILED):
             yield
-        if self._taken == PROFILED:
-            self.close()
-        self._taken += 1
+    while True:
+        yield
 
 
 def settle_threshold(

@@ -13,19 +13,16 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
 from jaxtyping import Array, Float
 
 from lte_jax import losses, sharding
 from lte_jax.model import Transformer, forward
+from lte_jax.objective import Batch, distilled, predicted, task_loss
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
-
-# tokens and segments [B, L], int32; some have types or answers [B, L], or labels [B].
-Batch = dict[str, Array | np.ndarray]
 
 
 @flax.struct.dataclass
@@ -36,27 +33,6 @@ class TrainState:
     params: Any
     opt_state: Any
     control: SparsityController
-
-
-def predicted(model: Transformer, batch: Batch) -> Array | np.ndarray:
-    """True at what has a task loss: positions [B, L] whose next token counts, or texts [B]."""
-    if model.config.head == "classes":
-        return (batch["segments"] > 0).any(axis=1)
-    return losses.loss_mask(batch["segments"], batch.get("answers"))
-
-
-def distilled(model: Transformer, batch: Batch) -> Array | np.ndarray:
-    """True at what the teacher is asked: all real tokens, or texts; of answers, what predicts."""
-    if model.config.head == "classes" or "answers" in batch:
-        return predicted(model, batch)
-    return batch["segments"] > 0
-
-
-def task_loss(model: Transformer, logits: Array, batch: Batch, count: Array) -> Array:
-    """The loss of the model's head: of next tokens, or of labels."""
-    if model.config.head == "classes":
-        return losses.label_loss(logits, batch["labels"], predicted(model, batch), count)
-    return losses.cross_entropy(logits, batch["tokens"], predicted(model, batch), count)
 
 
 def make_loss(model: Transformer, stage: Stage) -> Callable:
@@ -95,19 +71,16 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
 
 
 def make_train_step(
-    model: Transformer,
-    stage: Stage,
-    optimizer: optax.GradientTransformation,
-    microbatches: int = 1,
+    model: Transformer, stage: Stage, optimizer: optax.GradientTransformation, microbatches: int = 1
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics)."""
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = {
-            "predicted": _count(predicted(model, batch)),
-            "distilled": _count(distilled(model, batch)),
-            "real": _count(batch["segments"] > 0),
+            "predicted": losses.count_true(predicted(model, batch)),
+            "distilled": losses.count_true(distilled(model, batch)),
+            "real": losses.count_true(batch["segments"] > 0),
         }
 
         def gradient_of(part):
@@ -141,10 +114,6 @@ def make_train_step(
     return step
 
 
-def _count(mask: Array) -> Float[Array, ""]:
-    return jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
-
-
 def _interleave(x: Array, parts: int) -> Array:
     """[B, ...] as [parts, B/parts, ...]: records i, i + parts, ... so none changes device."""
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -156,10 +125,10 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
 
     def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
         out = forward(model, params, batch, routing=routing, threshold=threshold)
-        real = jnp.sum((batch["segments"] > 0).astype(jnp.float32))
+        real = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
         return {
             "loss": task_loss(model, out.logits, batch, jnp.float32(1)),
-            "predicted": jnp.sum(predicted(model, batch).astype(jnp.float32)),
+            "predicted": jnp.sum(predicted(model, batch), dtype=jnp.float32),
             "skipped": out.sparsity * real,
             "real": real,
         }

@@ -41,7 +41,6 @@ FREE = frozenset(
     "report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint"
     .split()
 )  # fmt: skip
-Inputs = Mapping[str, Any]  # name -> [number, digest], or a plain value read from data
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _DAMAGED = (
     "restore it from a backup; or, if command and data are those the run was started with, remove "
@@ -158,7 +157,8 @@ def put_right(paths: Paths) -> None:
         leftovers += [*checkpoint.half_done(stage), *stage.glob(checkpoint.DAMAGED)]
     if not leftovers:
         return
-    size = sum(_bytes(path) for path in leftovers)
+    inside = (file for path in leftovers for file in (path, *path.rglob("*")))
+    size = sum(file.lstat().st_size for file in inside if not file.is_dir())
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -166,11 +166,6 @@ def put_right(paths: Paths) -> None:
             path.unlink(missing_ok=True)
     names = _some([str(path.relative_to(root)) for path in leftovers], most=5)
     log.warning("%s: cleared %s, left by an earlier run (%.1f MB)", root, names, size / 1e6)
-
-
-def _bytes(path: Path) -> int:
-    inside = path.rglob("*") if path.is_dir() else ()
-    return sum(file.lstat().st_size for file in (path, *inside) if not file.is_dir())
 
 
 # ------------------------------------------------------------------------ configuration and inputs
@@ -222,7 +217,7 @@ def recorded(paths: Paths) -> dict[str, Any]:
     return files.read_json(paths.inputs, _DAMAGED)
 
 
-def check_inputs(paths: Paths, inputs: Inputs) -> dict[str, Any]:
+def check_inputs(paths: Paths, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Checks `inputs` against those recorded when the run started, and returns both merged.
 
     Raises:
@@ -246,7 +241,7 @@ def check_inputs(paths: Paths, inputs: Inputs) -> dict[str, Any]:
     return old | dict(inputs)
 
 
-def claim(paths: Paths, experiment: Experiment, inputs: Inputs) -> None:
+def claim(paths: Paths, experiment: Experiment, inputs: Mapping[str, Any]) -> None:
     """Records the configuration and inputs of the run, after all checks.
 
     Raises:
@@ -267,8 +262,8 @@ def _plain(experiment: Experiment) -> dict[str, Any]:
 
 
 def _spell(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 2:
-        return f"{value[0]:,} ({str(value[1])[:8]})" if isinstance(value[0], int) else str(value)
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], int):
+        return f"{value[0]:,} ({str(value[1])[:8]})"
     return "none" if value is None else str(value)
 
 

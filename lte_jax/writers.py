@@ -84,13 +84,12 @@ class TerminalWriter(Writer):
         self._file = file or sys.stderr
         self._bar: Any = None  # tqdm's; None off a terminal
         self._shown: dict[str, float] = {}
-        self._steps = 0
-        self._first: tuple[int, float] | None = None  # step and time of the first write
 
     def start(self, stage: str, step: int, steps: int) -> None:
         """See `Writer`."""
         self.close()
-        self._shown, self._steps, self._first = {}, steps, None
+        self._shown, self._steps = {}, steps
+        self._first: tuple[int, float] | None = None  # step and time of the first write
         if self._file.isatty():
             self._bar = tqdm(
                 desc=stage,

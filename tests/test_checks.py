@@ -24,6 +24,7 @@ TOKENS = np.arange(12).reshape(2, 6)
 ROWS = data.pad([np.arange(1, 20)], 16)
 APPLY = functools.partial(lte_jax.apply, MODEL, PARAMS)
 
+UNCHECKED = "jaxtyping.config.jaxtyping_disable"  # outside tests annotations are not executed
 WRONG_TOKENS = [
     (lambda t: np.where(t == 5, 64, t), "token id 64, outside the vocabulary of 64"),
     (lambda t: t - 1, "token id -1, outside the vocabulary of 64"),
@@ -57,7 +58,7 @@ def refused(message, call, *args, **kwargs):
 def annotations(request, monkeypatch):
     """Whether annotations are executed, as in tests, or not, as outside of them."""
     if request.param == "unchecked":
-        monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+        monkeypatch.setattr(UNCHECKED, True)
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG_TOKENS)
@@ -121,14 +122,47 @@ def test_thresholds(threshold):
         ({"top_k": 2.0}, "top_k=2.0"),
         ({"top_p": "all"}, "top_p='all'"),
         ({"tokens": 5}, "tokens is int"),
-        ({"tokens": [[1] * 33]}, "a prompt of 33 tokens.*max_length=32"),
+        ({"tokens": np.array(3)}, "tokens is ndarray: expected a list"),
+        ({"tokens": []}, "no prompt"),
+        ({"tokens": [[1], []]}, "prompt 1 is empty"),
+        ({"tokens": "Once"}, "is a string.*generate_text"),
+        ({"tokens": [1, 2]}, "prompt 0 .*a list in a list"),
+        ({"tokens": [[1.5]]}, "prompt 0 is float64"),
         ({"tokens": [["a"]]}, "prompt 0 is"),
+        ({"tokens": [[1, 64]]}, "token id 64, outside the vocabulary of 64"),
+        ({"tokens": [[1], [-1, 5]]}, "prompt 1 has token id -1"),
+        ({"tokens": [[1] * 33]}, "a prompt of 33 tokens.*max_length=32"),
+        ({"tokens": np.ones((2, 3), int), "mask": np.zeros((2, 3), bool)}, "prompt 0 is empty"),
+        ({"tokens": [[1], [1, 2]], "mask": np.ones((2, 2), bool)}, "need no mask"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected an integer of at least 1"),
+        ({"max_new_tokens": 32}, "exceed the model's max_length=32: at most 31"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0.0}, r"top_p=0.0: expected within \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"eos_ids": (1, 64)}, "eos_ids: token=64: expected an integer from 0 to 63, the vocab"),
+        ({"implementation": "cuda"}, "implementation='cuda'.*auto, reference, xla"),
     ],
 )
 def test_settings_of_generate(wrong, message):
     refused(
         message, lte_jax.generate, MODEL, PARAMS, **({"tokens": [[1]], "max_new_tokens": 2} | wrong)
     )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eos_ids": 3}, "eos_ids=3: expected a list of token ids"),
+        ({"eos_ids": ["x"]}, "eos_ids: token='x'"),
+        ({"stream": 3}, "stream=3: expected a function"),
+        ({"implementation": np.zeros((0, 4), int)}, "implementation="),
+    ],
+)
+def test_settings_of_other_types(wrong, message, monkeypatch):
+    monkeypatch.setattr(UNCHECKED, True)
+    test_settings_of_generate(wrong, message)
 
 
 def test_prompts_of_texts():
@@ -145,6 +179,12 @@ def test_prompts_of_texts():
     refused("sample_tokens=-1", evaluate, sample_tokens=-1)
     refused("records is list: expected data.Records", lte_jax.evaluate, model, params, [[1, 2]])
     refused("batch_size=2.0", evaluate, batch_size=2.0)
+    refused("batch_size=0", evaluate, batch_size=0)
+    lte = functools.partial(lte_jax.evaluate, MODEL, PARAMS, ROWS)
+    refused("is an LTE model", lte, baseline=(MODEL, PARAMS))
+    refused("vocabulary has 64 tokens, the baseline's 259", lte, baseline=(model, params))
+    short = data.pad([np.ones(1, int)], 8)
+    refused("no token to", evaluation.perplexity, MODEL, PARAMS, short)
 
 
 def test_a_cache_with_no_room():
@@ -218,9 +258,6 @@ def test_one_check_of_ids_for_texts():
 
 
 # ------------------------------------------------------------------- no model, no parameters of it
-
-
-UNCHECKED = "jaxtyping.config.jaxtyping_disable"  # outside tests annotations are not executed
 
 
 def entries(model, params, tmp_path):

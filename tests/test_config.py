@@ -41,6 +41,11 @@ def test_config_docstring_says_command_cost_and_score(file):
         assert part in text
 
 
+def test_presets_of_a_config():
+    assert config.load_config(LLAMA).lte.grouping == "coactivation"
+    assert config.load_config(LLAMA + ":paper").lte.grouping == "kmeans"
+
+
 def test_wikitext_is_one_text():
     """The set has a line a record: as a text each, perplexity would not be the paper's."""
     for file in (ROOT / "configs").glob("*.py"):
@@ -91,12 +96,9 @@ def test_override_of_a_section_that_is_none():
 
 def test_overrides_reach_every_key():
     """Each key of an Experiment can be set to its own default, written as on a command line."""
-    lines = filter(
-        re.compile(r"  \S").match,
-        config.loading._describe_keys(config.Experiment, config.Experiment()),
-    )
-    written = [line.strip().rpartition("  (")[0].split(" = ") for line in lines]
-    written = [(key, value.strip("'")) for key, value in written if "rope_scaling." not in key]
+    keys = config.loading._keys(config.Experiment, config.Experiment())
+    written = [(key, repr(default).strip("'")) for key, _, default, _ in keys]
+    written = [(key, value) for key, value in written if "rope_scaling." not in key]
     assert len(written) > 80
     overrides = [f"{key}={value}".replace("\\n", "\n") for key, value in written]
     plain = ROOT / "configs/llama7b.py"
@@ -130,6 +132,7 @@ BAD_OVERRIDES = {
     "source.scratch.num_kv_heads=3": "config.source.scratch.num_kv_heads=3 does not divide",
     "source.scratch.sliding_layers=True,False": "expected one for each of 32 layers",
     "stages.router.steps=-1": "config.stages.router.steps=-1: expected zero or more",
+    "stages.router.learning_rate=-1": "stages.router.learning_rate=-1.0: expected zero or more",
     "stages.router.warmup_ratio=2": "config.stages.router.warmup_ratio=2.0: expected within [0, 1]",
     "optim.microbatches=0": "config.optim.microbatches=0: expected a positive integer",
     "checkpoint.keep_last=0": "config.checkpoint.keep_last=0: expected a positive integer",
@@ -188,7 +191,7 @@ ODD = (math.nan, math.inf, -math.inf, -1, 0, 1, 2**31, 2**63 - 1, 10**400, 1e38,
 def test_no_number_is_worse_than_refused():
     """Every numeric key with every odd number: accepted and finite, or one line that names it."""
     tried = refused = 0
-    for key, hint in config.loading._leaves(config.Experiment).items():
+    for key, hint, *_ in config.loading._keys(config.Experiment, config.Experiment()):
         if not any(kind in config.fields.spell(hint) for kind in ("int", "float")):
             continue
         for value in ODD:

@@ -185,3 +185,14 @@ def test_bad_input_evaluate_flags_are_found_before_a_model_is_loaded(
 def test_cli_errors_hide_no_bug():
     with pytest.raises(ValueError, match="bug"), cli_errors():
         raise ValueError("bug")
+
+
+def test_tuning_of_kernels_without_a_gpu_is_one_line(monkeypatch, capsys):
+    from lte_jax.kernels import tune
+
+    monkeypatch.setattr(tune.gpu_triton, "unavailable", lambda: "there is no GPU")
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    with pytest.raises(SystemExit) as stopped:
+        tune.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: no block sizes can be timed here: there is no GPU\n"

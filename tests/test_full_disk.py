@@ -1,4 +1,4 @@
-"""A disk that fills up: one line, nothing lost, and the same command goes on once there is room."""
+"""A disk that fills up: one line, nothing lost, and the same command resumes once there is room."""
 
 import os
 import shutil

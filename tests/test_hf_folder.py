@@ -30,7 +30,7 @@ def test_what_changed_in_a_folder_is_found(tmp_path):
 
 
 def test_bad_input_folder_of_a_run(tmp_path):
-    """A run goes on only from folders that are, bit for bit, as it wrote them."""
+    """A run resumes only from folders that are, bit for bit, as it wrote them."""
     folder = lte_folder(tmp_path / "experts")
     pipeline._verify(folder)
     flip(folder / "model.safetensors")

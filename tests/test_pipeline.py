@@ -1,5 +1,6 @@
 """What a run hands from one arrow to the next, and what its LTE folder says."""
 
+import dataclasses
 import logging
 import re
 
@@ -9,7 +10,9 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import hf, trainer
+from lte_jax import hf, pipeline, sharding, sparsity, trainer
+from lte_jax.config import LTEConfig, StageConfig
+from lte_jax.workdir import Paths
 
 
 def copied(tree):
@@ -22,7 +25,12 @@ def equal(one, other):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def experiment(tmp_path_factory):
+    return tiny.experiment(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def run(experiment, tmp_path_factory):
     """A whole run: its folder, what each stage was given and made, and what was logged."""
     folder = tmp_path_factory.mktemp("run")
     calls, logged = {}, []
@@ -46,7 +54,7 @@ def run(tmp_path_factory):
     logger.setLevel(logging.INFO)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "fit", watched)
-        lte_jax.train(tiny.experiment(folder / "texts"), folder / "run")
+        lte_jax.train(experiment, folder / "run")
     logger.removeHandler(handler)
     logger.setLevel(level)
     return folder / "run", calls, logged
@@ -98,3 +106,33 @@ def test_the_lte_folder_says_where_each_neuron_was(run):
             np.testing.assert_array_equal(experts[name][n], dense[name][n, 0][order_EM])
     assert len(np.unique(order_NEM[0])) == order_NEM[0].size
     assert not np.array_equal(order_NEM[0].ravel(), np.arange(order_NEM[0].size))
+
+
+def calibration(experiment, folder):
+    return pipeline._Run(experiment, Paths(folder), sharding.make_mesh(experiment.mesh)).calibration
+
+
+def test_calibration_is_as_large_as_the_width_asks_for(experiment, tmp_path):
+    """32 real tokens for each of D + 1 = 33 unknowns, in rows of at most 16; or what is set."""
+    asked = dataclasses.replace(experiment, lte=LTEConfig(expert_size=8))
+    rows = calibration(asked, tmp_path)
+    assert 32 * 33 <= (rows.segments_RL > 0).sum() < 32 * 33 + 2 * 16
+    assert len(calibration(experiment, tmp_path)) == 4
+
+
+def test_the_threshold_of_a_run_is_set_on_its_calibration_rows(experiment, run):
+    root, _, logged = run
+    model, params = lte_jax.load(root / "lte")
+    rows = calibration(experiment, root)
+    out = lte_jax.apply(model, params, rows.tokens_RL, mask=rows.segments_RL)
+    assert abs(float(out.sparsity) - 0.5) <= sparsity.SETTLED
+    said = f"threshold set to {model.lte.threshold:.4f} on 4 calibration records"
+    assert any(said in line for line in logged)
+
+
+@pytest.mark.slow
+def test_the_largest_seed_works(experiment, tmp_path):
+    """The stage's name is mixed in, and the data loader takes 32 bits."""
+    stages = dataclasses.replace(experiment.stages, router=StageConfig())
+    few = dataclasses.replace(experiment, stages=stages, seed=2**31 - 1)
+    lte_jax.train(few, tmp_path / "run")

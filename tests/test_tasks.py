@@ -203,7 +203,7 @@ def test_filling_up_a_batch_counts_in_no_loss(experiment, encoder):
 
     parts = preflight.prepare(experiment, sharding.make_mesh(MeshConfig()), None, {})
     model = Transformer(parts.config)
-    weights = hf.load_params(encoder, parts.loaded, None)
+    weights = hf.load_params(encoder, ENCODER, None)
     weights = params.adopt(parts.config, weights, jax.random.key(0))
     step = jax.jit(make_eval_step(model, make(experiment.stages, experiment.lte)[0]))
     whole = [step(weights, b, jnp.float32(0.5)) for b in data.eval_batches(parts.records[1], 13)]

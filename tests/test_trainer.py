@@ -1,4 +1,4 @@
-"""The loop: what it validates, in which order it sees the data, where it goes on."""
+"""The training loop: its validation, the order of its data, and where it resumes."""
 
 import dataclasses
 import shutil
@@ -19,6 +19,7 @@ from lte_jax.config import (
     StageConfig,
     StagesConfig,
 )
+from lte_jax.errors import UserError
 from lte_jax.sparsity import SparsityController
 
 STEPS = 4
@@ -36,7 +37,9 @@ class Recorder(writers.MultiWriter):
             self.losses[step] = values["loss"]
 
 
-def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None, profile=None):
+def fit(
+    folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None, profile=None, fill=None
+):
     """A stage of a few steps, all of them saved: what it ends with, and the loss of each step."""
     steps = StageConfig(steps=STEPS, learning_rate=rate)
     made = {s.name: s for s in stages.make(StagesConfig(steps, steps, steps), lte)}
@@ -45,6 +48,8 @@ def fit(folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None,
         eval_every=STEPS, log_every=1,
     )  # fmt: skip
     model, params = tiny.model_and_params(lte)
+    if fill is not None:
+        params = jax.tree.map(lambda p: p.at[..., 0].set(fill), params)
     control = SparsityController.start(lte)
     if threshold is not None:
         control = control.replace(threshold=jnp.float32(threshold))
@@ -128,6 +133,16 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     assert losses == {}
     assert dataclasses.replace(again, params=None) == dataclasses.replace(whole, params=None)
     jax.tree.map(np.testing.assert_array_equal, whole.params, again.params)
+
+
+def test_weights_that_are_not_finite_stop_and_save_the_batch(tmp_path):
+    with pytest.raises(UserError) as caught:
+        fit(tmp_path, fill=jnp.nan)
+    message = str(caught.value)
+    assert "'router' step 1" in message and "loss=nan" in message and "learning_rate" in message
+    with np.load(tmp_path / "nonfinite-1.npz") as saved:
+        assert saved["tokens"].shape == (8, 16) and np.isnan(saved["metric_loss"])
+    assert not list(tmp_path.glob("[0-9]*"))  # no checkpoint of a broken state
 
 
 def test_the_loop_moves_nothing_between_host_and_devices_unseen(tmp_path, monkeypatch):

@@ -20,9 +20,9 @@ ORDER = {
     "lte_jax.kernels.triton_kernels": 0.3,
     "lte_jax.kernels.gpu_triton": 0.4,
     "lte_jax.kernels.tpu_pallas": 0.5,
-    "lte_jax.kernels.tune": 0.6,
     "lte_jax.errors": 1,
     "lte_jax.files": 2,
+    "lte_jax.kernels.tune": 2.2,  # a command, not beneath everything as the kernels are
     "lte_jax.interrupt": 2.5,
     "lte_jax.losses": 3,
     "lte_jax.config": 4,
@@ -36,6 +36,7 @@ ORDER = {
     "lte_jax.attention": 11.5,
     "lte_jax.layers": 12,
     "lte_jax.model": 13,
+    "lte_jax.objective": 13.5,
     "lte_jax.router_init": 14,
     "lte_jax.clustering": 14.5,
     "lte_jax.moefy": 15,

@@ -18,17 +18,14 @@ import tiny
 import lte_jax
 from lte_jax import (
     checkpoint,
-    data,
     evaluation,
     hf,
     pipeline,
     preflight,
     report,
-    sharding,
-    sparsity,
     workdir,
 )
-from lte_jax.config import LTEConfig, SourceConfig, UserError
+from lte_jax.config import UserError
 from lte_jax.workdir import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,35 +141,6 @@ def test_train_takes_the_lock_of_the_directory_that_a_shell_would_mean(
             refused(experiment, spelled, f"workdir {tmp_path / 'run'} is in use by process")
 
 
-# --------------------------------------------------------------------- checks before, claim after
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"data": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl"]),
-        ({"lte": {"expert_size": 24}}, ["24", "64"]),
-        ({"source": {"scratch": {"family": "lama"}}}, ["lama", "llama"]),
-        ({"sample_prompt": "x" * 40}, ["sample_prompt", "41 tokens", "32"]),
-        ({"data": {"batch_size": 12}}, ["batch_size=12", "8 devices"]),
-        ({"source": {"path": "no/such-model"}}, ["no/such-model"]),
-    ],
-)
-def test_bad_input_is_found_before_anything_is_claimed(
-    experiment, tmp_path, changes, words, monkeypatch
-):
-    monkeypatch.setattr(pipeline.trainer, "fit", lambda *_, **__: pytest.fail("it trains"))
-
-    def changed(part, values):
-        new = {
-            k: changed(getattr(part, k), v) if isinstance(v, dict) else v for k, v in values.items()
-        }
-        return dataclasses.replace(part, **new)
-
-    refused(changed(experiment, changes), tmp_path / "new" / "run", *words)
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_directory_in_which_nothing_was_made_is_claimed_anew(experiment, tmp_path):
     paths = Paths(tmp_path)
     workdir.claim(paths, experiment, {})
@@ -183,6 +151,16 @@ def test_a_directory_in_which_nothing_was_made_is_claimed_anew(experiment, tmp_p
     (paths.checkpoints("finetune") / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"differs in config\.seed"):
         workdir.check_same(paths, experiment)
+
+
+def test_bad_input_directory_of_another_run(experiment, copy):
+    other = dataclasses.replace(experiment, lte=dataclasses.replace(experiment.lte, expert_size=16))
+    refused(other, copy, "config.lte.expert_size", "new workdir")
+
+
+def test_bad_input_directory_that_cannot_be_made(experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(experiment, tmp_path / "file" / "run", "file", "name another")
 
 
 def test_report_and_logging_may_change_on_the_way(experiment, tmp_path):
@@ -248,33 +226,6 @@ def test_inputs_name_every_file_that_changed(tmp_path):
     assert "source/model.safetensors: 10 (cdcdcdcd) before, 10 (efefefef) now" in str(caught.value)
 
 
-def test_inputs_are_of_the_source_model_and_its_tokenizer_too(experiment, tmp_path):
-    source = tmp_path / "source"
-    config = dataclasses.replace(tiny.CONFIG, vocab_size=259)
-    lte_jax.save(source, *tiny.model_and_params(None, config))
-    data.byte_tokenizer().save_pretrained(source)
-    from_source = dataclasses.replace(experiment, source=SourceConfig(path=str(source)))
-    mesh = sharding.make_mesh(experiment.mesh)
-
-    def inputs():
-        return preflight.prepare(from_source, mesh, None, {"end_token": 257}).inputs
-
-    before = inputs()
-    assert before["source/model.safetensors"][0] == (source / "model.safetensors").stat().st_size
-    (source / "manifest.json").unlink()
-    for name, changed in {
-        "model.safetensors": {"source/model.safetensors"},
-        "config.json": {"source/config.json"},
-        "tokenizer.json": {"tokenizer/tokenizer.json"},
-    }.items():
-        kept = (source / name).read_bytes()
-        other = kept[:-1] + bytes([kept[-1] ^ 1]) if name.endswith("tensors") else kept + b" "
-        (source / name).write_bytes(other)
-        now = inputs()
-        assert {key for key in before if before[key] != now[key]} == changed
-        (source / name).write_bytes(kept)
-
-
 @pytest.mark.parametrize("folder", ["dense", "experts", "lte"])
 def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folder):
     if folder != "lte":
@@ -287,29 +238,6 @@ def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folde
     shutil.rmtree(copy / folder)
     lte_jax.train(experiment, copy)  # the mend it names
     assert (copy / folder / "model.safetensors").read_bytes() != content
-
-
-# ------------------------------------------------------------------------------------- calibration
-
-
-def test_calibration_is_as_large_as_the_width_asks_for(experiment, tmp_path):
-    """32 real tokens for each of D + 1 = 33 unknowns, in rows of at most 16; or what is set."""
-    asked = dataclasses.replace(experiment, lte=LTEConfig(expert_size=8))
-    mesh = sharding.make_mesh(experiment.mesh)
-    rows = pipeline._Run(asked, Paths(tmp_path), mesh).calibration
-    assert 32 * 33 <= (rows.segments_RL > 0).sum() < 32 * 33 + 2 * 16
-    assert len(pipeline._Run(experiment, Paths(tmp_path), mesh).calibration) == 4
-
-
-def test_the_threshold_of_a_run_is_set_on_its_calibration_rows(experiment, copy, caplog):
-    caplog.set_level("INFO")
-    shutil.rmtree(copy / "lte")
-    model, params = lte_jax.train(experiment, copy)
-    mesh = sharding.make_mesh(experiment.mesh)
-    rows = pipeline._Run(experiment, Paths(copy), mesh).calibration
-    out = lte_jax.apply(model, params, rows.tokens_RL, mask=rows.segments_RL)
-    assert abs(float(out.sparsity) - 0.5) <= sparsity.SETTLED
-    assert f"threshold set to {model.lte.threshold:.4f} on 4 calibration records" in caplog.text
 
 
 # --------------------------------------------------------------------------------------- leftovers
@@ -415,20 +343,6 @@ def test_a_finished_run_reads_no_text_and_makes_what_is_absent(
     names = {path.name for path in finished.iterdir()}
     assert {path.name for path in copy.iterdir()} == names
     assert (copy / "table.md").read_bytes() == (finished / "table.md").read_bytes()
-
-
-def test_results_come_last(experiment, copy, monkeypatch):
-    (copy / "results.json").unlink()
-
-    def full(*_):
-        raise UserError("no room")
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="no room"):
-        patch.setattr(report, "draw", full)
-        lte_jax.train(experiment, copy)
-    assert not (copy / "results.json").exists()
-    lte_jax.train(experiment, copy)
-    assert json.loads((copy / "results.json").read_text())["models"]
 
 
 def test_the_report_alone(copy):

@@ -114,8 +114,9 @@ def unknown(path: str, hint: str) -> UserError:
     old = path.removeprefix("config.")
     if old not in MOVED:
         return UserError(f"unknown key {path}: {hint}")
-    new = MOVED[old]
-    return UserError(f"{path} was {f'renamed to config.{new}' if new else 'removed: leave it out'}")
+    if MOVED[old] is None:
+        return UserError(f"{path} was removed: leave it out")
+    return UserError(f"{path} was renamed to config.{MOVED[old]}")
 
 
 def moved(values: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def moved(values: dict[str, Any]) -> dict[str, Any]:
     for old, new in MOVED.items():
         if (path := tuple(old.split("."))) in flat:
             value, path = flat.pop(path), tuple(new.split(".")) if new else ()
-            if path and path[:-1] not in flat:  # where a section should be is no number, say
+            if path and path[:-1] not in flat:  # or a damaged file has a value for the section
                 flat.setdefault(path, value)
     return traverse_util.unflatten_dict(flat)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import os
-import pathlib
 import re
 import runpy
 import textwrap
@@ -64,8 +64,8 @@ def variants(arg: str, *valid: str) -> frozenset[str]:
 
 def _run_config(path: str, arg: str) -> dict[str, Any]:
     """What get_config(arg) of the file returns, as a plain nested dict."""
-    path = str(expand(path))
-    file = pathlib.Path(path)
+    file = expand(path)
+    path = str(file)
     if not os.path.isfile(path):
         others = [str(other) for other in file.parent.glob("*.py") if file.suffix == ".py"]
         hint = nearest(path, others) if others else "expected FILE.py or FILE.py:VARIANT"
@@ -103,7 +103,7 @@ def _blame(path: str, error: Exception) -> str:
 def _override(values: dict[str, Any], override: str) -> None:
     """Sets one "dotted.key=value" in the nested dict of an Experiment's values."""
     key, equals, text = override.partition("=")
-    hints = _leaves(Experiment)
+    hints = {name: hint for name, hint, *_ in _keys(Experiment, Experiment())}
     if inside := [leaf for leaf in hints if leaf.startswith(f"{key}.") and key not in hints]:
         raise UserError(
             f"config.{key} is a section: set one of its keys, such as config.{inside[0]}"
@@ -123,14 +123,26 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[name] = _parse(hints[key], text)
 
 
-def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type of every value in a dataclass of dataclasses."""
-    found = {}
+def _keys(cls: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Dotted key, type, default and documentation of each value in a dataclass of dataclasses."""
+    documented = _documentation(cls)
     for name, hint in typing.get_type_hints(cls).items():
-        if (section := section_of(hint)) is not hint:
-            found[prefix + name] = hint
+        value, section = getattr(default, name, None), section_of(hint)
+        if section is not hint:
+            yield prefix + name, hint, value, documented[name]
         if section is not None:
-            found |= _leaves(section, f"{prefix}{name}.")
+            yield from _keys(section, value, f"{prefix}{name}.")
+
+
+@functools.cache
+def _documentation(cls: Any) -> dict[str, str]:
+    """Key -> the comment beside it, or on the lines above it, in schema.py."""
+    found, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        code, _, comment = line.partition("  # ")
+        if key := re.match(r"    (\w+): ", code):
+            found[key[1]] = " ".join([*above, comment])
+        above = [*above, comment] if not code.strip() and comment else []
     return found
 
 
@@ -166,8 +178,11 @@ def parse_flags(
     Raises:
       UserError: as `load_config` does. On a wrong flag, argparse ends the program.
     """
-    lines = _describe_keys(Experiment, Experiment())
-    parser.epilog = "\n".join(["--config.KEY=VALUE, keys and their defaults:", *lines])
+    lines, indent = ["--config.KEY=VALUE, keys and their defaults:"], " " * 6
+    for key, hint, default, text in _keys(Experiment, Experiment()):
+        lines.append(f"  {key} = {default!r}  ({spell(hint)})")
+        lines += textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent)
+    parser.epilog = "\n".join(lines)
     parser.add_argument(
         "--config",
         required=True,
@@ -178,29 +193,3 @@ def parse_flags(
     if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
         parser.error(f"unrecognized {' '.join(wrong)} (a key is set by --config.KEY=VALUE)")
     return flags, load_config(flags.config, [flag.removeprefix("--config.") for flag in rest])
-
-
-def _describe_keys(cls: Any, default: Any, prefix: str = "") -> Iterator[str]:
-    """Each key that --config.KEY=VALUE can set, with its default, type and documentation."""
-    documented = _documentation(cls)
-    for name, hint in typing.get_type_hints(cls).items():
-        value, section = getattr(default, name, None), section_of(hint)
-        if section is not hint:
-            yield f"  {prefix}{name} = {value!r}  ({spell(hint)})"
-            indent = " " * 6
-            yield from textwrap.wrap(
-                documented[name], 80, initial_indent=indent, subsequent_indent=indent
-            )
-        if section is not None:
-            yield from _describe_keys(section, value, f"{prefix}{name}.")
-
-
-def _documentation(cls: Any) -> dict[str, str]:
-    """Key -> the comment beside it, or on the lines above it, in schema.py."""
-    found, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
-        code, _, comment = line.partition("  # ")
-        if key := re.match(r"    (\w+): ", code):
-            found[key[1]] = " ".join([*above, comment])
-        above = [*above, comment] if not code.strip() and comment else []
-    return found

@@ -116,14 +116,13 @@ class ModelConfig(Checked):
                 f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each "
                 f"of {self.num_layers} layers"
             )
-        ids = {"bos_id": (self.bos_id,), "eos_ids": self.eos_ids, "pad_id": (self.pad_id,)}
-        for key, values in ids.items():
-            for value in values:
-                if value is not None and value >= self.vocab_size:
-                    raise UserError(
-                        f"{key}={value} is outside the vocabulary: expected an id below "
-                        f"vocab_size={self.vocab_size}"
-                    )
+        ends = [("eos_ids", value) for value in self.eos_ids]
+        for key, value in (("bos_id", self.bos_id), ("pad_id", self.pad_id), *ends):
+            if value is not None and value >= self.vocab_size:
+                raise UserError(
+                    f"{key}={value} is outside the vocabulary: expected an id below "
+                    f"vocab_size={self.vocab_size}"
+                )
         if self.num_params > MAX_PARAMS:
             raise UserError(
                 f"num_layers={self.num_layers}, d_model={self.d_model}, d_ff={self.d_ff}, "

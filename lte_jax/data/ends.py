@@ -71,10 +71,9 @@ def end_token(
     texts = read_texts(data.train, data.column, data.newline, limit, "train", data.join)
     documents = tokenize(texts, tokenizer)
     means = end_probabilities(*load(), documents, candidates, data.length)
-    log.info(
-        "mean probability after a text's last token: %s", dict(zip(candidates, means, strict=True))
-    )
-    return candidates[int(np.argmax(means))]
+    by_id = dict(zip(candidates, means, strict=True))
+    log.info("mean probability after a text's last token: %s", by_id)
+    return max(by_id, key=by_id.__getitem__)
 
 
 def end_probabilities(

@@ -157,11 +157,7 @@ def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
 
 
 def build(
-    data: DataConfig,
-    tokenizer: Any,
-    model_config: ModelConfig,
-    seed: int,
-    end: int | None = None,
+    data: DataConfig, tokenizer: Any, model_config: ModelConfig, seed: int, end: int | None = None
 ) -> tuple[Records, Records]:
     """Training and validation records as `data` describes them.
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lte_jax import checks
 from lte_jax.errors import UserError, nearest
 
 STDLIB = "python-stdlib"
@@ -61,10 +62,8 @@ def read_texts(
         raise UserError(
             f"data source is '': expected a JSON-lines file, a hub dataset or {STDLIB!r}"
         )
-    if limit is not None and limit < 1:
-        raise UserError(
-            f"limit={limit} documents of {source}: expected at least 1, or None for all"
-        )
+    if limit is not None:
+        checks.integer("limit", limit, 1, words=", or None for all documents")
     for name, between in ("newline", newline), ("join", join):
         if not isinstance(between, str | None) or SURROGATE.search(between or ""):
             raise UserError(f"{name}={between!r}: expected characters that a text can hold")

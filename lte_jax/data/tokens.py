@@ -25,6 +25,8 @@ BATCH_CHARACTERS = 2**17  # likewise; a longer text is tokenised in windows
 WINDOW = 2**14  # characters
 OVERLAP = 2**10  # characters that a window shares with the one before
 AGREE = 8  # tokens that windows must share on each side of the place where they are joined
+# verbose=False: documents longer than the model's context are cut later.
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,9 @@ def byte_tokenizer() -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,13 +56,6 @@ def byte_tokenizer() -> Any:
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte: itself, or from U+0100 on where it has none."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
@@ -126,8 +122,7 @@ def _encode(batch: list[str], tokenizer: Any, progress: Callable[[int], Any]) ->
             "tokenizers (tokenizer.json) give the positions of tokens",
             len(batch[0]),
         )
-    # verbose=False: documents longer than the model's context are cut later.
-    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(batch, **_PLAIN)
     progress(sum(map(len, batch)))
     return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
@@ -147,10 +142,6 @@ class _Window:
     tokens: np.ndarray
     first: int = 0
 
-    def ids(self, end: int | None = None) -> bytes:
-        """Its own token ids before the `end`-th, as bytes."""
-        return self.tokens[self.first : end, 0].tobytes()
-
 
 def _encode_long(text: str, tokenizer: Any, progress: Callable[[int], Any]) -> np.ndarray:
     """The ids of one text, window by window.
@@ -168,24 +159,19 @@ def _encode_long(text: str, tokenizer: Any, progress: Callable[[int], Any]) -> n
             kept = kept or window
             while kept.end < window.end:
                 if cut := _cut(kept, window):
-                    ids.frombytes(kept.ids(cut[0]))
+                    ids.frombytes(kept.tokens[kept.first : cut[0], 0].tobytes())
                     kept = dataclasses.replace(window, first=cut[1])
                 else:  # extended by its own length
                     [wider] = _windows(text, [(kept.start, 2 * kept.end - kept.start)], tokenizer)
                     kept = dataclasses.replace(wider, first=kept.first)
             progress(min(step, len(text) - window.start))
-    ids.frombytes(kept.ids())
+    ids.frombytes(kept.tokens[kept.first :, 0].tobytes())
     return np.frombuffer(ids, np.int32)
 
 
 def _windows(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Iterator[_Window]:
-    encoded = tokenizer(
-        [text[start:end] for start, end in spans],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    pieces = [text[start:end] for start, end in spans]
+    encoded = tokenizer(pieces, return_offsets_mapping=True, **_PLAIN)
     for (start, end), ids, offsets in zip(
         spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):

@@ -12,7 +12,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         '        log.info(\n            "the tokenizer has',
         '        raise UserError(\n            "the tokenizer has',
-        "tests/test_data.py::test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare",
+        "tests/test_packing.py::test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare",
     ),
     Mutant(
         "23 a chat marker stands before plain text",
@@ -31,8 +31,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "23 an end that the tokenizer appends counts as text",
         _TOKENS,
-        "encoded = tokenizer(batch, add_special_tokens=False, return",
-        "encoded = tokenizer(batch, add_special_tokens=True, return",
+        '{"add_special_tokens": False,',
+        '{"add_special_tokens": True,',
         "tests/test_tokens.py::test_an_end_that_the_tokenizer_appends_is_none_of_the_text",
     ),
     Mutant(
@@ -82,20 +82,20 @@ MUTANTS: list[Mutant] = [
         _TEXTS,
         "            if start != codecs.BOM_UTF8:",
         "            if True:",
-        "tests/test_data.py::test_text_files_as_editors_write_them",
+        "tests/test_texts.py::test_text_files_as_editors_write_them",
     ),
     Mutant(
         "24 lines of .txt end in two characters",
         _TEXTS,
         'file.read().decode().replace("\\r\\n", "\\n")',
         "file.read().decode()",
-        "tests/test_data.py::test_text_files_as_editors_write_them",
+        "tests/test_texts.py::test_text_files_as_editors_write_them",
     ),
     Mutant(
         "25 positions are of two types",
         "lte_jax/attention.py",
-        "positions_BL = jnp.sum(visible_BLT, axis=-1, dtype=jnp.int32) - 1",
-        "positions_BL = jnp.sum(visible_BLT, axis=-1) - 1",
+        "positions_BL = jnp.sum(earlier_BLT, axis=-1, dtype=jnp.int32) - 1",
+        "positions_BL = jnp.sum(earlier_BLT, axis=-1) - 1",
         "tests/test_x64.py::test_generation_and_grouping_in_this_process",
     ),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/preflight.py",
         "sharding.check_batch(experiment.data.batch_size, experiment.optim.microbatches, mesh)",
         "pass",
-        "tests/test_workdir.py::test_bad_input_is_found_before_anything_is_claimed",
+        "tests/test_preflight.py::test_bad_input_is_found_before_anything_is_claimed[batch-size]",
     ),
     Mutant(
         "27 evaluate.py knows no work directory",
@@ -150,7 +150,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "28 tokens may have any number of dimensions",
         _CHECKS,
-        "    if len(value.shape) != 2:",
+        "    if len(tokens.shape) != 2:",
         "    if False:",
         "tests/test_checks.py::test_tokens",
     ),
@@ -185,8 +185,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "28 a prompt for the sample is looked at after the measuring",
         "lte_jax/evaluation.py",
-        "            _check_prompt(self.model, tokenizer, prompt)",
-        "            pass",
+        "        if not 0 < length < most:",
+        "        if False:",
         "tests/test_checks.py::test_prompts_of_texts",
     ),
     Mutant(
@@ -199,8 +199,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "29 control characters reach the terminal",
         _ERRORS,
-        "return character if character.isprintable() else ascii(character)[1:-1]",
-        "return character",
+        "c if c.isprintable() else ascii(c)[1:-1] for c in line",
+        "c for c in line",
         "tests/test_errors.py::test_what_is_quoted_is_printable",
     ),
     Mutant(

@@ -173,7 +173,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/texts.py",
         "    except RecursionError:",
         "    except ZeroDivisionError:",
-        "tests/test_bad_input_data.py::test_file[nested]",
+        "tests/test_texts.py::test_file[nested]",
     ),
     Mutant(
         "19 a number of 5,000 digits is a traceback",

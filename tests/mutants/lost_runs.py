@@ -1,4 +1,4 @@
-"""Faults that lose a run, or let it go on from what it is not: lines 6 to 9 of the list."""
+"""Faults that lose a run, or resume it from the wrong state: lines 6 to 9 of the list."""
 
 from mutant import Mutant
 
@@ -49,7 +49,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_workdir.py::test_inputs_name_every_file_that_changed",
     ),
     Mutant(
-        "7 a run that goes on compares no data",
+        "7 a resumed run compares no data",
         _WORKDIR,
         "    inputs = check_inputs(paths, inputs)",
         "    inputs = dict(inputs)",
@@ -60,21 +60,21 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         'sha.update(np.ascontiguousarray(array_RL, "<i4"))',
         "pass",
-        "tests/test_data.py::test_digest_tells_rows_apart",
+        "tests/test_packing.py::test_digest_tells_rows_apart",
     ),
     Mutant(
         "7 another source model goes unnoticed",
         _PREFLIGHT,
         'inputs |= _fingerprints("source", source, _MODEL_FILES)',
         "pass",
-        "tests/test_workdir.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
+        "tests/test_preflight.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
     ),
     Mutant(
         "7 another tokenizer goes unnoticed",
         _PREFLIGHT,
         'inputs |= _fingerprints("tokenizer", hf.resolve(named), COMPANIONS)',
         "pass",
-        "tests/test_workdir.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
+        "tests/test_preflight.py::test_inputs_are_of_the_source_model_and_its_tokenizer_too",
     ),
     Mutant(
         "8 verify=True reads no file",
@@ -112,7 +112,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_hf_folder.py::test_bad_input_folder_of_a_run",
     ),
     Mutant(
-        "8 a run goes on from a flipped bit in experts/",
+        "8 a run resumes from a flipped bit in experts/",
         _PIPELINE,
         "on_first(functools.partial(_verify, folder))",
         "pass",
@@ -193,7 +193,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/generate/__init__.py",
         "number, 0, config.vocab_size - 1,",
         "number, 0, None,",
-        "tests/test_bad_input_generate.py::test_bad_input_of_generate",
+        "tests/test_checks.py::test_settings_of_generate",
     ),
     Mutant(
         "9 masks may have another shape",

@@ -31,7 +31,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/pipeline.py",
         "chosen = enough_records(records.segments_RL, d_model, asked, rng)",
         "chosen = enough_records(records.segments_RL, d_model, asked or 32, rng)",
-        "tests/test_workdir.py::test_calibration_is_as_large_as_the_width_asks_for",
+        "tests/test_pipeline.py::test_calibration_is_as_large_as_the_width_asks_for",
     ),
     Mutant(
         "B two tokens are enough for an unknown",
@@ -117,7 +117,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/pipeline.py",
         "if model.lte.target_sparsity is not None and kind(model.lte.routing).by_threshold:",
         "if False:",
-        "tests/test_workdir.py::test_the_threshold_of_a_run_is_set_on_its_calibration_rows",
+        "tests/test_pipeline.py::test_the_threshold_of_a_run_is_set_on_its_calibration_rows",
     ),
     Mutant(
         "E the quantile under the first threshold is the last threshold",
@@ -145,21 +145,21 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/texts.py",
         "return texts if join is None else [join.join(texts)]",
         "return texts",
-        "tests/test_data.py::test_records_joined_to_one_text",
+        "tests/test_texts.py::test_records_joined_to_one_text",
     ),
     Mutant(
         "F empty records vanish from a joined text",
         "lte_jax/data/texts.py",
         "if text or join is not None)",
         "if text)",
-        "tests/test_data.py::test_records_joined_to_one_text",
+        "tests/test_texts.py::test_records_joined_to_one_text",
     ),
     Mutant(
         "F the task forgets to say how records are joined",
         "lte_jax/data/packing.py",
         "data.max_documents, split, data.join)",
         "data.max_documents, split)",
-        "tests/test_data.py::test_joined_validation_is_one_text_too",
+        "tests/test_packing.py::test_joined_validation_is_one_text_too",
     ),
     Mutant(
         "F the lines of WikiText-103 are texts of their own",

@@ -9,7 +9,7 @@ _INTERRUPT, _TRAINER, _PIPELINE = (
 )
 _WORKDIR, _PREFLIGHT, _REPORT = "lte_jax/workdir.py", "lte_jax/preflight.py", "lte_jax/report.py"
 _SCHEMA, _FIELDS = "lte_jax/config/schema.py", "lte_jax/config/fields.py"
-_FOUND_BEFORE = "tests/test_workdir.py::test_bad_input_is_found_before_anything_is_claimed"
+_FOUND_BEFORE = "tests/test_preflight.py::test_bad_input_is_found_before_anything_is_claimed"
 _OVERRIDE = "tests/test_config.py::test_bad_input_override"
 
 MUTANTS: list[Mutant] = [
@@ -102,7 +102,7 @@ MUTANTS: list[Mutant] = [
         _REPORT,
         'made = [out / "table.md"]',
         'made = [out / "table.md"]; atomic_write(out / "results.json", as_json(results[0]))',
-        "tests/test_evaluation.py::test_results_come_last",
+        "tests/test_report.py::test_results_come_last",
     ),
     Mutant(
         "12 figures that are absent stay so",
@@ -116,28 +116,28 @@ MUTANTS: list[Mutant] = [
         _PIPELINE,
         "on_first(functools.partial(work.put_right, paths))",
         "on_first(functools.partial(work.claim, paths, experiment, {}))",
-        f"{_FOUND_BEFORE}[changes0-words0]",
+        f"{_FOUND_BEFORE}[no-such-file]",
     ),
     Mutant(
         "13 an expert size that does not divide is found after the pretraining",
         _PREFLIGHT,
         "sparse = experiment.lte if is_sparse(experiment) else None",
         "sparse = None",
-        f"{_FOUND_BEFORE}[changes1-words1]",
+        f"{_FOUND_BEFORE}[expert-size]",
     ),
     Mutant(
         "13 an unknown family is found after the pretraining",
         _PREFLIGHT,
         "write_config(config, config.dtype)  # raises",
         "pass  # raises",
-        f"{_FOUND_BEFORE}[changes2-words2]",
+        f"{_FOUND_BEFORE}[family]",
     ),
     Mutant(
         "13 a prompt that does not fit is found after the training",
         _PREFLIGHT,
         "    _check_sample(experiment, config, tokenizer)",
         "    pass",
-        f"{_FOUND_BEFORE}[changes3-words3]",
+        f"{_FOUND_BEFORE}[prompt]",
     ),
     Mutant(
         "13 a directory with nothing in it keeps to its first configuration",
@@ -244,7 +244,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/data/packing.py",
         "    if not data.train:",
         "    if False:",
-        "tests/test_bad_input_train.py::test_bad_input_no_training_text",
+        "tests/test_preflight.py::test_bad_input_is_found_before_anything_is_claimed[no-text]",
     ),
     Mutant(
         "15 a damaged experiment.json is a traceback",

@@ -13,7 +13,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "21 a tied model whose file has the head alone",
         _RENAMING,
-        "            if name == TIED_HEAD:",
+        "            if name == head:",
         "            if False:",
         _NAMES,
     ),
@@ -24,8 +24,14 @@ MUTANTS: list[Mutant] = [
             "with module.": 'r"^module\\."',
             "with base_model.model.": 'r"^base_model\\.model\\."',
             "with language_model.": 'r"^(model\\.)?language_model\\."',
-            "without model.": 'r"^(?=(layers|embed_tokens|norm)\\.)"',
         }.items()
+    ),
+    Mutant(
+        "21 names without model.",
+        _RENAMING,
+        "    bare = {old: name for old, name in whole.items() if name in expected}",
+        "    bare = {}",
+        _NAMES,
     ),
     Mutant(
         "21 score.weight beside a whole model",

@@ -1,18 +1,15 @@
 """Every token of every document once, every row once an epoch, and resumed as if never stopped."""
 
-import gzip
 import hashlib
 import itertools
 import json
 import logging
 import struct
-import sys
-import sysconfig
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from lte_jax import data
 from lte_jax.config import DataConfig, ModelConfig
@@ -30,37 +27,6 @@ def random_documents(seed: int, count: int, longest: int) -> list[np.ndarray]:
     return np.split(np.arange(1, ends[-1] + 1, dtype=np.int32), ends[:-1])
 
 
-# ---------------------------------------------------------------------------------------- reading
-
-
-def test_json_lines(tmp_path):
-    records = [{"text": "one\ntwo"}, {"text": ""}, {"text": "three", "id": 3}, {"text": "four"}]
-    path = write_rows(tmp_path / "a.jsonl", records)
-    assert data.read_texts(path) == ["one\ntwo", "three", "four"]
-    assert data.read_texts(path, newline=" ", limit=2) == ["one two", "three"]
-
-
-def test_other_files(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"t": "one"}, {"t": "two"}], indent=2))
-    (tmp_path / "lines.json").write_text('{"t": "one"}\n\n{"t": "two"}')
-    (tmp_path / "a.txt").write_text("one\ntwo")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"t": "one"}\n{"t": "two"}\n'))
-    for name in "a.json", "lines.json", "a.jsonl.gz":
-        assert data.read_texts(str(tmp_path / name), "t") == ["one", "two"], name
-    assert data.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo"]
-
-
-def test_text_files_as_editors_write_them(tmp_path):
-    """A mark of the byte order is no part of a text, and a line ends in one character."""
-    mark = b"\xef\xbb\xbf"
-    (tmp_path / "a.txt").write_bytes(mark + b"one\r\ntwo\r\n")
-    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "one\\r\\ntwo"}\r\n{"text": "three"}\r\n')
-    (tmp_path / "a.json").write_bytes(mark + b'[{"text": "one"},\r\n {"text": "two"}]')
-    assert data.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo\n"]
-    assert data.read_texts(str(tmp_path / "a.jsonl")) == ["one\r\ntwo", "three"]
-    assert data.read_texts(str(tmp_path / "a.json")) == ["one", "two"]
-
-
 def test_paths_of_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = write_rows(tmp_path / "a.jsonl", [{"text": "x" * 60}] * 20)
@@ -69,47 +35,6 @@ def test_paths_of_the_home_folder(tmp_path, monkeypatch):
     config = DataConfig(train="~/a.jsonl", validation=path, length=32, batch_size=1)
     with pytest.raises(UserError, match="is the training text"):
         data.build(config, data.byte_tokenizer(), MODEL, seed=0)
-
-
-def test_records_joined_to_one_text(tmp_path):
-    lines = ["= A =\n", "", "one\ntwo\n", "three\n"]
-    path = write_rows(tmp_path / "a.jsonl", [{"text": line} for line in lines])
-    assert data.read_texts(path, join="") == ["= A =\none\ntwo\nthree\n"]
-    assert data.read_texts(path, join="\n", newline=" ") == ["= A = \n\none two \nthree "]
-    assert data.read_texts(path, join=" ", limit=2) == ["= A =\n "]
-
-
-def test_hub_datasets(monkeypatch):
-    asked = []
-
-    def load_dataset(name, config, split):
-        asked.append((name, config, split))
-        return [{"text": "one"}, {"text": "two"}]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    for source in "org/name", "org/name:config", "org/name:config:test", "org/name::test":
-        assert data.read_texts(source, split="validation") == ["one", "two"]
-    data.read_texts("name", split=None)
-    assert asked == [
-        ("org/name", None, "validation"),
-        ("org/name", "config", "validation"),
-        ("org/name", "config", "test"),
-        ("org/name", None, "test"),
-        ("name", None, "train"),
-    ]
-
-
-def test_standard_library_is_deterministic_and_split():
-    everything = data.read_texts("python-stdlib")
-    assert everything == data.read_texts("python-stdlib")
-    train, validation = (data.read_texts(f"python-stdlib:{part}") for part in data.texts.SPLITS)
-    assert sorted(train + validation) == sorted(everything)
-    assert 0.01 < len(validation) / len(everything) < 0.1
-    assert data.read_texts("python-stdlib", split="validation") == validation
-    # Sorted by name: the first file at the top is the first of all.
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    assert everything[0] == (stdlib / "__future__.py").read_text(encoding="utf-8")
-    assert len(everything) > 300 and not any("Copyright (c) pip" in text for text in everything)
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -398,3 +323,67 @@ def test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare(tmp_pat
         records, _ = data.build(config, data.byte_tokenizer(), model, 0, 257)
     assert records.tokens_RL.max() == 257
     assert caplog.text.count("the tokenizer has 259 tokens, the model's vocabulary 258") == 1
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def told(error: pytest.ExceptionInfo, *parts: str) -> None:
+    line = str(error.value)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"length": 512}, ["data.length=512", "256 positions", "256 or less"]),
+        ({"batch_size": 99}, ["training records of 32", "data.batch_size=99", "lower"]),
+        ({"train": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+        ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+        ({"validation": "TRAIN"}, ["is the training text", "hold out"]),
+        (
+            {"train": "ONE", "validation": ""},
+            ["one document of 15 tokens", "too short", "name a validation source"],
+        ),
+    ],
+    ids=str,
+)
+def test_build_refuses(tmp_path, changes, parts):
+    files = {"TRAIN": 50, "VALIDATION": 5, "ONE": 1}
+    for name, count in files.items():
+        lines = (json.dumps({"text": f"tale {i} of many"}) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    named = {"train": "TRAIN", "validation": "VALIDATION", "length": 32} | changes
+    config = DataConfig(
+        **{k: str(tmp_path / f"{v}.jsonl") if v in files else v for k, v in named.items()}
+    )
+    with pytest.raises(UserError) as error:
+        data.build(config, data.byte_tokenizer(), ModelConfig(vocab_size=259), seed=0)
+    told(error, *parts)
+
+
+def test_build_with_a_tokenizer_of_another_model():
+    config = DataConfig(train="python-stdlib", length=32, max_documents=9)
+    with pytest.raises(UserError) as error:
+        data.build(config, data.byte_tokenizer(), ModelConfig(vocab_size=256), seed=0)
+    told(error, "python-stdlib: text 1 has token id 256", "vocabulary of 256", "vocab_size")
+
+
+def test_one_text_of_many_with_a_token_outside_the_vocabulary(tmp_path):
+    texts = ["abc"] * 7 + ["é"] + ["é~"] * 5  # bytes 195 and 169
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenizer = data.byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    config = DataConfig(train=str(tmp_path / "a.jsonl"), length=4, batch_size=1)
+    with pytest.raises(UserError) as error:
+        data.build(config, tokenizer, ModelConfig(vocab_size=195), seed=0)
+    told(error, "a.jsonl: text 8 has token id 195", "vocabulary of 195", "259 tokens")
+
+
+def test_batch_that_processes_cannot_share():
+    rows = data.pad([], 4)
+    with pytest.raises(UserError) as error:
+        data.train_iterator(rows, batch_size=6, seed=0, shard_index=0, shard_count=4)
+    told(error, "data.batch_size=6", "4 processes")

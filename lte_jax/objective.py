@@ -1,0 +1,36 @@
+"""What the head of a model is trained for: which of its outputs have a loss, and which loss.
+
+Dimension key: B batch  L length
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jax import Array
+
+from lte_jax import losses
+from lte_jax.model import Transformer
+
+# tokens and segments [B, L], int32; some have types or answers [B, L], or labels [B].
+Batch = dict[str, Array | np.ndarray]
+
+
+def predicted(model: Transformer, batch: Batch) -> Array | np.ndarray:
+    """True at what has a task loss: positions [B, L] whose next token counts, or texts [B]."""
+    if model.config.head == "classes":
+        return (batch["segments"] > 0).any(axis=1)
+    return losses.loss_mask(batch["segments"], batch.get("answers"))
+
+
+def distilled(model: Transformer, batch: Batch) -> Array | np.ndarray:
+    """True at what the teacher is asked: all real tokens, or texts; of answers, what predicts."""
+    if model.config.head == "classes" or "answers" in batch:
+        return predicted(model, batch)
+    return batch["segments"] > 0
+
+
+def task_loss(model: Transformer, logits: Array, batch: Batch, count: Array) -> Array:
+    """The loss of the model's head: of next tokens, or of labels."""
+    if model.config.head == "classes":
+        return losses.label_loss(logits, batch["labels"], predicted(model, batch), count)
+    return losses.cross_entropy(logits, batch["tokens"], predicted(model, batch), count)
