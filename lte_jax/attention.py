@@ -5,6 +5,8 @@ Dimension key: B batch  L length  T cache length  H heads  K kv heads  C head wi
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,26 @@ def visible_keys(config: ModelConfig, slides, context) -> Bool[Array, "B L T"]:
     if config.sliding_window is None:
         return context["visible_BLT"]
     return context["visible_BLT"] & (context["near_BLT"] | ~slides)
+
+
+def per_layer(config: ModelConfig) -> dict[str, np.ndarray]:
+    """What layers have of their own, beside weights: the first axis of each array is N.
+
+    `slides`: whether the window bounds its attention. Where not all layers rotate alike, also
+    `frequencies` [N, C/2] and `amplitude`, the factor of cosines and sines.
+    """
+    own = {"slides": np.array(sliding_layers(config))}
+    if config.rope_layers is None and config.sliding_rope_theta is None:
+        return own
+    plain = dataclasses.replace(
+        config, rope_scaling=None, rope_theta=config.sliding_rope_theta or config.rope_theta
+    )
+    kinds = [plain if slides and config.sliding_rope_theta else config for slides in own["slides"]]
+    rotates = np.array(config.rope_layers or (True,) * config.num_layers)
+    frequencies_NC = np.stack([rope_frequencies(kind) for kind in kinds])
+    own["frequencies"] = np.where(rotates[:, None], frequencies_NC, np.float32(0))
+    amplitudes = np.where(rotates, [rope_amplitude(kind) for kind in kinds], 1.0)
+    return own | {"amplitude": amplitudes.astype(np.float32)}
 
 
 _QUERY_BLOCKS, _SMALLEST_BLOCK = 8, 32
@@ -58,10 +80,18 @@ def masked_attention(
     return jnp.concatenate(blocks, axis=1)
 
 
-def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L C//2"]):
-    """Rotary embedding with the halves of a head paired, as in HF's Llama."""
+def rotation(config: ModelConfig, own, context):
+    """This layer's angle for each position and pair of a head, [B, L, C/2], and its amplitude."""
+    if "frequencies" not in own:
+        return context["angles_BLC"], rope_amplitude(config)
+    positions_BL1 = context["positions_BL"][..., None].astype(jnp.float32)
+    return positions_BL1 * own["frequencies"][None, None], own["amplitude"]
+
+
+def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L C//2"], amplitude=1.0):
+    """Rotary embedding with the halves of a head paired, as in HF's Llama, times `amplitude`."""
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles_BLC)[:, :, None], jnp.sin(angles_BLC)[:, :, None]
+    cos, sin = (amplitude * f(angles_BLC)[:, :, None] for f in (jnp.cos, jnp.sin))
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BLHC.dtype)
 
@@ -75,14 +105,25 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
+def rope_amplitude(config: ModelConfig) -> float:
+    """The factor of cosines and sines."""
+    return 1.0 if config.rope_scaling is None else config.rope_scaling.amplitude
+
+
 def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Long waves are stretched, short ones kept (except by "linear"), those between blended."""
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # Llama 3.1: long waves are stretched, short ones kept, those between blended.
-    wavelengths = 2 * np.pi / frequencies
+    turns = scaling.original_max_length * frequencies / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (scaling.original_max_length / wavelengths - low) / (high - low)
-    blend = np.clip(blend, 0.0, 1.0)
+    if scaling.kind == "llama3":
+        blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    else:  # yarn: evenly over the pairs between those that turn `high` and `low` times
+        pairs = np.arange(len(frequencies))
+        step = np.log(frequencies[0] / frequencies[-1]) / max(len(frequencies) - 1, 1)
+        first, last = (np.log(turns[0] / bound) / step for bound in (high, low))
+        first, last = max(np.floor(first), 0), min(np.ceil(last), 2 * len(frequencies) - 1)
+        blend = 1 - np.clip((pairs - first) / (last - first or 1e-3), 0.0, 1.0)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
@@ -105,7 +146,7 @@ def make_context(
     context = {
         "visible_BLT": earlier_BLT if config.causal else same_BLT,
         "positions_BL": positions_BL,
-        "angles_BLC": positions_BL[..., None].astype(jnp.float32)
+        "angles_BLC": positions_BL[..., None].astype(jnp.float32)  # where layers rotate alike
         * jnp.asarray(rope_frequencies(config))[None, None],
         "threshold": jnp.asarray(threshold, jnp.float32),
         "index": index,

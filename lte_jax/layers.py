@@ -30,9 +30,10 @@ from lte_jax.attention import (
     Cache,
     make_context,
     masked_attention,
+    per_layer,
     put,
     rotate,
-    sliding_layers,
+    rotation,
     visible_keys,
 )
 from lte_jax.config import Activation, ModelConfig
@@ -79,8 +80,8 @@ def transformer(
     Args:
       config: of the model.
       w: reads the weights outside the layers.
-      blocks: runs the layers: (x, kv, slides_N, context) -> (x, (kv, (scores, active))), where kv
-        is the keys and values of the cache, or None.
+      blocks: runs the layers: (x, kv, own, context) -> (x, (kv, (scores, active))), where kv is
+        the keys and values of the cache, or None, and own is what `per_layer` returns.
       tokens_BL: token ids.
       types_BL: token types, of models that have them; None: all 0.
       segments_BL: > 0 at real tokens; see `make_context`.
@@ -91,8 +92,8 @@ def transformer(
     with jax.named_scope("embed"):
         x_BLD = sharding.constrain(embed(config, w, tokens_BL, types_BL, context))
     kv = None if cache is None else (cache["k"], cache["v"])
-    slides_N = jnp.asarray(sliding_layers(config))
-    x_BLD, (kv, (scores_NBLE, active_NBLE)) = blocks(x_BLD, kv, slides_N, context)
+    own = jax.tree.map(jnp.asarray, per_layer(config))
+    x_BLD, (kv, (scores_NBLE, active_NBLE)) = blocks(x_BLD, kv, own, context)
     with jax.named_scope("head"):
         hidden_BLD = x_BLD
         if "final_norm" in w.vectors:
@@ -131,7 +132,8 @@ def head(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Array
         x_BLD = ACTIVATIONS[config.activation](w.linear("transform", x_BLD))
         x_BLD = norm(config, w.vectors["transform"]["norm"], x_BLD)
     if "lm" in config.head:
-        return w.head(x_BLD)
+        logits_BLV = w.head(x_BLD)
+        return logits_BLV if config.logits_divisor == 1 else logits_BLV / config.logits_divisor
     if config.head == "none":
         return None
     return w.linear("classifier", pooled(config, w, x_BLD, segments_BL)[:, None], exact=True)[:, 0]
@@ -146,7 +148,7 @@ def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Arr
     return (jnp.tanh(w.linear("pooler", x_B1D)) if config.pooler else x_B1D)[:, 0]
 
 
-def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, slides, context):
+def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, context):
     """One layer: attention and FFN, each with norms and a residual connection.
 
     `ffn` is (x, threshold) -> (y, scores, active). Returns x, (k, v), and what `ffn` says of the
@@ -162,13 +164,13 @@ def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, slide
             y_BLD = first(y_BLD)
         if place == "sandwich":
             y_BLD = norm(config, w.vectors[f"{name}_post_norm"], y_BLD)
+        if config.residual_scale != 1:
+            y_BLD *= jnp.asarray(config.residual_scale, y_BLD.dtype)
         x_BLD = x_BLD + y_BLD
         return sharding.constrain(first(x_BLD) if place == "post" else x_BLD), others
 
     with jax.named_scope("attention"):
-        attend = functools.partial(
-            attention, config, w.at("attn"), kv=kv, slides=slides, context=context
-        )
+        attend = functools.partial(attention, config, w.at("attn"), kv=kv, own=own, context=context)
         x_BLD, (kv,) = residual("attn", x_BLD, attend)
     with jax.named_scope("ffn"):
         x_BLD, outputs = residual("ffn", x_BLD, lambda h_BLD: ffn(h_BLD, context["threshold"]))
@@ -188,16 +190,29 @@ def norm(config: ModelConfig, weights: Weights, x: Array) -> Array:
     return y + _as_last(weights["bias"], x) if "bias" in weights else y
 
 
-def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, slides, context):
+def _norm_of_heads(config: ModelConfig, weights: Weights, x_BLHC: Array) -> Array:
+    """One norm over the outputs of all heads."""
+    flat = {name: vector_HC.reshape(-1) for name, vector_HC in weights.items()}
+    return norm(config, flat, x_BLHC.reshape(*x_BLHC.shape[:2], -1)).reshape(x_BLHC.shape)
+
+
+def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, own, context):
     """Grouped-query attention, with rotary positions if any: y [B, L, D], and (k, v) extended."""
     q_BLHC, k_BLKC, v_BLKC = (w.linear(name, x_BLD) for name in "qkv")
     if "q_norm" in w.vectors:
         q_BLHC = norm(config, w.vectors["q_norm"], q_BLHC)
         k_BLKC = norm(config, w.vectors["k_norm"], k_BLKC)
+    if "q_full_norm" in w.vectors:
+        q_BLHC = _norm_of_heads(config, w.vectors["q_full_norm"], q_BLHC)
+        k_BLKC = _norm_of_heads(config, w.vectors["k_full_norm"], k_BLKC)
     if config.positions == "rope":
-        q_BLHC = rotate(q_BLHC, context["angles_BLC"])
-        k_BLKC = rotate(k_BLKC, context["angles_BLC"])
-    visible_BLT = visible_keys(config, slides, context)
+        angles_BLC, amplitude = rotation(config, own, context)
+        q_BLHC = rotate(q_BLHC, angles_BLC, amplitude)
+        k_BLKC = rotate(k_BLKC, angles_BLC, amplitude)
+    if config.attention_scale is not None:  # attention itself divides by the root of C
+        gain = config.attention_scale * math.sqrt(config.head_dim)
+        q_BLHC *= jnp.asarray(gain, q_BLHC.dtype)
+    visible_BLT = visible_keys(config, own["slides"], context)
     index, causal = context["index"], config.causal
     y_BLHC, kv = w.attend(q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal=causal)
     return w.linear("o", y_BLHC), kv

@@ -105,11 +105,11 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BLD, kv, slides, context):
+    def __call__(self, x_BLD, kv, own, context):
         """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
         w = layers.Slice(declare(self, self.config, self.lte, "layers/", without="ffn"), self.dtype)
         ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
-        x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, slides, context)
+        x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, own, context)
         return x_BLD, (kv, outputs)
 
 
@@ -197,16 +197,16 @@ def decode(
     config = model.config
     vectors, matrices = stack
 
-    def blocks(x_B1D, kv, slides_N, context):
+    def blocks(x_B1D, kv, own_N, context):
         def layer(carry, scanned):
-            (x_B1D, kv), (vectors, slides, index) = carry, scanned
+            (x_B1D, kv), (vectors, own, index) = carry, scanned
             w = layers.Stack(vectors, matrices["layers"], index, live_B, implementation)
             ffn = functools.partial(layers.ffn, config, routing, w.at("ffn"))
-            x_B1D, kv, outputs = layers.block(config, w, ffn, x_B1D, kv, slides, context)
+            x_B1D, kv, outputs = layers.block(config, w, ffn, x_B1D, kv, own, context)
             return (x_B1D, kv), outputs
 
         indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
-        scanned = (vectors["layers"], slides_N, indices_N)
+        scanned = (vectors["layers"], own_N, indices_N)
         (x_B1D, kv), outputs = jax.lax.scan(layer, (x_B1D, kv), scanned)
         return x_B1D, (kv, outputs)
 

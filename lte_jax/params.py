@@ -97,6 +97,8 @@ ROWS = (
     Row("layers/attn/v/bias", "NKC", "zeros", lambda config, _: config.qkv_bias),
     Row("layers/attn/q_norm/scale", "NC", "ones", lambda config, _: config.qk_norm),
     Row("layers/attn/k_norm/scale", "NC", "ones", lambda config, _: config.qk_norm),
+    Row("layers/attn/q_full_norm/scale", "NHC", "ones", lambda config, _: config.qk_full_norm),
+    Row("layers/attn/k_full_norm/scale", "NKC", "ones", lambda config, _: config.qk_full_norm),
     Row("layers/attn/o/kernel", "NHCD", "HC"),
     Row("layers/attn/o/bias", "ND", "zeros", lambda config, _: config.out_bias),
     *_norm("layers/attn_post_norm", "ND", lambda config, _: config.norm_place == "sandwich"),

@@ -48,6 +48,12 @@ _GPT2 = {
     "tie_word_embeddings": True,
     "torch_dtype": SOURCE_DTYPE,
 }
+_OPT = {name: _BASE[name] for name in _BASE if name not in ("rms_norm_eps", "rope_theta")} | {
+    "ffn_dim": 96,
+    "tie_word_embeddings": True,
+}
+for _name in ("intermediate_size", "num_key_value_heads"):
+    del _OPT[_name]
 _BERT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -62,7 +68,7 @@ _BERT = {
     "tie_word_embeddings": True,
     "pad_token_id": 1,
 }
-_BASES = {"gpt2": _GPT2, "bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT}
+_BASES = {"gpt2": _GPT2, "opt": _OPT, "bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -70,6 +76,10 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_GEMMA = {"head_dim": 32, "num_key_value_heads": 2, "tie_word_embeddings": True}
+_OLMO3 = {"rope_theta": 5e5}  # in transformers 5, layers with a window have no other
+_PAD = {"pad_token_id": 0}
 _QWEN_SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 _MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -80,6 +90,7 @@ CASES = {
     "multi_query": {"model_type": "llama", "num_key_value_heads": 1},
     "llama3_rope": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": _LLAMA3},
     "linear_rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "yarn": {"model_type": "llama", "rope_scaling": _YARN},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
     "attention_bias": {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 2},
     "mlp_bias": {"model_type": "llama", "mlp_bias": True},
@@ -91,6 +102,15 @@ CASES = {
     "mistral_full": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": False},
     "qwen2_sliding": {"model_type": "qwen2", "tie_word_embeddings": True} | _QWEN_SLIDING,
+    "qwen2_yarn": {
+        "model_type": "qwen2",
+        "rope_scaling": _YARN | {"beta_fast": 4.0, "beta_slow": 2.0, "attention_factor": 1.3},
+    },
+    "qwen3_yarn": {
+        "model_type": "qwen3",
+        "head_dim": 20,
+        "rope_scaling": {"type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.2},
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2},
     "qwen3_sliding": {
         "model_type": "qwen3",
@@ -99,6 +119,59 @@ CASES = {
         "layer_types": _MIXED_LAYERS,
     }
     | _QWEN_SLIDING,
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 8} | _PAD,
+    "phi3_full": {"model_type": "phi3"} | _PAD,
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5} | _PAD,
+    "smollm3_list": {"model_type": "smollm3", "no_rope_layers": [0, 1, 0], "attention_bias": True}
+    | _PAD,
+    "seed_oss_bias": {"model_type": "seed_oss", "head_dim": 16, "attention_out_bias": True},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "num_key_value_heads": 2},
+    "ministral_all": {"model_type": "ministral", "head_dim": 32, "sliding_window": 8},
+    "ministral": {
+        "model_type": "ministral",
+        "head_dim": 16,
+        "layer_types": _MIXED_LAYERS,
+        "sliding_window": 8,
+    },
+    "gemma": {"model_type": "gemma", "hidden_act": "gelu"} | _GEMMA,
+    "gemma_untied": {"model_type": "gemma", "head_dim": 16, "attention_bias": True},
+    "gemma3": {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8} | _GEMMA,
+    "gemma3_list": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "layer_types": _MIXED_LAYERS,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 40,
+        "rope_theta": 3e4,
+        "rope_local_base_freq": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "granite_plain": {"model_type": "granite", "attention_bias": True, "mlp_bias": True},
+    "granite": {
+        "model_type": "granite",
+        "num_key_value_heads": 2,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.35,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.6,
+    },
+    "olmo2_bias": {"model_type": "olmo2", "attention_bias": True},
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 8} | _OLMO3,
+    "olmo3_yarn": {
+        "model_type": "olmo3",
+        "layer_types": _MIXED_LAYERS,
+        "sliding_window": 8,
+        "rope_scaling": _YARN,
+    }
+    | _OLMO3,
+    "opt": {"model_type": "opt"},
+    "opt_gelu": {
+        "model_type": "opt",
+        "activation_function": "gelu",
+        "tie_word_embeddings": False,
+        "enable_bias": True,
+    },
     "gpt2_inner": {"model_type": "gpt2", "n_inner": 96, "activation_function": "relu"},
     "gpt2": {"model_type": "gpt2"},
     "gpt2_untied": {"model_type": "gpt2", "tie_word_embeddings": False},
@@ -149,7 +222,8 @@ def random_tensors(raw: dict, seed: int = 0, dtype=SOURCE_DTYPE) -> dict[str, np
     for name, shape in tensor_shapes(raw).items():
         scale = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.2
         is_norm = _NORM.search(name) and name.endswith("weight")
-        values = rng.standard_normal(shape) * scale + (1.0 if is_norm else 0.0)
+        middle = 1.0 if is_norm and "gemma" not in raw["model_type"] else 0.0
+        values = rng.standard_normal(shape) * scale + middle
         tensors[name] = values.astype(dtype)
     return tensors
 

@@ -33,14 +33,26 @@ def _llama(raw: dict) -> Shapes:
             "mlp.up_proj.weight": (F, D),
             "mlp.down_proj.weight": (D, F),
         }
-        if attention_bias or kind == "qwen2":
+        if kind == "phi3":
+            for name in ("q_proj", "k_proj", "v_proj"):
+                del layer[f"self_attn.{name}.weight"]
+            layer["self_attn.qkv_proj.weight"] = (Q + 2 * K, D)
+            del layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]
+            layer["mlp.gate_up_proj.weight"] = (2 * F, D)
+        if attention_bias or kind in ("qwen2", "seed_oss"):
             layer |= {
                 f"self_attn.{n}_proj.bias": (s,) for n, s in zip("qkv", (Q, K, K), strict=True)
             }
-        if attention_bias and kind != "qwen2":
+        if raw.get("attention_out_bias") or (attention_bias and kind != "qwen2"):
             layer["self_attn.o_proj.bias"] = (D,)
-        if kind == "qwen3":
+        if kind in ("qwen3", "gemma3_text"):
             layer |= {"self_attn.q_norm.weight": (C,), "self_attn.k_norm.weight": (C,)}
+        if kind in ("olmo2", "olmo3"):
+            layer |= {"self_attn.q_norm.weight": (Q,), "self_attn.k_norm.weight": (K,)}
+            del layer["input_layernorm.weight"]
+            layer["post_feedforward_layernorm.weight"] = (D,)
+        if kind == "gemma3_text":
+            layer |= {f"{n}_feedforward_layernorm.weight": (D,) for n in ("pre", "post")}
         if raw.get("mlp_bias"):
             layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,)}
             layer["mlp.down_proj.bias"] = (D,)
@@ -72,6 +84,24 @@ def _gpt2(raw: dict) -> Shapes:
         shapes |= _norm(f"{layer}.ln_1", D) | _norm(f"{layer}.ln_2", D)
         shapes |= _conv1d(f"{layer}.attn.c_attn", D, 3 * D) | _conv1d(f"{layer}.attn.c_proj", D, D)
         shapes |= _conv1d(f"{layer}.mlp.c_fc", D, F) | _conv1d(f"{layer}.mlp.c_proj", F, D)
+    return shapes
+
+
+def _opt(raw: dict) -> Shapes:
+    D, F, V = raw["hidden_size"], raw["ffn_dim"], raw["vocab_size"]
+    shapes = {
+        "model.decoder.embed_tokens.weight": (V, D),
+        "model.decoder.embed_positions.weight": (raw["max_position_embeddings"] + 2, D),
+    }
+    shapes |= _norm("model.decoder.final_layer_norm", D)
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(raw["num_hidden_layers"]):
+        layer = f"model.decoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _dense(f"{layer}.self_attn.{name}", D, D)
+        shapes |= _norm(f"{layer}.self_attn_layer_norm", D) | _norm(f"{layer}.final_layer_norm", D)
+        shapes |= _dense(f"{layer}.fc1", F, D) | _dense(f"{layer}.fc2", D, F)
     return shapes
 
 
@@ -116,4 +146,4 @@ def _bert(raw: dict) -> Shapes:
     return shapes
 
 
-_KINDS = {"gpt2": _gpt2, "bert": _bert, "roberta": _bert, "xlm-roberta": _bert}
+_KINDS = {"gpt2": _gpt2, "opt": _opt, "bert": _bert, "roberta": _bert, "xlm-roberta": _bert}

@@ -12,8 +12,8 @@ from lte_jax import hf
 CONFIG_CHANGES = {
     "family": ({"model_type": "lama"}, ["model_type='lama'", "llama, mistral, qwen2, qwen3"]),
     "rope": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        ["rope_type='yarn'", "llama3"],
+        {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+        ["rope_type='longrope'", "llama3, yarn"],
     ),
     "rope_v5": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'"]),
     "rope_factor": ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor is missing"]),

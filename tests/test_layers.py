@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from lte_jax import generate, layers, params
+from lte_jax.config import RopeScaling
 from lte_jax.generate.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
@@ -23,8 +24,12 @@ PROMPTS = [np.arange(5), np.arange(20, 31)]
 DIFFERENCES = {
     "gpt2": {"norm": "layer", "norm_bias": True, "positions": "learned", "gated": False}
     | {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "tie_embeddings": True},
-    "gemma": {"norm_offset": True, "norm_place": "sandwich", "embed_scale": 5.0, "qk_norm": True},
-    "olmo2": {"norm_place": "output"},
+    "gemma": {"norm_offset": True, "norm_place": "sandwich", "embed_scale": 5.0, "qk_norm": True}
+    | {"sliding_window": 4, "sliding_layers": (True, False), "sliding_rope_theta": 100.0}
+    | {"attention_scale": 0.1, "rope_scaling": RopeScaling("yarn", 4.0, 1.0, 8.0, 16, 1.2)},
+    "smollm3": {"rope_layers": (False, True)},
+    "granite": {"attention_scale": 0.5, "residual_scale": 0.4, "logits_divisor": 3.0},
+    "olmo2": {"norm_place": "output", "qk_full_norm": True},
     "embeddings": {"positions": "learned", "position_offset": 2, "token_types": 2}
     | {"embed_norm": True, "norm_place": "post"},
 }

@@ -126,7 +126,7 @@ def test_parity_of_generation(case, tmp_path):
     other.generation_config.eos_token_id = None
     prompts = {"inputs": torch.tensor(tokens).long(), "attention_mask": torch.tensor(mask).long()}
     texts = other.generate(**prompts, max_new_tokens=30, do_sample=False, pad_token_id=0)
-    assert len({*new[0]}) > 2
+    assert len({*new[0], *new[1]}) > 2
     assert new == texts[:, 12:].tolist()
 
 
@@ -152,7 +152,7 @@ def test_parity_of_folder_written_by_transformers(case, tmp_path):
     theirs = tmp_path / "theirs"
     reference(ours).save_pretrained(theirs, max_shard_size="100KB")
     raw = json.loads((theirs / "config.json").read_text())
-    assert "rope_parameters" in raw or case.startswith(("gpt2", "bert", "roberta", "xlm"))
+    assert "rope_parameters" in raw or "rope_theta" not in config_json(case)
     config, lte = hf.read_config(theirs)
     assert (config, lte) == hf.read_config(ours)
     mine = hf.load_params(ours, config, lte)

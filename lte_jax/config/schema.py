@@ -40,14 +40,16 @@ MAX_PARAMS = 10**12  # of a model; more is surely a typo
 class RopeScaling(Checked):
     """Stretching of the rotary frequencies (`rope_scaling` of an HF config)."""
 
-    kind: Literal["linear", "llama3"]  # linear: all frequencies alike; llama3: as in Llama 3.1
+    # linear: all frequencies alike; llama3: as in Llama 3.1; yarn: as in the paper of that name.
+    kind: Literal["linear", "llama3", "yarn"]
     factor: Positive  # factor by which the wavelengths grow
-    low_freq_factor: Positive = 1.0  # llama3: waves above original_max_length / this grow by factor
-    high_freq_factor: Positive = 4.0  # llama3: waves below original_max_length / this stay
-    original_max_length: Count = 8192  # llama3: context length before stretching
+    low_freq_factor: Positive = 1.0  # waves above original_max_length / this grow by factor
+    high_freq_factor: Positive = 4.0  # waves below original_max_length / this stay
+    original_max_length: Count = 8192  # context length before stretching, if not linear
+    amplitude: Positive = 1.0  # factor of cosines and sines (yarn: its attention factor)
 
     def _check_together(self):
-        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+        if self.kind != "linear" and self.low_freq_factor >= self.high_freq_factor:
             raise UserError(
                 f"low_freq_factor={self.low_freq_factor} is not below "
                 f"high_freq_factor={self.high_freq_factor}: set a smaller low_freq_factor"
@@ -89,11 +91,18 @@ class ModelConfig(Checked):
     embed_scale: Positive = 1.0  # factor of the embedding (Gemma: the root of d_model)
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # stretching of the rotary frequencies; None: none
+    rope_layers: tuple[bool, ...] | None = None  # which layers rotate at all; None: all
+    # Base of the frequencies, then not stretched, of layers with a window; None: as in the others.
+    sliding_rope_theta: Positive | None = None
     tie_embeddings: bool = False  # whether the embedding is the output head, too
     qkv_bias: bool = False  # whether the query, key and value projections have biases
     out_bias: bool = False  # whether the attention output projection has a bias
     mlp_bias: bool = False  # whether the FFN matrices have biases
     qk_norm: bool = False  # whether each query and key head has an RMSNorm (Qwen3)
+    qk_full_norm: bool = False  # whether all query heads have one RMSNorm, all key heads another
+    attention_scale: Positive | None = None  # factor of scores; None: 1 over the root of head_dim
+    residual_scale: Positive = 1.0  # factor of what attention and FFN add (Granite)
+    logits_divisor: Positive = 1.0  # divisor of the logits of tokens (Granite)
     sliding_window: Count | None = None  # positions attended to, self included; None: all
     sliding_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all
     bos_id: Whole | None = None  # token that begins a text; None: there is none
@@ -111,11 +120,13 @@ class ModelConfig(Checked):
             raise UserError(
                 f"head_dim={self.head_dim} is odd: rotary embedding needs an even width"
             )
-        if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
-            raise UserError(
-                f"sliding_layers has {len(self.sliding_layers)} entries: expected one for each "
-                f"of {self.num_layers} layers"
-            )
+        for key in ("sliding_layers", "rope_layers"):
+            chosen = getattr(self, key)
+            if chosen is not None and len(chosen) != self.num_layers:
+                raise UserError(
+                    f"{key} has {len(chosen)} entries: expected one for each of "
+                    f"{self.num_layers} layers"
+                )
         ends = [("eos_ids", value) for value in self.eos_ids]
         for key, value in (("bos_id", self.bos_id), ("pad_id", self.pad_id), *ends):
             if value is not None and value >= self.vocab_size:

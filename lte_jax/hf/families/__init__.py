@@ -3,7 +3,23 @@
 A new family is a file with a `Family`, and its name in the list below.
 """
 
-from lte_jax.hf.families import bert, gpt2, llama, mistral, qwen2, qwen3, roberta
+from lte_jax.hf.families import (
+    bert,
+    gemma,
+    gpt2,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    roberta,
+    seed_oss,
+    smollm3,
+)
 
 FAMILIES = {
     family.model_type: family
@@ -12,7 +28,17 @@ FAMILIES = {
         mistral.FAMILY,
         qwen2.FAMILY,
         qwen3.FAMILY,
+        phi3.FAMILY,
+        smollm3.FAMILY,
+        seed_oss.FAMILY,
+        ministral.FAMILY,
+        gemma.FAMILY,
+        gemma.GEMMA3,
+        granite.FAMILY,
+        olmo2.FAMILY,
+        olmo2.OLMO3,
         gpt2.FAMILY,
+        opt.FAMILY,
         bert.FAMILY,
         roberta.FAMILY,
         roberta.XLM,

@@ -5,9 +5,9 @@ transformers: models/llama/configuration_llama.py and modeling_llama.py.
 
 import functools
 
-from lte_jax.hf import rope
 from lte_jax.hf.family import Family, Key
 from lte_jax.hf.fields import ACTIVATIONS, MAX_LAYERS, Fields
+from lte_jax.hf.rope import Rope
 from lte_jax.hf.windows import Windows
 
 OPTIONAL_SIZE = functools.partial(Fields.size, nullable=True)
@@ -73,6 +73,6 @@ FAMILY = Family(
     "llama",
     {"lm": "LlamaForCausalLM"},
     keys=KEYS | ATTENTION_BIAS | MLP_BIAS,
-    parts=(rope, Windows("none")),
+    parts=(Rope(), Windows("none")),
     tensors=TENSORS,
 )

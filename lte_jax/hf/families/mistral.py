@@ -5,8 +5,8 @@ transformers: models/mistral/configuration_mistral.py.
 
 import dataclasses
 
-from lte_jax.hf import rope
 from lte_jax.hf.families import llama
+from lte_jax.hf.rope import Rope
 from lte_jax.hf.windows import Windows
 
 FAMILY = dataclasses.replace(
@@ -14,6 +14,6 @@ FAMILY = dataclasses.replace(
     model_type="mistral",
     architectures={"lm": "MistralForCausalLM"},
     keys=llama.KEYS,
-    parts=(rope, Windows("all")),
+    parts=(Rope(), Windows("all")),
     defaults={"num_kv_heads": 8, "max_length": 131072},
 )

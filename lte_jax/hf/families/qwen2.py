@@ -5,8 +5,8 @@ transformers: models/qwen2/configuration_qwen2.py.
 
 import dataclasses
 
-from lte_jax.hf import rope
 from lte_jax.hf.families import llama
+from lte_jax.hf.rope import Rope
 from lte_jax.hf.windows import Windows
 
 FAMILY = dataclasses.replace(
@@ -14,7 +14,7 @@ FAMILY = dataclasses.replace(
     model_type="qwen2",
     architectures={"lm": "Qwen2ForCausalLM"},
     keys=llama.KEYS,
-    parts=(rope, Windows("some")),
+    parts=(Rope(), Windows("some")),
     defaults={"num_kv_heads": 32, "max_length": 32768, "bos_id": None, "eos_ids": None},
     fixed={"qkv_bias": True},
     ignored=("attention_bias",),
