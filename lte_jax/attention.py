@@ -1,6 +1,7 @@
 """Which keys a query sees, its position, and softmax attention over them.
 
 Dimension key: B batch  L length  T cache length  H heads  K kv heads  C head width
+               R pairs of a head that rotate (C/2, or fewer)
 """
 
 from __future__ import annotations
@@ -88,18 +89,20 @@ def rotation(config: ModelConfig, own, context):
     return positions_BL1 * own["frequencies"][None, None], own["amplitude"]
 
 
-def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L C//2"], amplitude=1.0):
+def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L R"], amplitude=1.0):
     """Rotary embedding with the halves of a head paired, as in HF's Llama, times `amplitude`."""
+    width = 2 * angles_BLC.shape[-1]
+    x_BLHC, rest_BLHC = x_BLHC[..., :width], x_BLHC[..., width:]
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     cos, sin = (amplitude * f(angles_BLC)[:, :, None] for f in (jnp.cos, jnp.sin))
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLHC.dtype)
+    return jnp.concatenate([rotated.astype(x_BLHC.dtype), rest_BLHC], axis=-1)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair of a head, [C/2], float32."""
-    half = np.arange(0, config.head_dim, 2, dtype=np.float64)
-    frequencies = 1.0 / config.rope_theta ** (half / config.head_dim)
+    """Radians per position of each pair of what rotates of a head, float32."""
+    width = config.rotary_dim or config.head_dim
+    frequencies = 1.0 / config.rope_theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
     if config.rope_scaling is not None:
         frequencies = _stretched(frequencies, config.rope_scaling)
     return frequencies.astype(np.float32)

@@ -156,10 +156,10 @@ def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, 
     """
     place = config.norm_place
 
-    def residual(name: str, x_BLD, part: Callable):
-        """x plus what `part` makes of it, with the norms around, and what else `part` returns."""
+    def residual(name: str, x_BLD, part: Callable, read_BLD):
+        """x plus what `part` makes of `read`, with norms around, and what else `part` returns."""
         first = functools.partial(norm, config, w.vectors[f"{name}_norm"])
-        y_BLD, *others = part(first(x_BLD) if place in ("pre", "sandwich") else x_BLD)
+        y_BLD, *others = part(first(read_BLD) if place in ("pre", "sandwich") else read_BLD)
         if place == "output":
             y_BLD = first(y_BLD)
         if place == "sandwich":
@@ -171,10 +171,13 @@ def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, 
 
     with jax.named_scope("attention"):
         attend = functools.partial(attention, config, w.at("attn"), kv=kv, own=own, context=context)
-        x_BLD, (kv,) = residual("attn", x_BLD, attend)
+        y_BLD, (kv,) = residual("attn", x_BLD, attend, x_BLD)
     with jax.named_scope("ffn"):
-        x_BLD, outputs = residual("ffn", x_BLD, lambda h_BLD: ffn(h_BLD, context["threshold"]))
-    return x_BLD, kv, tuple(outputs)
+        read_BLD = x_BLD if config.parallel else y_BLD
+        y_BLD, outputs = residual(
+            "ffn", y_BLD, lambda h_BLD: ffn(h_BLD, context["threshold"]), read_BLD
+        )
+    return y_BLD, kv, tuple(outputs)
 
 
 def norm(config: ModelConfig, weights: Weights, x: Array) -> Array:

@@ -54,6 +54,9 @@ _OPT = {name: _BASE[name] for name in _BASE if name not in ("rms_norm_eps", "rop
 }
 for _name in ("intermediate_size", "num_key_value_heads"):
     del _OPT[_name]
+_NEOX = {name: _BASE[name] for name in _BASE if name not in ("rms_norm_eps", "rope_theta")}
+_NEOX |= {"layer_norm_eps": 1e-5, "hidden_act": "gelu"}
+del _NEOX["num_key_value_heads"]
 _BERT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -68,7 +71,14 @@ _BERT = {
     "tie_word_embeddings": True,
     "pad_token_id": 1,
 }
-_BASES = {"gpt2": _GPT2, "opt": _OPT, "bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT}
+_BASES = {
+    "gpt2": _GPT2,
+    "opt": _OPT,
+    "gpt_neox": _NEOX,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -172,6 +182,14 @@ CASES = {
         "tie_word_embeddings": False,
         "enable_bias": True,
     },
+    "neox_in_turn": {
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 500.0,
+        "attention_bias": False,
+    },
+    "neox": {"model_type": "gpt_neox"},
     "gpt2_inner": {"model_type": "gpt2", "n_inner": 96, "activation_function": "relu"},
     "gpt2": {"model_type": "gpt2"},
     "gpt2_untied": {"model_type": "gpt2", "tie_word_embeddings": False},

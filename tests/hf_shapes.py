@@ -105,6 +105,24 @@ def _opt(raw: dict) -> Shapes:
     return shapes
 
 
+def _gpt_neox(raw: dict) -> Shapes:
+    D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    shapes = {"gpt_neox.embed_in.weight": (V, D), "embed_out.weight": (V, D)}
+    shapes |= _norm("gpt_neox.final_layer_norm", D)
+    for i in range(raw["num_hidden_layers"]):
+        layer = f"gpt_neox.layers.{i}"
+        shapes |= _norm(f"{layer}.input_layernorm", D)
+        shapes |= _norm(f"{layer}.post_attention_layernorm", D)
+        attention = _dense(f"{layer}.attention.query_key_value", 3 * D, D)
+        attention |= _dense(f"{layer}.attention.dense", D, D)
+        if not raw.get("attention_bias", True):
+            attention = {name: s for name, s in attention.items() if not name.endswith("bias")}
+        shapes |= attention
+        shapes |= _dense(f"{layer}.mlp.dense_h_to_4h", F, D)
+        shapes |= _dense(f"{layer}.mlp.dense_4h_to_h", D, F)
+    return shapes
+
+
 def _bert(raw: dict) -> Shapes:
     """BERT, and RoBERTa, whose heads have other names."""
     D, F, V = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
@@ -146,4 +164,11 @@ def _bert(raw: dict) -> Shapes:
     return shapes
 
 
-_KINDS = {"gpt2": _gpt2, "opt": _opt, "bert": _bert, "roberta": _bert, "xlm-roberta": _bert}
+_KINDS = {
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "gpt_neox": _gpt_neox,
+    "bert": _bert,
+    "roberta": _bert,
+    "xlm-roberta": _bert,
+}

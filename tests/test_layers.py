@@ -30,6 +30,7 @@ DIFFERENCES = {
     "smollm3": {"rope_layers": (False, True)},
     "granite": {"attention_scale": 0.5, "residual_scale": 0.4, "logits_divisor": 3.0},
     "olmo2": {"norm_place": "output", "qk_full_norm": True},
+    "gpt_neox": {"parallel": True, "rotary_dim": 4, "norm": "layer", "norm_bias": True},
     "embeddings": {"positions": "learned", "position_offset": 2, "token_types": 2}
     | {"embed_norm": True, "norm_place": "post"},
 }

@@ -83,12 +83,14 @@ class ModelConfig(Checked):
     # Where norms stand: before attention and FFN ("pre"), after the sum with the residual stream
     # ("post", BERT), on their outputs ("output", OLMo 2), or before and on outputs ("sandwich").
     norm_place: Literal["pre", "post", "output", "sandwich"] = "pre"
+    parallel: bool = False  # whether the FFN reads what attention reads, not its sum (GPT-NeoX)
     norm_eps: Positive = 1e-5  # epsilon of norms, added to the mean square
     positions: Literal["rope", "learned"] = "rope"  # rotary, or a table of max_length rows
     position_offset: Whole = 0  # row of the first position in that table (RoBERTa: 2)
     token_types: Whole = 0  # rows of the table of token types (BERT: 2); 0: there is none
     embed_norm: bool = False  # whether the sum of the embeddings is normed
     embed_scale: Positive = 1.0  # factor of the embedding (Gemma: the root of d_model)
+    rotary_dim: Count | None = None  # width of the part of a head that rotates; None: all
     rope_theta: Positive = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # stretching of the rotary frequencies; None: none
     rope_layers: tuple[bool, ...] | None = None  # which layers rotate at all; None: all
@@ -116,9 +118,12 @@ class ModelConfig(Checked):
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: "
                 "each kv head serves an equal group of query heads"
             )
-        if self.head_dim % 2 and self.positions == "rope":
+        rotates = "head_dim" if self.rotary_dim is None else "rotary_dim"
+        width = getattr(self, rotates)
+        if self.positions == "rope" and (width % 2 or width > self.head_dim):
             raise UserError(
-                f"head_dim={self.head_dim} is odd: rotary embedding needs an even width"
+                f"{rotates}={width} is odd or above head_dim={self.head_dim}: rotary embedding "
+                "needs an even width"
             )
         for key in ("sliding_layers", "rope_layers"):
             chosen = getattr(self, key)

@@ -113,7 +113,7 @@ class _Tensor:
             part = np.asarray(array if self.layer is None else array[self.layer])
             axis, begin = row.place(self.sizes) if row else (0, 0)
             parts[begin] = row.to_hf(part, self.sizes) if row else part
-        whole = np.concatenate([parts[begin] for begin in sorted(parts)], axis)
+        whole = np.concatenate([parts[begin] for begin in sorted(parts)], axis).reshape(self.shape)
         return np.ascontiguousarray(whole.astype(self.dtype, copy=False))
 
 

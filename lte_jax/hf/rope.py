@@ -34,10 +34,14 @@ class Rope:
     # in families whose layers are alike.
     sliding: str = ""
     sliding_theta: float | None = None
+    theta_key: str = "rope_theta"
+    # Key of the share of each head that rotates, and its default; "": all of it.
+    partial: str = ""
+    partial_share: float = 1.0
 
     def read(self, fields: Fields, values: Values) -> Values:
         """The base of the rotary frequencies and how they are stretched."""
-        outer_theta = fields.positive("rope_theta", None)
+        outer_theta = fields.positive(self.theta_key, None)
         local_theta = fields.positive(self.sliding, None) if self.sliding else None
         old, new = fields.get("rope_scaling", dict, None), fields.get("rope_parameters", dict, None)
         section, raw = "rope_scaling" if old else "rope_parameters", old or new or {}
@@ -56,11 +60,17 @@ class Rope:
         if kind not in self.kinds:
             valid = ", ".join(self.kinds)
             raise UserError(f"rope_type={kind!r} is not supported: valid are {valid}")
+        read: Values = {}
+        if self.partial:
+            share = rope.positive("partial_rotary_factor", None)
+            share = share or fields.positive(self.partial, self.partial_share)
+            width = values["d_model"] // values["num_heads"]
+            read["rotary_dim"] = None if share == 1 else int(width * share)
         outer = fields.size("original_max_position_embeddings", None)
         inner = rope.size("original_max_position_embeddings", None)
         scaling = _SCALINGS[kind](rope, outer or inner or values["max_length"])
         _reject_unknown(rope, kind)
-        read = {"rope_theta": theta, "rope_scaling": scaling}
+        read |= {"rope_theta": theta, "rope_scaling": scaling}
         if self.sliding:
             read["sliding_rope_theta"] = local_theta or self.sliding_theta or theta
         return read
@@ -77,7 +87,9 @@ class Rope:
             said["original_max_position_embeddings"] = scaling.original_max_length
             if scaling.kind == "yarn" and scaling.amplitude != _amplitude(scaling.factor):
                 said["attention_factor"] = scaling.amplitude
-        raw = {"rope_theta": config.rope_theta, "rope_scaling": said}
+        raw = {self.theta_key: config.rope_theta, "rope_scaling": said}
+        if self.partial:
+            raw[self.partial] = (config.rotary_dim or config.head_dim) / config.head_dim
         if not self.sliding:
             return raw
         full = {"rope_theta": config.rope_theta} | (said or {"rope_type": "default"})

@@ -26,7 +26,9 @@ MUTANTS: list[Mutant] = [
             "with language_model.": 'r"^(model\\.)?language_model\\."',
         }.items()
     ),
-    Mutant("21 names without model.", _RENAMING, "    if bare and not any(", "    if 0 and (", _NAMES),
+    Mutant(
+        "21 names without model.", _RENAMING, "    if bare and not any(", "    if 0 and (", _NAMES
+    ),
     Mutant(
         "21 names without model.",
         _RENAMING,
