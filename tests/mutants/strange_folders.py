@@ -27,9 +27,6 @@ MUTANTS: list[Mutant] = [
         }.items()
     ),
     Mutant(
-        "21 names without model.", _RENAMING, "    if bare and not any(", "    if 0 and (", _NAMES
-    ),
-    Mutant(
         "21 names without model.",
         _RENAMING,
         "    bare = {old: name for old, name in whole.items() if name in expected}",
