@@ -25,7 +25,11 @@ def as_lte(folder, lte=LTE, seed=0):
     order_NF = np.stack([rng.permutation(width) for _ in range(layers)]).astype(np.int32)
     ffn = dict(params["layers"]["ffn"])
     experts = width // lte.expert_size
-    for name in ("gate", "up", "down"):
+    for name in ("gate_bias", "up_bias"):
+        if name in ffn:
+            b_NF = np.take_along_axis(np.asarray(ffn[name])[:, 0], order_NF, axis=1)
+            ffn[name] = b_NF.reshape(layers, experts, lte.expert_size)
+    for name in {"gate", "up", "down"} & ffn.keys():
         w_NFD = np.take_along_axis(np.asarray(ffn[name])[:, 0], order_NF[:, :, None], axis=1)
         ffn[name] = w_NFD.reshape(layers, experts, lte.expert_size, model_width)
     router_NDE = rng.standard_normal((layers, model_width, experts)).astype(np.float32)
