@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,7 @@ from lte_jax import checks
 from lte_jax.config import ModelConfig
 from lte_jax.data import tokenize
 from lte_jax.errors import UserError
+from lte_jax.generate import beam
 from lte_jax.generate.decoding import Decoder, DecodeState, round_up
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
@@ -38,6 +39,10 @@ def generate(
     top_k: int | Any = None,
     top_p: float | Any = None,
     seed: int | Any = 0,
+    beams: int | Any = 1,
+    length_penalty: float | Any = 1.0,
+    no_repeat_ngram: int | Any = 0,
+    min_new_tokens: int | Any = 0,
     eos_ids: Iterable[int] | None = None,
     routing: Routing | str | None = None,
     threshold: float | Any = None,
@@ -59,6 +64,12 @@ def generate(
       top_k: sample among the k likeliest tokens only; of equally likely ones, those of lowest id.
       top_p: sample among the fewest likeliest tokens that have this probability together.
       seed: of the sampling, 0 to 2^32 - 1; the same seed gives the same text.
+      beams: 2 or more: beam search (beam.py) of that width, as transformers defines it.
+      length_penalty: of beam search: a text's log-probability is divided by its length to this
+        power; above 0, larger values favour longer texts.
+      no_repeat_ngram: of beam search: no n-gram of this many tokens occurs twice in prompt and
+        text. 0: any may.
+      min_new_tokens: of beam search: tokens before a text may end.
       eos_ids: tokens that end a text. None: those of the model; (): none.
       routing: as in `lte_jax.apply`. "hard", "top_k" and "straight_through" (hard going forward)
         read active experts only.
@@ -76,8 +87,14 @@ def generate(
     prompts = _prompts(tokens, mask, model.config.vocab_size)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check(model.config, prompts, max_new_tokens, seed, threshold, **sampling)
+    search = {"length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
+    search |= {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     settings = {"implementation": implementation, "eos_ids": _eos_ids(model.config, eos_ids)}
     decoder = Decoder.of(model, params, routing, threshold, **sampling, **settings)
+    _check_search(decoder, stream, beams, **search)
+    if beams > 1:
+        found, finite = beam.search(decoder, prompts, beams=beams, **search)
+        return found if finite else _not_finite(model, max_new_tokens)
     state = decoder.prefill(prompts, room=max_new_tokens, seed=seed)
     size = STREAM_CHUNK if stream else round_up(max_new_tokens - 1)
     new: list[list[int]] = [[] for _ in prompts]
@@ -96,16 +113,20 @@ def _pieces(
     tokens_BS, made = np.asarray(state.tokens_B)[:, None], 1
     while True:
         if not state.finite:
-            raise UserError(
-                f"the model's logits are not finite after {made} new tokens or fewer: its weights "
-                f"are not those of a working model, or overflow in {decoder.model.dtype}"
-            )
+            _not_finite(decoder.model, made)
         yield [[int(t) for t in row if t >= 0] for row in tokens_BS]
         if made >= count or np.all(state.done_B):
             return
         limit = min(count - made, size)
         tokens_BS, state = decoder.extend(state, jnp.int32(limit), size)
         tokens_BS, made = np.asarray(tokens_BS), made + limit
+
+
+def _not_finite(model: Transformer, made: int) -> NoReturn:
+    raise UserError(
+        f"the model's logits are not finite after {made} new tokens or fewer: its weights "
+        f"are not those of a working model, or overflow in {model.dtype}"
+    )
 
 
 def generate_text(
@@ -230,3 +251,26 @@ def _check(config, prompts, max_new_tokens, seed, threshold, temperature, top_k,
         raise UserError(f"top_p={top_p!r}: expected within (0, 1], or None for all tokens")
     checks.seed(seed)
     checks.threshold(threshold)
+
+
+def _check_search(
+    decoder, stream, beams, length_penalty, no_repeat_ngram, min_new_tokens, max_new_tokens
+) -> None:
+    """Refuses settings of beam search that make no sense, alone or together."""
+    vocabulary = decoder.model.config.vocab_size
+    most = vocabulary // max(2, 1 + len(decoder.eos_ids))
+    words = f": the vocabulary has {vocabulary} tokens" if beams != 1 else ""
+    checks.integer("beams", beams, 1, max(most, 1), words)
+    if not checks.is_number(length_penalty) or not np.isfinite(length_penalty):
+        raise UserError(f"length_penalty={length_penalty!r}: expected a finite number")
+    checks.integer("no_repeat_ngram", no_repeat_ngram, 0, words=" (0: any n-gram may repeat)")
+    checks.integer("min_new_tokens", min_new_tokens, 0, max_new_tokens, ", max_new_tokens")
+    if beams == 1 and (length_penalty != 1 or no_repeat_ngram or min_new_tokens):
+        raise UserError(
+            "length_penalty, no_repeat_ngram and min_new_tokens are of beam search: expected "
+            "beams=2 or more with them"
+        )
+    if beams > 1 and not decoder.greedy:
+        raise UserError(f"beams={beams} with a temperature: expected temperature=0, or beams=1")
+    if beams > 1 and stream is not None:
+        raise UserError(f"beams={beams} with stream: a beam search has no text before its end")

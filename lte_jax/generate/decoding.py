@@ -107,18 +107,12 @@ class Decoder:
 
         `room` is the number of new tokens that the cache has place for.
         """
-        length = round_up(max(map(len, prompts)))
-        tokens_BL = np.zeros((len(prompts), length), np.int32)
-        token_mask_BL = np.zeros_like(tokens_BL)
-        for row, prompt in enumerate(prompts):
-            tokens_BL[row, length - len(prompt) :] = prompt
-            token_mask_BL[row, length - len(prompt) :] = 1
-        return self._prefill(tokens_BL, token_mask_BL, jax.random.key(seed), room=round_up(room))
+        return self._prefill(*pad_left(prompts), jax.random.key(seed), room=round_up(room))
 
     @functools.partial(jax.jit, static_argnames="room")
     def _prefill(self, tokens_BL, token_mask_BL, key, room: int) -> DecodeState:
         cache = init_cache(self.model, len(tokens_BL), tokens_BL.shape[1] + room)
-        out = self._apply(tokens_BL, cache, mask=token_mask_BL)
+        out = self.apply(tokens_BL, cache, mask=token_mask_BL)
         return self._choose(DecodeState.start(out.cache, key), out.logits[:, -1], out.cache)
 
     @functools.partial(jax.jit, static_argnames="size")
@@ -159,7 +153,7 @@ class Decoder:
         `stack` is from `stack()`; if it is None, all experts are read.
         """
         if stack is None:
-            out = self._apply(state.tokens_B[:, None], state.cache)
+            out = self.apply(state.tokens_B[:, None], state.cache)
             return out.logits[:, 0], out.cache, jnp.ones((), jnp.float32)
         live_B = ~state.done_B
         out = decode(
@@ -177,7 +171,8 @@ class Decoder:
         used_NE = jnp.any(out.active[:, :, 0] & live_B[None, :, None], axis=1)
         return out.logits[:, 0], out.cache, jnp.mean(used_NE, dtype=jnp.float32)
 
-    def _apply(self, tokens_BL, cache: Cache, mask=None) -> layers.Output:
+    def apply(self, tokens_BL, cache: Cache, mask=None) -> layers.Output:
+        """The forward pass, all experts computed, which extends the cache."""
         settings = {"routing": self.routing, "threshold": self.threshold, "cache": cache}
         return self.model.apply({"params": self.params}, tokens_BL, mask=mask, **settings)
 
@@ -229,6 +224,17 @@ def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]
         return jnp.asarray(leaf, jnp.float32 if is_router else model.dtype)
 
     return jax.tree.map_with_path(convert, params)
+
+
+def pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as tokens [B, L] that end together, and a mask, 1 at real tokens; int32."""
+    length = round_up(max(map(len, prompts)))
+    tokens_BL = np.zeros((len(prompts), length), np.int32)
+    token_mask_BL = np.zeros_like(tokens_BL)
+    for row, prompt in enumerate(prompts):
+        tokens_BL[row, length - len(prompt) :] = prompt
+        token_mask_BL[row, length - len(prompt) :] = 1
+    return tokens_BL, token_mask_BL
 
 
 def round_up(count: int) -> int:
