@@ -71,7 +71,11 @@ _BERT = {
     "tie_word_embeddings": True,
     "pad_token_id": 1,
 }
-_BASES = {
+_STAR, _STABLE = ({n: v for n, v in _BASE.items() if n != "rms_norm_eps"} for _ in range(2))
+_STAR |= {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"}
+_STABLE |= {"layer_norm_eps": 1e-5}
+_BASES = {"starcoder2": _STAR, "stablelm": _STABLE}
+_BASES |= {
     "gpt2": _GPT2,
     "opt": _OPT,
     "gpt_neox": _NEOX,
@@ -145,7 +149,13 @@ CASES = {
     },
     "gemma": {"model_type": "gemma", "hidden_act": "gelu"} | _GEMMA,
     "gemma_untied": {"model_type": "gemma", "head_dim": 16, "attention_bias": True},
-    "gemma3": {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8} | _GEMMA,
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "rope_theta": 1e6,
+    }
+    | _GEMMA,
     "gemma3_list": {
         "model_type": "gemma3_text",
         "head_dim": 16,
@@ -190,6 +200,10 @@ CASES = {
         "attention_bias": False,
     },
     "neox": {"model_type": "gpt_neox"},
+    "starcoder2_plain": {"model_type": "starcoder2", "use_bias": False, "hidden_act": "silu"},
+    "starcoder2": {"model_type": "starcoder2", "num_key_value_heads": 2, "sliding_window": 8},
+    "stablelm": {"model_type": "stablelm", "use_qkv_bias": True, "num_key_value_heads": 2},
+    "stablelm_half": {"model_type": "stablelm", "partial_rotary_factor": 0.5},
     "gpt2_inner": {"model_type": "gpt2", "n_inner": 96, "activation_function": "relu"},
     "gpt2": {"model_type": "gpt2"},
     "gpt2_untied": {"model_type": "gpt2", "tie_word_embeddings": False},

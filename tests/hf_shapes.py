@@ -53,6 +53,20 @@ def _llama(raw: dict) -> Shapes:
             layer["post_feedforward_layernorm.weight"] = (D,)
         if kind == "gemma3_text":
             layer |= {f"{n}_feedforward_layernorm.weight": (D,) for n in ("pre", "post")}
+        if kind == "starcoder2":
+            del layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]
+            del layer["mlp.down_proj.weight"]
+            layer |= {"mlp.c_fc.weight": (F, D), "mlp.c_proj.weight": (D, F)}
+            if raw.get("use_bias", True):
+                layer |= {f"self_attn.{n}_proj.bias": (K if n in "kv" else Q,) for n in "qkvo"}
+                layer |= {"self_attn.o_proj.bias": (D,)}
+                layer |= {"mlp.c_fc.bias": (F,), "mlp.c_proj.bias": (D,)}
+        if kind in ("starcoder2", "stablelm"):
+            names = ("input_layernorm", "post_attention_layernorm")
+            layer |= {f"{n}.bias": (D,) for n in names}
+            shapes["model.norm.bias"] = (D,)
+        if raw.get("use_qkv_bias"):
+            layer |= {f"self_attn.{n}_proj.bias": (K if n in "kv" else Q,) for n in "qkv"}
         if raw.get("mlp_bias"):
             layer |= {"mlp.gate_proj.bias": (F,), "mlp.up_proj.bias": (F,)}
             layer["mlp.down_proj.bias"] = (D,)

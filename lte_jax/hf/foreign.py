@@ -34,7 +34,7 @@ _FAMILIES = {
         "mamba mamba2 falcon_mamba rwkv recurrent_gemma zamba zamba2 bamba falcon_h1"
     ),
     "has blocks of its own, which are not supported": (
-        "gptj gpt_neo bloom falcon mpt phi stablelm starcoder2 gpt_bigcode codegen olmo "
+        "gptj gpt_neo bloom falcon mpt phi gpt_bigcode codegen olmo "
         "cohere cohere2 nemotron glm glm4 exaone4 persimmon xglm ernie4_5 ministral3 bitnet"
     ),
     "caps its attention scores by a tanh, which is not supported": "gemma2",

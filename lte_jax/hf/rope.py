@@ -62,8 +62,8 @@ class Rope:
             raise UserError(f"rope_type={kind!r} is not supported: valid are {valid}")
         read: Values = {}
         if self.partial:
-            share = rope.positive("partial_rotary_factor", None)
-            share = share or fields.positive(self.partial, self.partial_share)
+            outer_share = fields.positive(self.partial, self.partial_share)
+            share = rope.positive("partial_rotary_factor", None) or outer_share
             width = values["d_model"] // values["num_heads"]
             read["rotary_dim"] = None if share == 1 else int(width * share)
         outer = fields.size("original_max_position_embeddings", None)

@@ -78,7 +78,7 @@ MUTANTS: list[Mutant] = [
     *(
         Mutant(f"21 the key {key}", _HARMLESS, words, words.replace(key, ""), f"{_KEYS}[{case}]")
         for key, words, case in (
-            ("layer_norm_eps", '"layer_norm_eps layer_norm_epsilon', "layer_norm_eps"),
+            ("layer_norm_eps", "layer_norm_eps layer_norm_epsilon", "layer_norm_eps"),
             ("num_logits_to_keep", "num_logits_to_keep", "num_logits_to_keep"),
             ("classifier_activation", "classifier_activation", "classifier"),
             ('"sliding_window_pattern": 1', '"sliding_window_pattern": 1', "pattern"),

@@ -20,6 +20,8 @@ from lte_jax.hf.families import (
     roberta,
     seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
 )
 
 FAMILIES = {
@@ -41,6 +43,8 @@ FAMILIES = {
         gpt2.FAMILY,
         opt.FAMILY,
         gpt_neox.FAMILY,
+        starcoder2.FAMILY,
+        stablelm.FAMILY,
         bert.FAMILY,
         roberta.FAMILY,
         roberta.XLM,
