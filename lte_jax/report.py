@@ -106,6 +106,20 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
     return made
 
 
+def write_tasks(
+    rows: Sequence[Mapping[str, Any]], out: Path | None, source: Mapping[str, Any]
+) -> None:
+    """Prints the rows of `tasks.measure`; writes table.md and results.json to `out`, if given."""
+    print(task_table(rows))
+    if out is None:
+        return
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "table.md", task_table(rows))
+    results = {"tasks": list(rows), "environment": environment(), "source": dict(source)}
+    atomic_write(out / "results.json", as_json(results))
+
+
 def absent(results: Sequence[Results], out: Path, figures: bool = True) -> list[str]:
     """Names of the files that `write` would make and that do not exist."""
     names = ["table.md", *(drawable(results) if figures else ()), "results.json"]
@@ -151,6 +165,23 @@ def table(results: Sequence[Results]) -> str:
             _number(entry.get("gflops_per_token"), ".3g"),
             _number(entry.get("latency_ms"), ".3g"),
             _number(entry.get("latency_ratio"), ".2f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def task_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `tasks.measure` as a Markdown table."""
+    lines = [
+        "| task | metric | model | value | standard error | records | FFN sparsity |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [
+            *(row[key] for key in ("task", "metric", "model")),
+            *(_number(row[key], ".3f") for key in ("value", "error")),
+            str(row["records"]),
+            f"{row['sparsity']:.1%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

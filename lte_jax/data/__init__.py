@@ -25,7 +25,7 @@ from lte_jax.data.packing import (
     pad,
     train_iterator,
 )
-from lte_jax.data.texts import read_rows, read_texts, text_of, value_of
+from lte_jax.data.texts import local_path, read_rows, read_texts, text_of, value_of
 from lte_jax.data.tokens import byte_tokenizer, tokenize
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "digest",
     "end_probabilities",
     "end_token",
+    "local_path",
     "eval_batches",
     "pack",
     "pad",

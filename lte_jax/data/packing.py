@@ -48,6 +48,12 @@ class Records:
         more = {name: array[chosen] for name, array in self.more.items()}
         return Records(self.tokens_RL[chosen], self.segments_RL[chosen], more)
 
+    def trimmed(self) -> Records:
+        """These records without the columns at the end that are padding in all of them."""
+        width, length = self.segments_RL.shape[1], int(self.segments_RL.any(axis=0).sum())
+        more = {k: x[:, :length] if x.shape[1:] == (width,) else x for k, x in self.more.items()}
+        return Records(self.tokens_RL[:, :length], self.segments_RL[:, :length], more)
+
 
 def pack(documents: Iterable[np.ndarray], length: int) -> Records:
     """Packs several documents into each record; no token is dropped.

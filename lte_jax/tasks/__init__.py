@@ -1,25 +1,90 @@
 """Tasks: what a model is trained and measured on, a file for each benchmark.
 
-`data.task` names one; "" is language modelling on the texts of `data.train`. A new task is an entry
-of a file here, or a file and its name below.
+`data.task` names one of TASKS, which have labels to train on; "" is language modelling on the texts
+of `data.train`. `evaluate.py --tasks` measures those of MEASURED. A new task is an entry of a file
+here, or a file and its name below.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from lte_jax.errors import UserError, nearest
-from lte_jax.tasks import glue
+from lte_jax.model import Transformer
+from lte_jax.routing import Routing
+from lte_jax.tasks import glue, mmlu, wikitext
+from lte_jax.tasks.measurement import Run
 from lte_jax.tasks.task import Classification
 
-__all__ = ["TASKS", "Classification", "find"]
+__all__ = ["MEASURED", "TASKS", "Classification", "Run", "find", "measure"]
 TASKS = {**glue.TASKS}
+MEASURED: Mapping[str, Any] = {**TASKS, **wikitext.TASKS, **mmlu.TASKS}
 
 
-def find(name: str) -> Classification:
+def find(name: str, among: Mapping[str, Any] = TASKS, key: str = "data.task") -> Any:
     """The task of that name.
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is none; names `key`.
     """
-    if name not in TASKS:
-        raise UserError(f"data.task={name!r}: {nearest(name, TASKS)}")
-    return TASKS[name]
+    if name not in among:
+        raise UserError(f"{key}={name!r}: {nearest(name, among)}")
+    return among[name]
+
+
+def measure(
+    names: Sequence[str],
+    model: Transformer,
+    params: Mapping[str, Any],
+    source: str | None = None,
+    length: int | None = None,
+    limit: int | None = None,
+    *,
+    tokenizer: Any,
+    name: str | None = None,
+    baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
+    batch_size: int = 8,
+    routing: Routing | str | None = None,
+    threshold: float | None = None,
+) -> list[dict[str, Any]]:
+    """Measures a model, and the dense model it was made from, on tasks.
+
+    Args:
+      names: of tasks, see MEASURED.
+      model: dense or LTE.
+      params: its parameters.
+      source: folder or hub id of the data, or a folder with a folder for each task (`task.folder`);
+        None: each task's own hub id.
+      length: tokens of a record; None: the task's own.
+      limit: records to read, from the first (of MMLU: of each subject); None: all.
+      tokenizer: of both models.
+      name: of the model in the rows; None: "LTE" or "dense".
+      baseline: the dense model and its parameters.
+      batch_size: of the forward passes.
+      routing: of `model`, as in `lte_jax.apply`.
+      threshold: in place of `model.lte.threshold`.
+
+    Returns:
+      Rows of JSON: "task", "model", "metric", "value", "error" (standard error, or None),
+      "records" and "sparsity" (share of experts skipped).
+
+    Raises:
+      UserError: on an unknown task, before anything is measured, and as the tasks do.
+    """
+    chosen = [find(task, MEASURED, "--tasks") for task in names]
+    how = {"batch_size": batch_size, "routing": routing, "threshold": threshold}
+    run = Run(model, params, tokenizer, source or "", length, limit, how)
+    runs = {name or ("dense" if model.lte is None else "LTE"): run}
+    if baseline is not None:
+        model, params = baseline
+        dense = dataclasses.replace(run, model=model, params=params, how={"batch_size": batch_size})
+        runs = {"dense": dense} | runs
+    rows = []
+    for task in chosen:
+        for who, run in runs.items():
+            metrics, sparsity = task.measure(run)
+            row = {"task": task.name, "model": who, "sparsity": sparsity}
+            rows += [row | {"metric": m} | dataclasses.asdict(x) for m, x in metrics.items()]
+    return rows

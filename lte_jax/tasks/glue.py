@@ -6,6 +6,8 @@ by scikit-learn and scipy. RoBERTa's settings: fairseq's examples/roberta/README
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from lte_jax.errors import UserError
@@ -71,4 +73,9 @@ _TASKS = (
     Classification("qnli", ("question", "sentence"), _ENTAILED, {"accuracy": accuracy}),
     Classification("rte", ("sentence1", "sentence2"), _ENTAILED, {"accuracy": accuracy}),
 )
-TASKS = {task.name: task for task in _TASKS}
+TASKS = {
+    task.name: dataclasses.replace(
+        task, hub=f"nyu-mll/glue:{task.name}", folder=f"glue/{task.name}"
+    )
+    for task in _TASKS
+}

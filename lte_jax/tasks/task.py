@@ -19,6 +19,8 @@ from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data import Records, check, read_rows, text_of, value_of
 from lte_jax.errors import UserError
+from lte_jax.scoring import class_logits
+from lte_jax.tasks.measurement import Measured, Run, bootstrapped, place
 
 log = logging.getLogger(__name__)
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of predictions [R] and labels [R]
@@ -35,6 +37,8 @@ class Classification:
       metrics: name -> function, the first one is the one that papers give.
       validation: name of the validation split, or splits.
       source: where the task is described.
+      hub: its data set on the Hugging Face hub.
+      folder: where it lies in a folder of several data sets.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Classification:
     metrics: Mapping[str, Metric]
     validation: tuple[str, ...] = ("validation",)
     source: str = ""
+    hub: str = ""
+    folder: str = ""
 
     def dense_config(self, config: ModelConfig) -> ModelConfig:
         """The model's config with the head of this task.
@@ -137,3 +143,30 @@ class Classification:
         """The metrics of a model's logits, in percent."""
         guessed_R = logits_RY.argmax(axis=1) if self.labels else logits_RY[:, 0]
         return {name: 100 * metric(guessed_R, labels_R) for name, metric in self.metrics.items()}
+
+    def measure(self, run: Run) -> tuple[dict[str, Measured], float]:
+        """The metrics over the validation splits, in percent, and the share of experts skipped.
+
+        Raises:
+          UserError: on a model without this task's classes, and as `records` does.
+        """
+        config, number = run.model.config, len(self.labels) or 1
+        if config.head != "classes" or config.num_labels != number:
+            raise UserError(
+                f"{self.name}: the model has no head of {number} classes: expected one trained for "
+                f"it (train.py with data.task={self.name})"
+            )
+        source, found, sparsity = place(run.source, self.hub, self.folder), {}, []
+        length = min(run.length or 512, config.max_length)
+        data = DataConfig(train=source, length=length, max_documents=run.limit)
+        for split in self.validation:
+            records = self.records(source, split, data, run.tokenizer, config).trimmed()
+            logits_RY, skipped = class_logits(run.model, run.params, records, **run.how)
+            guessed_R = logits_RY.argmax(axis=1) if self.labels else logits_RY[:, 0]
+            labels_R = records.more["labels"]
+            for name, metric in self.metrics.items():
+                where = name if len(self.validation) == 1 else f"{name} ({split})"
+                error = 100 * bootstrapped(metric, guessed_R, labels_R)
+                found[where] = Measured(100 * metric(guessed_R, labels_R), error, len(records))
+            sparsity.append(skipped)
+        return found, float(np.mean(sparsity))

@@ -1,0 +1,165 @@
+"""Log-likelihoods of given texts, and logits of classes, batched: what tasks are scored with.
+
+Inputs are padded on the right to a few lengths (powers of two), so few programs are compiled. Equal
+inputs, such as those of four one-token answers to a question, are computed once.
+
+Dimension key: B batch  L length  R records  V vocabulary  Y classes
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lte_jax import checks, interrupt
+from lte_jax.data import Records, eval_batches, pad
+from lte_jax.errors import UserError
+from lte_jax.model import Transformer, forward
+from lte_jax.routing import Routing
+from lte_jax.routing import make as make_routing
+
+SHORTEST = 32  # tokens; no input is padded to less
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+
+
+class Likelihood(NamedTuple):
+    """Of a continuation: its log-likelihood in nats, and whether greedy decoding writes it."""
+
+    nats: float
+    greedy: bool
+
+
+def loglikelihoods(
+    model: Transformer,
+    params: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    *,
+    routing: Routing | str | None = None,
+    threshold: float | Any = None,
+    batch_size: int | Any = 8,
+) -> tuple[list[Likelihood], float]:
+    """The log-likelihood of each continuation after its context.
+
+    Args:
+      model: a decoder, dense or LTE.
+      params: its parameters.
+      pairs: token ids of context and continuation, neither of them empty. Of a pair with more than
+        `max_length` + 1 tokens the first ones are cut off.
+      routing: as in `lte_jax.apply`.
+      threshold: in place of `model.lte.threshold`.
+      batch_size: of the forward passes.
+
+    Returns:
+      A `Likelihood` for each pair, and the share of experts skipped over all tokens read.
+
+    Raises:
+      UserError: on an encoder, and on pairs that are empty or do not fit the model.
+    """
+    most = model.config.max_length
+    checks.model(model, params)
+    checks.integer("batch_size", batch_size, 1)
+    if not model.config.causal:
+        raise UserError(
+            f"the model is an encoder ({model.config.family}): expected one that predicts the next "
+            "token, as log-likelihoods of texts need"
+        )
+    numbers: dict[tuple[int, ...], list[int]] = {}  # input -> the pairs that it scores
+    for number, (context, continuation) in enumerate(pairs):
+        if not len(context) or not 0 < len(continuation) <= most:
+            raise UserError(
+                f"text {number}: {len(context)} tokens of context, {len(continuation)} to predict: "
+                f"expected at least 1 of each, and at most the model's max_length={most} to predict"
+            )
+        ids = tuple(map(int, [*context, *continuation][-(most + 1) :]))
+        checks.token_ids(np.array(ids), model.config.vocab_size, f"text {number}")
+        numbers.setdefault(ids[:-1], []).append(number)
+    found: list[Any] = [None] * len(pairs)
+    inputs = sorted(numbers, key=len, reverse=True)
+    by_length = itertools.groupby(inputs, lambda ids: min(padded(len(ids)), most))
+    records = (pad(map(np.asarray, group), length) for length, group in by_length)
+    how = {"routing": routing, "threshold": threshold, "batch_size": batch_size}
+    counts_2 = np.zeros(2)
+    rows = _rows(_next_tokens, model, params, records, len(inputs), counts_2, **how)
+    for ids, (score_L, best_L, last_V) in zip(inputs, rows, strict=True):
+        for number in numbers[ids]:
+            new = np.asarray(pairs[number][1])
+            predicted = slice(len(ids) - len(new), len(ids))
+            nats = score_L[predicted][:-1].sum(dtype=np.float64) + last_V[new[-1]]
+            found[number] = Likelihood(float(nats), bool(np.array_equal(best_L[predicted], new)))
+    return found, _share(counts_2)
+
+
+def class_logits(
+    model: Transformer,
+    params: Mapping[str, Any],
+    records: Records,
+    *,
+    routing: Routing | str | None = None,
+    threshold: float | Any = None,
+    batch_size: int | Any = 8,
+) -> tuple[np.ndarray, float]:
+    """A classifier's logits [R, Y] of each record, and the share of experts skipped."""
+    how = {"routing": routing, "threshold": threshold, "batch_size": batch_size}
+    counts_2 = np.zeros(2)
+    rows = _rows(_classes, model, params, [records], len(records), counts_2, **how)
+    return np.stack([logits_Y for (logits_Y,) in rows]), _share(counts_2)
+
+
+def padded(length: int) -> int:
+    """The number of tokens that an input of this length is padded to."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _rows(
+    compute, model, params, groups: Iterable[Records], total, counts_2, *, routing, threshold,
+    batch_size,
+) -> Iterator[tuple[np.ndarray, ...]]:  # fmt: skip
+    """What `compute` gives for each record; adds skipped experts and tokens to `counts_2`."""
+    from tqdm import tqdm
+
+    how = make_routing(routing, model.config, model.lte)
+    with tqdm(total=total, desc="scoring", unit=" texts", disable=None, leave=False) as bar:
+        for records in groups:
+            left = len(records)
+            for batch in eval_batches(records, batch_size):
+                interrupt.check("while scoring")
+                outputs, *more = jax.device_get(compute(model, params, batch, threshold, how))
+                counts_2 += more
+                mine = min(left, batch_size)  # the rest fills the batch up
+                left -= mine
+                bar.update(mine)
+                yield from zip(*(output[:mine] for output in outputs), strict=True)
+
+
+def _share(counts_2: np.ndarray) -> float:
+    return float(counts_2[0] / max(counts_2[1], 1))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _next_tokens(model, params, batch, threshold, how):
+    """Of each position the score of the next token and the best token; all scores at the end."""
+    out = forward(model, params, batch, routing=how, threshold=threshold)
+    scores_BLV = jax.nn.log_softmax(out.logits)
+    next_BL1 = jnp.roll(batch["tokens"], -1, axis=1)[:, :, None]
+    next_BL = jnp.take_along_axis(scores_BLV, next_BL1, axis=2)[:, :, 0]
+    last_B11 = jnp.maximum(jnp.sum(batch["segments"], axis=1) - 1, 0)[:, None, None]
+    last_BV = jnp.take_along_axis(scores_BLV, last_B11, axis=1)[:, 0]
+    return (next_BL, jnp.argmax(scores_BLV, axis=-1), last_BV), *_counts(out, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _classes(model, params, batch, threshold, how):
+    out = forward(model, params, batch, routing=how, threshold=threshold)
+    return (out.logits,), *_counts(out, batch)
+
+
+def _counts(out, batch) -> tuple[jax.Array, jax.Array]:
+    """Skipped experts, as a number of tokens that skip all, and tokens."""
+    real = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
+    return out.sparsity * real, real
