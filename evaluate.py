@@ -38,7 +38,7 @@ def main() -> None:
             return pipeline.report_again(flags.workdir)
         if flags.model is None or not flags.tasks and None in (flags.data, flags.out):
             parser.error("give --model, --data and --out; or --model and --tasks; or --workdir")
-        out = files.expand(flags.out, "--out") if flags.out else None
+        out = files.expand(flags.out, "--out") if flags.out is not None else None
         model, params = lte_jax.load(flags.model, flags.dtype)
         chosen = {k: getattr(flags, k) for k in ("name", "routing", "threshold", "batch_size")}
         chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
