@@ -1,48 +1,38 @@
 """The arithmetic of a Transformer, written once: training, prefill and decoding are the same code.
 
 Blocks of attention and an FFN that is dense or made of routed experts; their differences between
-families are keys of ModelConfig. `w` says how weights are read:
-
-  Slice   the weights of one layer, by einsums over any number of tokens: training, prefill
-  Stack   the weights of all layers and a layer's index, by the kernels, one token a row: decoding
+families are keys of ModelConfig. `w` says how weights are read, see reading.py.
 
 Dimension key: B batch  L length  T cache length  D model width  E experts  M neurons per expert
-               N layers  H heads  K kv heads  C head width  V vocabulary  O outputs of a matrix
+               N layers  H heads  K kv heads  C head width  V vocabulary
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from lte_jax import kernels, sharding
+from lte_jax import sharding
 from lte_jax.attention import (
     Cache,
     make_context,
-    masked_attention,
     per_layer,
-    put,
     rotate,
     rotation,
     visible_keys,
 )
-from lte_jax.config import Activation, ModelConfig
+from lte_jax.config import ModelConfig
 from lte_jax.kernels.reference import ACTIVATIONS
 from lte_jax.losses import layer_means
-from lte_jax.params import BY_PATH, is_router
+from lte_jax.reading import Slice, Stack, Weights, as_last
 from lte_jax.routing import Routing
-
-Weights = Mapping[str, Any]
 
 
 @flax.struct.dataclass
@@ -56,13 +46,6 @@ class Output:
     sparsity: Float[Array, ""]  # share of (real token, layer, expert) that is not active
     cache: Cache | None  # the extended cache, where one was given
     hidden: Float[Array, "B L D"]  # what the head reads
-
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-_DENSE_ROWS = 32  # decoding reads a dense FFN in blocks of at most so many neurons
-
-
-# ---------------------------------------------------------------------------- the whole and a block
 
 
 def transformer(
@@ -187,10 +170,10 @@ def norm(config: ModelConfig, weights: Weights, x: Array) -> Array:
         y -= jnp.mean(y, axis=-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
     if config.norm_offset:  # in float32: 1 + a small number
-        y = (y * (1 + _as_last(weights["scale"], y))).astype(x.dtype)
+        y = (y * (1 + as_last(weights["scale"], y))).astype(x.dtype)
     else:
-        y = y.astype(x.dtype) * _as_last(weights["scale"], x)
-    return y + _as_last(weights["bias"], x) if "bias" in weights else y
+        y = y.astype(x.dtype) * as_last(weights["scale"], x)
+    return y + as_last(weights["bias"], x) if "bias" in weights else y
 
 
 def _norm_of_heads(config: ModelConfig, weights: Weights, x_BLHC: Array) -> Array:
@@ -244,195 +227,5 @@ def ffn(
     with jax.named_scope("experts"):
         y_BLD, scores_BLE, active_BLE = w.experts(x_BLD, choose, config.activation)
     if "down_bias" in w.vectors:  # outside the routing: it belongs to no expert
-        y_BLD += _as_last(w.vectors["down_bias"], y_BLD)
+        y_BLD += as_last(w.vectors["down_bias"], y_BLD)
     return y_BLD, scores_BLE, active_BLE
-
-
-# ----------------------------------------------------------------------------- how weights are read
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """The weights of one layer (or those outside the layers), used by einsums."""
-
-    vectors: Weights  # all of them, the matrices among them
-    dtype: Any  # to compute in
-    tap: Callable[[str, Array], Any] = lambda name, value: None  # sees the neurons
-
-    def at(self, name: str) -> Slice:
-        """Those of a part."""
-        return dataclasses.replace(self, vectors=self.vectors[name])
-
-    def embed(self, name: str, ids_BL: Integer[Array | np.ndarray, "B L"]) -> Array:
-        """Rows of an embedding, [B, L, D]."""
-        return jnp.take(self.vectors["embed"][name], ids_BL, axis=0).astype(self.dtype)
-
-    def head(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits of tokens, float32; the embedding's where there is no head of its own."""
-        matrix, letters = _head(self.vectors)
-        logits_BLV = jnp.einsum(
-            f"BLD,{letters}->BLV",
-            x_BLD,
-            matrix.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        bias = self.vectors.get("lm_head", {}).get("bias")
-        return logits_BLV if bias is None else logits_BLV + _as_last(bias, logits_BLV)
-
-    def linear(self, name: str, x_BLI: Array, exact: bool = False) -> Array:
-        """The product with a kernel of that name, over all but x's first two axes, and its bias.
-
-        `exact`: in float32, whose operands accelerators would round unless told otherwise.
-        """
-        dtype, precision = (jnp.float32, _HIGHEST) if exact else (self.dtype, None)
-        kernel = self.vectors[name]["kernel"].astype(dtype)
-        inputs = x_BLI.ndim - 2
-        y = jnp.tensordot(x_BLI.astype(dtype), kernel, inputs, precision=precision)
-        bias = self.vectors[name].get("bias")
-        return y if bias is None else y + _as_last(bias, y)
-
-    def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal: bool):
-        """Attention over these tokens, or over a cache to which they are added at `index`."""
-        if kv is None:
-            return masked_attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=causal), None
-        k_BTKC, v_BTKC = put(kv[0], k_BLKC, index), put(kv[1], v_BLKC, index)
-        y_BLHC = masked_attention(q_BLHC, k_BTKC, v_BTKC, visible_BLT, blocked=False)
-        return y_BLHC, (k_BTKC, v_BTKC)
-
-    def experts(self, x_BLD: Float[Array, "B L D"], choose: Callable, activation: Activation):
-        """The experts' outputs, each times its gate, summed; all experts are computed.
-
-        `choose` makes scores, active experts and gates (or None, three times) of the activations
-        of the neurons: act(x gate) * (x up), or act(x up) without a gate.
-        """
-
-        def project(name: str) -> Array:
-            h_BLEM = jnp.einsum("BLD,EMD->BLEM", x_BLD, self.vectors[name].astype(self.dtype))
-            bias = self.vectors.get(f"{name}_bias")
-            return h_BLEM if bias is None else h_BLEM + _as_last(bias, h_BLEM)
-
-        act = ACTIVATIONS[activation]
-        gated = "gate" in self.vectors
-        h_BLEM = act(project("gate")) * project("up") if gated else act(project("up"))
-        self.tap("ffn_input", x_BLD)
-        self.tap("hidden", h_BLEM)
-        scores_BLE, active_BLE, gates_BLE = choose(h_BLEM)
-        if gates_BLE is not None:
-            h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
-        y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, self.vectors["down"].astype(self.dtype))
-        return y_BLD, scores_BLE, active_BLE
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """The weights of all layers, of which the kernels read one in place; one token a row (L = 1).
-
-    A scan that sliced the matrices layer by layer would copy them, idle experts too.
-    """
-
-    vectors: Weights  # norms and biases of one layer, which a scan may slice
-    matrices: Weights  # of all layers, as `stacked` makes them
-    layer: Array | int
-    live_B: Bool[Array, " B"]  # rows that still want experts
-    implementation: str = "auto"
-
-    def at(self, name: str) -> Stack:
-        """Those of a part."""
-        return dataclasses.replace(
-            self, vectors=self.vectors.get(name, {}), matrices=self.matrices[name]
-        )
-
-    def embed(self, name: str, ids_B1: Int[Array, "B 1"]) -> Float[Array, "B 1 D"]:
-        """Rows of an embedding."""
-        table_VD = self.matrices["embed"][name]
-        x_BD = kernels.embed(ids_B1[:, 0], table_VD, implementation=self.implementation)
-        return x_BD[:, None]
-
-    def head(self, x_B1D: Float[Array, "B 1 D"]) -> Float[Array, "B 1 V"]:
-        """As that of Slice."""
-        matrix, letters = _head(self.matrices)
-        logits_BV = kernels.linear(
-            x_B1D[:, 0], matrix, transposed=letters == "VD", implementation=self.implementation
-        )
-        return logits_BV[:, None]
-
-    def linear(self, name: str, x_B1I: Array, exact: bool = False) -> Array:
-        """As that of Slice."""
-        kernel = self.matrices[name]["kernel"]
-        inputs = x_B1I.ndim - 2
-        outputs = kernel.shape[1 + inputs :]
-        x_BI = x_B1I.reshape(x_B1I.shape[0], -1)
-        y_BO = kernels.linear(
-            x_BI.astype(kernel.dtype),
-            kernel.reshape(kernel.shape[0], x_BI.shape[1], math.prod(outputs)),
-            layer=self.layer,
-            implementation=self.implementation,
-        )
-        y = y_BO.astype(jnp.float32 if exact else x_B1I.dtype).reshape(-1, 1, *outputs)
-        bias = self.vectors.get(name, {}).get("bias")
-        return y if bias is None else y + _as_last(bias, y)
-
-    def attend(self, q_B1HC, k_B1KC, v_B1KC, kv, visible_B1T, index, causal: bool = True):
-        """Attention over a cache, to which the new tokens are added at `index`."""
-        k_NBTKC, v_NBTKC = kv
-        y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
-            q_B1HC[:, 0],
-            k_B1KC[:, 0],
-            v_B1KC[:, 0],
-            k_NBTKC,
-            v_NBTKC,
-            visible_B1T[:, 0],
-            layer=self.layer,
-            index=index,
-            implementation=self.implementation,
-        )
-        return y_BHC[:, None], (k_NBTKC, v_NBTKC)
-
-    def experts(self, x_B1D: Float[Array, "B 1 D"], choose: Callable, activation: Activation):
-        """The active experts' outputs summed; no other expert is read, and no gate but 0 and 1."""
-        scores_B1E, active_B1E, _ = choose(None)
-        neurons = {name: w for name, w in self.matrices.items() if name != "router"}
-        shape = (x_B1D.shape[0], neurons["up"].shape[1])
-        live_BE = jnp.broadcast_to(self.live_B[:, None], shape)
-        y_BD = kernels.sparse_ffn(
-            x_B1D[:, 0],
-            live_BE if active_B1E is None else live_BE & active_B1E[:, 0],
-            neurons,
-            activation=activation,
-            layer=self.layer,
-            implementation=self.implementation,
-        )
-        return y_BD[:, None], scores_B1E, active_B1E
-
-
-def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, Weights]:
-    """The parameters as `Stack` wants them: vectors, and matrices with all layers stacked.
-
-    A dense FFN is cut into blocks, all of them active: work for every thread of a CPU and every
-    multiprocessor of a GPU. Routers are float32.
-    """
-    rows = max(m for m in range(1, min(_DENSE_ROWS, config.d_ff) + 1) if config.d_ff % m == 0)
-    vectors, matrices = {}, {}
-    for path, array in traverse_util.flatten_dict(dict(params), sep="/").items():
-        row = BY_PATH[path]
-        neurons = "EM" in row.letters
-        if not (row.is_matrix or neurons):
-            vectors[path] = array
-            continue
-        if neurons and array.shape[1] == 1:
-            array = array.reshape(array.shape[0], -1, rows, *array.shape[3:])
-        matrices[path] = array.astype(jnp.float32 if is_router(path) else dtype)
-    unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
-    return unflatten(vectors), unflatten(matrices)
-
-
-def _head(weights: Weights) -> tuple[Array, str]:
-    """The matrix of the head and its dimensions: the embedding where the two are tied."""
-    if "kernel" in weights.get("lm_head", {}):
-        return weights["lm_head"]["kernel"], "DV"
-    return weights["embed"]["embedding"], "VD"
-
-
-def _as_last(vector: Array, x: Array) -> Array:
-    """`vector` in x's type, with axes before its own for all that x has more."""
-    return vector.astype(x.dtype).reshape((1,) * (x.ndim - vector.ndim) + vector.shape)

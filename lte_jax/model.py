@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lte_jax import checks, layers
+from lte_jax import checks, layers, reading
 from lte_jax import params as parameters
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
             jnp.ones(tokens.shape, jnp.int32) if mask is None else jnp.asarray(mask, jnp.int32)
         )
         dtype = jnp.dtype(self.dtype)
-        w = layers.Slice(declare(self, config, lte, "", without="layers"), dtype)
+        w = reading.Slice(declare(self, config, lte, "", without="layers"), dtype)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scanned = nn.scan(
             block,
@@ -107,7 +107,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, kv, own, context):
         """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
-        w = layers.Slice(declare(self, self.config, self.lte, "layers/", without="ffn"), self.dtype)
+        w = reading.Slice(
+            declare(self, self.config, self.lte, "layers/", without="ffn"), self.dtype
+        )
         ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
         x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, own, context)
         return x_BLD, (kv, outputs)
@@ -134,7 +136,7 @@ class ExpertFFN(nn.Module):
         weights = declare(
             self, self.config, self.lte, "layers/ffn/", without="router" if idle else ""
         )
-        w = layers.Slice(weights, self.dtype, sow)
+        w = reading.Slice(weights, self.dtype, sow)
         return layers.ffn(self.config, self.routing, w, x_BLD, threshold)
 
 
@@ -170,7 +172,7 @@ def declare(
 
 def decode(
     model: Transformer,
-    stack: tuple[layers.Weights, layers.Weights],
+    stack: tuple[reading.Weights, reading.Weights],
     tokens_B: Int[Array, " B"],
     cache: Cache,
     *,
@@ -186,7 +188,7 @@ def decode(
 
     Args:
       model: dense or LTE.
-      stack: its parameters, from `layers.stacked`.
+      stack: its parameters, from `reading.stacked`.
       tokens_B: the tokens to read.
       cache: of earlier tokens.
       routing: see above.
@@ -200,7 +202,7 @@ def decode(
     def blocks(x_B1D, kv, own_N, context):
         def layer(carry, scanned):
             (x_B1D, kv), (vectors, own, index) = carry, scanned
-            w = layers.Stack(vectors, matrices["layers"], index, live_B, implementation)
+            w = reading.Stack(vectors, matrices["layers"], index, live_B, implementation)
             ffn = functools.partial(layers.ffn, config, routing, w.at("ffn"))
             x_B1D, kv, outputs = layers.block(config, w, ffn, x_B1D, kv, own, context)
             return (x_B1D, kv), outputs
@@ -210,7 +212,7 @@ def decode(
         (x_B1D, kv), outputs = jax.lax.scan(layer, (x_B1D, kv), scanned)
         return x_B1D, (kv, outputs)
 
-    w = layers.Stack(vectors, matrices, 0, live_B, implementation)
+    w = reading.Stack(vectors, matrices, 0, live_B, implementation)
     tokens_B1 = tokens_B[:, None]
     ones_B1 = jnp.ones_like(tokens_B1)
     return layers.transformer(config, w, blocks, tokens_B1, None, ones_B1, threshold, cache)

@@ -45,15 +45,13 @@ def value_gain(monkeypatch):
     attention = layers.attention
 
     def with_gain(config, w, x_BLD, **others):
-        class Gained:
-            vectors, linear = w.vectors, staticmethod(w.linear)
-
-            @staticmethod
-            def attend(*operands, **options):
-                y_BLHC, kv = w.attend(*operands, **options)
+        class Gained(type(w)):
+            def attend(self, *operands, **options):
+                y_BLHC, kv = super().attend(*operands, **options)
                 return y_BLHC * w.vectors["gain"].astype(y_BLHC.dtype)[None, None, :, None], kv
 
-        return attention(config, Gained, x_BLD, **others)
+        fields = {field.name: getattr(w, field.name) for field in dataclasses.fields(w)}
+        return attention(config, Gained(**fields), x_BLD, **others)
 
     monkeypatch.setattr(layers, "attention", with_gain)
 

@@ -15,8 +15,8 @@ import lte_jax
 from lte_jax import router_init
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError
-from lte_jax.layers import Slice
 from lte_jax.model import Transformer
+from lte_jax.reading import Slice
 from lte_jax.router_init import contribution
 
 moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function

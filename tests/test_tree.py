@@ -34,6 +34,7 @@ ORDER = {
     "lte_jax.kernels": 10,
     "lte_jax.routing": 11,
     "lte_jax.attention": 11.5,
+    "lte_jax.reading": 11.7,
     "lte_jax.layers": 12,
     "lte_jax.model": 13,
     "lte_jax.objective": 13.5,

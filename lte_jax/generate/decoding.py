@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lte_jax import layers
+from lte_jax import layers, reading
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
 from lte_jax.kernels import resolve
@@ -145,7 +145,7 @@ class Decoder:
         """The parameters for `step`; None for a routing that the kernels do not support."""
         if not self.routing.skips or self.routing.reads_neurons:
             return None
-        return layers.stacked(self.model.config, self.params, jnp.dtype(self.model.dtype))
+        return reading.stacked(self.model.config, self.params, jnp.dtype(self.model.dtype))
 
     def step(self, stack: Any, state: DecodeState) -> tuple[Array, Cache, Array]:
         """Logits [B, V] after `state.tokens_B`, the cache with it, the share of experts read.
