@@ -17,6 +17,34 @@ CONFIG_CHANGES = {
     ),
     "rope_v5": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'"]),
     "rope_factor": ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor is missing"]),
+    "phi3_longrope": (
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+        ["rope_type='longrope'", "valid are default"],
+    ),
+    "gemma3_cap": (
+        {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+        ["attn_logit_softcapping=50.0", "no other is supported"],
+    ),
+    "gemma3_local_rope": (
+        {
+            "model_type": "gemma3_text",
+            "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+        },
+        ["rope_parameters.sliding_attention.rope_type='linear'", "expected default"],
+    ),
+    "no_rope_layers": (
+        {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+        ["no_rope_layers has 2 entries", "3 layers"],
+    ),
+    "opt_350m": (
+        {"model_type": "opt", "ffn_dim": 96, "do_layer_norm_before": False},
+        ["do_layer_norm_before=False"],
+    ),
+    "stablelm_parallel": (
+        {"model_type": "stablelm", "use_parallel_residual": True},
+        ["use_parallel_residual=True"],
+    ),
+    "yarn_factor": ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling.factor is missing"]),
     "rope_key": ({"rope_scaling": {"rope_type": "default", "mscale": 0.7}}, ["mscale"]),
     "partial_rope": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
     "activation": ({"hidden_act": "silou"}, ["hidden_act='silou'", "silu", "relu"]),

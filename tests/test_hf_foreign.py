@@ -108,6 +108,7 @@ def test_bad_input_float64(tmp_path):
         ("qwen2_vl", "more than text"),
         ("mamba", "no Transformer"),
         ("bloom", "blocks of its own"),
+        ("gemma2", "caps its attention scores"),
     ],
 )
 def test_bad_input_known_families(model_type, word, tmp_path):
