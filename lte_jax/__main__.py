@@ -5,6 +5,7 @@ import functools
 import lte_jax
 from lte_jax import config
 from lte_jax.errors import Parser, argument, cli_errors
+from lte_jax.files import Mirror
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     add("--implementation", default="auto", help="kernels of the sparse FFN")
+    Mirror.add_to(parser)
     with cli_errors():
         flags = vars(parser.parse_args())
         path, prompt, dtype = (flags.pop(name) for name in ("model", "prompt", "dtype"))

@@ -7,6 +7,7 @@ folder with a manifest is complete.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -22,6 +23,7 @@ from typing import Any
 
 from lte_jax.errors import UserError
 
+MIRROR = "LTE_JAX_MIRROR"
 MANIFEST = "manifest.json"
 _NAME_BYTES = 255  # most bytes in one component of a path, on all common file systems
 MAX_JSON_BYTES = 32 * 2**20  # the largest weight index on the hub is about 10 MB
@@ -47,6 +49,37 @@ def expand(path: str | os.PathLike, name: str = "a path") -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: the home folder ~ is unknown: write it out") from None
+
+
+def mirrored(hub_id: str) -> Path | None:
+    """Where a model or data set of the hub lies in the local mirror, if there is one and it does.
+
+    A mirror is a folder that holds each under its hub id, as in owner/name, or owner/name/config
+    for a configuration of a data set; MIRROR, an environment variable, names it.
+    """
+    root = os.environ.get(MIRROR)
+    if not root:
+        return None
+    folder = expand(root, MIRROR)
+    if not folder.is_dir():
+        raise UserError(f"{MIRROR}={root}: is no folder: expected one that holds owner/name")
+    return folder / hub_id if os.path.exists(folder / hub_id) else None
+
+
+class Mirror(argparse.Action):
+    """The flag of a command line for `mirrored`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Sets the environment variable, which subprocesses see, too."""
+        os.environ[MIRROR] = str(values)
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Adds --mirror."""
+        text = f"folder with models and data sets by hub id, used before the hub; or set {MIRROR}"
+        parser.add_argument(
+            "--mirror", metavar="FOLDER", action=cls, default=argparse.SUPPRESS, help=text
+        )
 
 
 class Damaged(Exception):

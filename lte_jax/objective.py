@@ -29,6 +29,16 @@ def distilled(model: Transformer, batch: Batch) -> Array | np.ndarray:
     return batch["segments"] > 0
 
 
+def counts_of(model: Transformer, batch: Batch) -> dict[str, Array]:
+    """How much of a batch is predicted, distilled and real, each at least 1."""
+    masks = {
+        "predicted": predicted(model, batch),
+        "distilled": distilled(model, batch),
+        "real": batch["segments"] > 0,
+    }
+    return {name: losses.count_true(mask) for name, mask in masks.items()}
+
+
 def task_loss(model: Transformer, logits: Array, batch: Batch, count: Array) -> Array:
     """The loss of the model's head: of next tokens, or of labels."""
     if model.config.head == "classes":

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from lte_jax import losses, sharding
 from lte_jax.model import Transformer, forward
-from lte_jax.objective import Batch, distilled, predicted, task_loss
+from lte_jax.objective import Batch, counts_of, distilled, predicted, task_loss
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
@@ -77,11 +77,7 @@ def make_train_step(
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
-        counts = {
-            "predicted": losses.count_true(predicted(model, batch)),
-            "distilled": losses.count_true(distilled(model, batch)),
-            "real": losses.count_true(batch["segments"] > 0),
-        }
+        counts = counts_of(model, batch)
 
         def gradient_of(part):
             return gradient(state.params, teacher, part, state.control, counts)

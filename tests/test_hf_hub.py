@@ -6,6 +6,7 @@ from hf_models import assert_bit_equal, config_json, read_tensors, write_folder
 
 import lte_jax
 from lte_jax import hf
+from lte_jax.errors import UserError
 
 
 def test_bad_input_empty_folder(tmp_path):
@@ -81,3 +82,13 @@ def test_home_folder_and_trailing_slash(tmp_path, monkeypatch):
     model, params = lte_jax.load("~/m/")
     lte_jax.save("~/new", model, params, source="~/m")
     assert_bit_equal(read_tensors(tmp_path / "new"), read_tensors(folder))
+
+
+def test_a_mirror_comes_before_the_hub(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "mirror/owner/name", config_json("llama"))
+    monkeypatch.setenv("LTE_JAX_MIRROR", str(tmp_path / "mirror"))
+    assert hf.resolve("owner/name") == folder
+    assert hf.resolve("https://huggingface.co/owner/name") == folder
+    monkeypatch.setenv("LTE_JAX_MIRROR", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="LTE_JAX_MIRROR=.*absent: is no folder"):
+        hf.resolve("owner/name")

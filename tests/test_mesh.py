@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
-from lte_jax import losses, optim, sharding, training_step
+from lte_jax import objective, optim, sharding, training_step
 from lte_jax.config import MeshConfig, UserError
 
 MESHES = [
@@ -29,11 +29,7 @@ def loss_and_gradients(lte, stage, mesh):
     teacher = jax.tree.map(lambda p: p * 1.1, params)
 
     def whole(params, teacher, batch):
-        segments = batch["segments"]
-        counts = {
-            "predicted": jnp.sum(losses.loss_mask(segments).astype(jnp.float32)),
-            "real": jnp.sum((segments > 0).astype(jnp.float32)),
-        }
+        counts = objective.counts_of(model, batch)
         return loss(params, teacher, batch, tiny.control(), counts)
 
     gradient = jax.jit(jax.value_and_grad(whole, has_aux=True))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
-from lte_jax import losses, optim, stages, training_step
+from lte_jax import losses, objective, optim, stages, training_step
 from lte_jax.config import (
     PRESETS,
     LTEConfig,
@@ -165,11 +165,7 @@ def test_padding_counts_in_no_loss_and_no_statistic():
 
     @jax.jit
     def parts(batch):
-        segments = batch["segments"]
-        counts = {
-            "predicted": jnp.sum(losses.loss_mask(segments).astype(jnp.float32)),
-            "real": jnp.sum((segments > 0).astype(jnp.float32)),
-        }
+        counts = objective.counts_of(model, batch)
         return loss(params, params, batch, tiny.control(), counts)[1]
 
     short, padded = parts(batch), parts(longer)
@@ -184,10 +180,7 @@ def test_distillation_acts_on_the_last_token_of_a_text():
     teacher = jax.tree.map(lambda p: p * 1.1, params)
     batch = tiny.batch(2)
     segments_BL = np.asarray(batch["segments"])
-    counts = {
-        "predicted": jnp.sum(losses.loss_mask(batch["segments"]).astype(jnp.float32)),
-        "real": jnp.sum((batch["segments"] > 0).astype(jnp.float32)),
-    }
+    counts = objective.counts_of(model, batch)
     assert float(counts["real"]) == float(counts["predicted"]) + 4  # two texts in each of two rows
     stage = tiny.stage("router", task_weight=0.5, distill_weight=0.5)
     parts = training_step.make_loss(model, stage)(params, teacher, batch, tiny.control(), counts)[1]
@@ -260,6 +253,7 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
         "predicted": jnp.sum(losses.loss_mask(segments).astype(jnp.float32)),
         "real": jnp.sum(real.astype(jnp.float32)),
     }
+    count["distilled"] = count["real"]
     control = tiny.control(lte).replace(efficiency_weight=jnp.float32(2.0))
     stage = tiny.stage(name, lte)
     total, parts = training_step.make_loss(model, stage)(params, teacher, batch, control, count)

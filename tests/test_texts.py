@@ -210,3 +210,21 @@ def test_hub_source(monkeypatch, source, load_dataset, parts):
     fake = load_dataset and types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     refused(parts, source)
+
+
+def test_a_mirror_comes_before_the_hub(tmp_path, monkeypatch):
+    for name, words in {
+        "glue/sst2/train": "a",
+        "glue/sst2/validation": "b",
+        "plain/train": "c",
+    }.items():
+        path = tmp_path / "owner" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": words}) + "\n")
+    monkeypatch.setenv("LTE_JAX_MIRROR", str(tmp_path))
+    assert data.read_texts("owner/glue:sst2") == ["a"]
+    assert data.read_texts("owner/glue:sst2", split="validation") == ["b"]
+    assert data.read_texts("owner/glue:sst2:validation") == ["b"]
+    assert data.read_texts("owner/plain") == ["c"]
+    with pytest.raises(UserError, match="sst2: is a folder without test.jsonl.*found train.jsonl"):
+        data.read_texts("owner/glue:sst2:test")

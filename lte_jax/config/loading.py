@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from lte_jax.config.fields import MOVED, convert, from_mapping, options, section_of, spell, unknown
 from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
-from lte_jax.files import expand
+from lte_jax.files import Mirror, expand
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
@@ -189,6 +189,7 @@ def parse_flags(
         metavar="FILE.py[:VARIANT]",
         help="a file in configs/; --config.KEY=VALUE overrides one of its values",
     )
+    Mirror.add_to(parser)
     flags, rest = parser.parse_known_args(argv)
     if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
         parser.error(f"unrecognized {' '.join(wrong)} (a key is set by --config.KEY=VALUE)")

@@ -19,6 +19,7 @@ from typing import Any
 
 from lte_jax import checks
 from lte_jax.errors import UserError, nearest
+from lte_jax.files import mirrored
 
 STDLIB = "python-stdlib"
 # Installed packages, and tests, which some distributions leave out.
@@ -96,6 +97,8 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Any]
     is_local = os.path.lexists(path) or source.startswith((".", "/", "~"))
     if is_local or path.suffix in (*FILE_KINDS, ".gz"):
         return _file_rows(_of_split(path, split) if path.is_dir() else path)
+    if local := mirrored("/".join(source.split(":")[:2]).rstrip("/")):
+        return _file_rows(_of_split(local, ":".join(source.split(":")[2:]) or split or "train"))
     return _hub_rows(source, split)
 
 

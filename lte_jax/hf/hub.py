@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from lte_jax.errors import UserError, one_line
-from lte_jax.files import expand
+from lte_jax.files import expand, mirrored
 from lte_jax.hf.folder import COMPANIONS
 
 _NAME = r"\w[\w.-]*"
@@ -22,6 +22,7 @@ _HUB_URL = re.compile(
 def resolve(path_or_hub_id: str | Path) -> Path:
     """The local folder of a model; a hub model is downloaded to the hub's cache.
 
+    If the mirror (`files.mirrored`) has it, nothing is downloaded.
     A hub model is named "owner/name", "owner/name@revision" (branch, tag or commit), or by the URL
     of its page. Only config, safetensors, tokenizer and licence files are downloaded.
 
@@ -42,6 +43,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
             f"{spelled} is not a local folder, and not spelled like a hub id (owner/name, "
             "owner/name@revision): correct the path"
         )
+    if named["revision"] is None and (local := mirrored(named["id"])) is not None:
+        return local
     import huggingface_hub
 
     try:
