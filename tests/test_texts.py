@@ -187,7 +187,7 @@ def test_source(source, settings, parts):
 
 
 def test_folder_or_pipe_instead_of_file(tmp_path):
-    refused([str(tmp_path), "is a folder: expected a file (.jsonl, .json, .txt)"], str(tmp_path))
+    refused([str(tmp_path), "is a folder without train.jsonl", "found nothing"], str(tmp_path))
     os.mkfifo(tmp_path / "a.jsonl")  # to open it would wait for a writer
     refused(["a.jsonl: is a pipe or device: expected a file"], str(tmp_path / "a.jsonl"))
 

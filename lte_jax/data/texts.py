@@ -96,7 +96,7 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Any]
         return _stdlib_rows(part or split)
     is_local = os.path.lexists(path) or source.startswith((".", "/", "~"))
     if is_local or path.suffix in (*FILE_KINDS, ".gz"):
-        return _file_rows(_of_split(path, split) if path.is_dir() else path)
+        return _file_rows(_of_split(path, split) if os.path.isdir(path) else path)
     if local := mirrored("/".join(source.split(":")[:2]).rstrip("/")):
         return _file_rows(_of_split(local, ":".join(source.split(":")[2:]) or split or "train"))
     return _hub_rows(source, split)
