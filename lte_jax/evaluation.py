@@ -23,7 +23,7 @@ import numpy as np
 from lte_jax import checks, interrupt
 from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import decode, generate_text
+from lte_jax.generate import complete, decode, generate_text
 from lte_jax.generate.decoding import Decoder
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
@@ -31,7 +31,7 @@ from lte_jax.objective import predicted, task_loss
 from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
-from lte_jax.tasks import Classification
+from lte_jax.tasks import Task
 
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
 UNION_SIZES = (1, 2, 4, 8, 16)  # batch sizes for which the union of active experts is measured
@@ -45,7 +45,7 @@ def evaluate(
     records: Records | Any,
     *,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
-    task: Classification | None = None,
+    task: Task | None = None,
     tokenizer: Any = None,
     routing: Routing | str | None = None,
     threshold: float | Any = None,
@@ -67,8 +67,9 @@ def evaluate(
       params: its parameters.
       records: the text to predict, see `data.pad`.
       baseline: the dense model to compare with, and its parameters.
-      task: of labelled records, for its metrics; None: perplexity.
-      tokenizer: for figures per byte and a sample text; without it these are left out.
+      task: that made the records, for its metrics; None: perplexity.
+      tokenizer: for figures per byte and a sample text; without it these are left out. Tasks that
+        generate need it.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
       name: of `model` in the results; None: "LTE" or "dense".
@@ -96,13 +97,20 @@ def evaluate(
     for entrant in entrants:
         entrant.check(records, *sample[:3])
     num_bytes = None if tokenizer is None or task else scored_bytes(records, tokenizer)
-    entries = [
-        e.measured(records, batch_size, num_bytes, task) | e.sample(*sample) for e in entrants
-    ]
-    if latency_rounds and task is None:
+    entries = []
+    for e in entrants:
+        entries.append(e.measured(records, batch_size, num_bytes, task))
+        if task is not None and task.decoding is not None:
+            entries[-1] |= e.written(records, batch_size, task, tokenizer)
+        entries[-1] |= e.sample(*sample)
+    if latency_rounds and model.config.head == "lm":
         _add_latency(entries, entrants, records, latency_rounds)
     results = {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
-    return results | ({"task": task.name, "records": len(records)} if task else {})
+    if task is not None:
+        results |= {"task": task.name, "records": len(records)}
+    if records.examples:
+        results["references"] = [list(example.references) for example in records.examples]
+    return results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +138,7 @@ class _Entrant:
             )
 
     def measured(
-        self, records: Records, batch_size: int, num_bytes: int | None, task: Classification | None
+        self, records: Records, batch_size: int, num_bytes: int | None, task: Task | None
     ) -> dict[str, Any]:
         """The results, except sample text and latency."""
         settings = {"routing": self.routing, "threshold": self.threshold, "batch_size": batch_size}
@@ -147,6 +155,22 @@ class _Entrant:
             "gflops_per_token": flops_per_token(config, lte, sparsity) / _GIGA,
             "gbytes_per_token": bytes_per_token(config, lte, sparsity, width) / _GIGA,
         }
+
+    def written(
+        self, records: Records, batch_size: int, task: Task, tokenizer: Any
+    ) -> dict[str, Any]:
+        """What the model writes after the task's prompts, and its metrics."""
+        if tokenizer is None or not records.examples:
+            raise UserError(
+                f"task {task.name!r} generates: expected a tokenizer, and records of the task "
+                "with their examples"
+            )
+        prompts, references = map(list, zip(*records.examples, strict=True))
+        settings = {"routing": self.routing, "threshold": self.threshold, "label": self.name}
+        settings |= task.decoding or {}
+        texts = complete(self.model, self.params, tokenizer, prompts, batch_size, **settings)
+        first = {"prompt": decode(tokenizer, prompts[0].tolist()) + "\n", "text": texts[0]}
+        return {"metrics": task.score(texts, references), "texts": texts, "sample": first}
 
     def sample(self, tokenizer: Any, prompt: str, tokens: int, temperature: float) -> dict:
         """A continuation of the prompt by up to `tokens`, as far as the model has positions."""
@@ -179,7 +203,7 @@ def perplexity(
     threshold: float | Any = None,
     batch_size: int | Any = 8,
     num_bytes: int | None = None,
-    task: Classification | None = None,
+    task: Task | None = None,
     label: str = "evaluating",
 ) -> dict[str, Any]:
     """Loss and perplexity of the model on `records`, and the sparsity of its routing.
@@ -192,7 +216,7 @@ def perplexity(
       threshold: in place of `model.lte.threshold`.
       batch_size: of the forward passes, in records.
       num_bytes: of the predicted text in UTF-8, for the figures per byte.
-      task: of labelled records; its metrics take the place of token_ppl.
+      task: that made the records; metrics of labels take the place of token_ppl.
       label: of the progress bar on terminals; names the model in errors.
 
     Returns:
@@ -217,12 +241,12 @@ def perplexity(
             interrupt.check("while measuring")
             sums = _measure(model, params, batch, threshold, routing=routing)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-            if task is not None:
+            if "logits" in sums:
                 logits.append(sums.pop("logits"))
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             bar.update(batch_size)
     summary = _summary(model, totals, num_bytes, label)
-    if task is None:
+    if task is None or task.decoding is not None:
         return summary
     del summary["token_ppl"]  # the loss is of labels
     scores = task.score(np.concatenate(logits)[: len(records)], records.more["labels"])
@@ -347,7 +371,8 @@ def _check_records(model: Transformer, records: Any, routing: Any, threshold: An
 
 
 def _count_predicted(records: Records) -> int:
-    return int(jnp.sum(loss_mask(jnp.asarray(records.segments_RL))))
+    masks = jax.tree.map(jnp.asarray, (records.segments_RL, records.more.get("answers")))
+    return int(jnp.sum(loss_mask(*masks)))
 
 
 def _check(model, params, baseline, name, batch_size, sample_tokens, latency_rounds) -> None:

@@ -37,7 +37,7 @@ class Parts:
     source: Path | None  # folder of the initial dense model; None: random weights
     tokenizer: Any
     records: tuple[data.Records, data.Records]  # training, validation
-    task: tasks.Classification | None  # None: language modelling
+    task: tasks.Task | None  # None: language modelling
     inputs: dict[str, Any]  # name -> [number, digest] of everything read
 
 
@@ -62,7 +62,8 @@ def prepare(
         write_config(config, config.dtype)  # raises if its family cannot express it
     else:
         hf.check_params(folder, config)
-    task = tasks.find(experiment.data.task) if experiment.data.task else None
+    name = experiment.data.task
+    task = tasks.find(name).adapted(experiment.data) if name else None
     if task is not None and folder == source:
         config = task.dense_config(config)
     elif task is None and (config.head != "lm" or not config.causal):
@@ -80,8 +81,10 @@ def prepare(
         shardings = sharding.param_shardings(abstract_params(model), mesh)
         return model, hf.load_params(folder, config, None, model.dtype, shardings)
 
-    if "end_token" in known or task is not None:
-        end = known.get("end_token")
+    if "end_token" in known:
+        end = known["end_token"]
+    elif task is not None:
+        end = tokenizer.eos_token_id if task.decoding else None
     else:
         end = data.end_token(experiment.data, tokenizer, config, load if folder else None)
     if folder is None and end is not None and not config.eos_ids:

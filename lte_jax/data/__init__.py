@@ -16,6 +16,7 @@ Dimension key: B batch  L length  R records
 
 from lte_jax.data.ends import end_probabilities, end_token
 from lte_jax.data.packing import (
+    Example,
     Records,
     build,
     check,
@@ -29,6 +30,7 @@ from lte_jax.data.texts import local_path, read_rows, read_texts, text_of, value
 from lte_jax.data.tokens import byte_tokenizer, tokenize
 
 __all__ = [
+    "Example",
     "Records",
     "build",
     "byte_tokenizer",
@@ -38,6 +40,7 @@ __all__ = [
     "end_token",
     "local_path",
     "eval_batches",
+    "local_path",
     "pack",
     "pad",
     "read_rows",

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,17 +24,25 @@ from lte_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
+class Example(NamedTuple):
+    """What a model is asked to continue, and texts that would be right."""
+
+    prompt: np.ndarray  # token ids
+    references: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
     """Token records in memory; `records[i]` is {"tokens": int32 [L], "segments": int32 [L]}.
 
     `more` holds what a task adds, by its name in a batch: "types" and "answers" [R, L], "labels"
-    [R].
+    [R]. `examples` are for tasks of generation and in no batch.
     """
 
     tokens_RL: np.ndarray
     segments_RL: np.ndarray
     more: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens_RL)

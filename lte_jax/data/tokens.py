@@ -58,11 +58,12 @@ def byte_tokenizer() -> Any:
     )
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+def tokenize(texts: Sequence[str], tokenizer: Any, *, start: bool = True) -> list[np.ndarray]:
     """Each text as an int32 array of token ids.
 
     The ids start with what the tokenizer puts in front, such as <s>, unless the text begins with
-    it; nothing is added at the end. Lone surrogates, which are not characters, become U+FFFD and
+    it; nothing is added at the end. With `start` False, each text is the middle of one and nothing
+    is added at all. Lone surrogates, which are not characters, become U+FFFD and
     are counted in one log line. On a terminal, a progress bar appears after two seconds.
     """
     from tqdm import tqdm
@@ -70,7 +71,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     if not callable(tokenizer):
         kind = type(tokenizer).__name__
         raise UserError(f"tokenizer is {kind}: expected the result of load_tokenizer")
-    prefix = _prefix(tokenizer)
+    prefix = _prefix(tokenizer) if start else np.zeros(0, np.int32)
     documents, replaced = [], 0
     style = {"unit": " characters", "unit_scale": True, "delay": 2, "disable": None}
     with tqdm(total=sum(map(len, texts)), desc="tokenising", **style) as bar:

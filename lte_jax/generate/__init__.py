@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax import checks
+from lte_jax import checks, interrupt
 from lte_jax.config import ModelConfig
 from lte_jax.data import tokenize
 from lte_jax.errors import UserError
@@ -164,6 +164,39 @@ def generate_text(
     text = decode(tokenizer, given + new)[skip:]
     show(text)
     return text
+
+
+def complete(
+    model: Transformer,
+    params: Mapping[str, Any],
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    batch_size: int,
+    *,
+    label: str = "generating",
+    **settings: Any,
+) -> list[str]:
+    """The text that follows each prompt of token ids, `batch_size` of similar length at a time.
+
+    The tokenizer's end of text ends a text, as do those of the model. `label` is of the progress
+    bar on terminals, `settings` are those of `generate`.
+    """
+    from tqdm import tqdm
+
+    ends = {*model.config.eos_ids, tokenizer.eos_token_id} - {None}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    with tqdm(total=len(prompts), desc=label, unit=" texts", disable=None, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            interrupt.check("while generating")
+            chosen = order[start : start + batch_size]
+            filled = [*chosen, *[chosen[-1]] * (batch_size - len(chosen))]  # one program for all
+            batch = [prompts[i] for i in filled]
+            new = generate(model, params, batch, eos_ids=sorted(ends), **settings)
+            for i, ids in zip(chosen, new, strict=False):
+                texts[i] = decode(tokenizer, ids).strip()
+            bar.update(len(chosen))
+    return texts
 
 
 def settled_text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 from lte_jax.errors import UserError, nearest
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
-from lte_jax.tasks import glue, mmlu, wikitext
+from lte_jax.tasks import glue, mmlu, nlg, wikitext
 from lte_jax.tasks.measurement import Run
-from lte_jax.tasks.task import Classification
+from lte_jax.tasks.task import Classification, Task
 
-__all__ = ["MEASURED", "TASKS", "Classification", "Run", "find", "measure"]
-TASKS = {**glue.TASKS}
-MEASURED: Mapping[str, Any] = {**TASKS, **wikitext.TASKS, **mmlu.TASKS}
+__all__ = ["MEASURED", "TASKS", "Classification", "Run", "Task", "find", "measure"]
+TASKS: dict[str, Task] = {**glue.TASKS, **nlg.TASKS}
+MEASURED: Mapping[str, Any] = {**glue.TASKS, **wikitext.TASKS, **mmlu.TASKS}
 
 
 def find(name: str, among: Mapping[str, Any] = TASKS, key: str = "data.task") -> Any:

@@ -10,8 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from lte_jax.errors import UserError
-from lte_jax.tasks.task import Classification
+from lte_jax.tasks.task import Classification, library
 
 
 def accuracy(guessed_R: np.ndarray, labels_R: np.ndarray) -> float:
@@ -21,31 +20,22 @@ def accuracy(guessed_R: np.ndarray, labels_R: np.ndarray) -> float:
 
 def f1(guessed_R: np.ndarray, labels_R: np.ndarray) -> float:
     """Of class 1: the harmonic mean of precision and recall."""
-    return float(_library("sklearn.metrics").f1_score(labels_R, guessed_R, zero_division=0))
+    return float(library("sklearn.metrics").f1_score(labels_R, guessed_R, zero_division=0))
 
 
 def matthews(guessed_R: np.ndarray, labels_R: np.ndarray) -> float:
     """Matthews' correlation."""
-    return float(_library("sklearn.metrics").matthews_corrcoef(labels_R, guessed_R))
+    return float(library("sklearn.metrics").matthews_corrcoef(labels_R, guessed_R))
 
 
 def pearson(guessed_R: np.ndarray, labels_R: np.ndarray) -> float:
     """Pearson's correlation."""
-    return float(_library("scipy.stats").pearsonr(guessed_R, labels_R)[0])
+    return float(library("scipy.stats").pearsonr(guessed_R, labels_R)[0])
 
 
 def spearman(guessed_R: np.ndarray, labels_R: np.ndarray) -> float:
     """Spearman's rank correlation."""
-    return float(_library("scipy.stats").spearmanr(guessed_R, labels_R)[0])
-
-
-def _library(name: str):
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"this metric needs {name}: pip install 'lte-jax[tasks]'") from None
+    return float(library("scipy.stats").spearmanr(guessed_R, labels_R)[0])
 
 
 _SAME = ("not_equivalent", "equivalent")

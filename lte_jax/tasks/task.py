@@ -1,14 +1,17 @@
 """What a task is: its columns, labels, loss and metrics, as data; and its records.
 
-A file of this folder describes the tasks of one benchmark. The loss follows from the model's head
-(`ModelConfig.head`); the trainer knows no task.
+A file of this folder describes the tasks of one benchmark. A kind of task is a subclass of `Task`:
+`Classification` here, `Generation` in generation.py. The loss follows from the model's head
+(`ModelConfig.head`) and the records; the trainer knows no task.
 
 Dimension key: R records  L length  Y labels
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +20,7 @@ import numpy as np
 
 from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
-from lte_jax.data import Records, check, read_rows, text_of, value_of
+from lte_jax.data import Records, check, local_path, read_rows, text_of, value_of
 from lte_jax.errors import UserError
 from lte_jax.scoring import class_logits
 from lte_jax.tasks.measurement import Measured, Run, bootstrapped, place
@@ -26,16 +29,29 @@ log = logging.getLogger(__name__)
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of predictions [R] and labels [R]
 
 
+def library(name: str) -> Any:
+    """A library that metrics are computed with.
+
+    Raises:
+      UserError: if it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"this metric needs {name}: pip install 'lte-jax[tasks]'") from None
+
+
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """A label for each text or pair of texts.
+class Task(abc.ABC):
+    """What preflight, pipeline and evaluation ask of a task, whatever its kind.
 
     Attributes:
       name: as in `data.task`.
-      columns: of the text, or of both texts.
-      labels: names of the classes, in the order of their numbers; () for a regression.
-      metrics: name -> function, the first one is the one that papers give.
-      validation: name of the validation split, or splits.
+      columns: what is read of a row, besides a label.
+      validation: name of the validation split, or splits; (): there is none, and a part of the
+        training rows is held out.
+      decoding: settings of `generate` with which the model writes what is scored; None: the logits
+        of its head are scored.
       source: where the task is described.
       hub: its data set on the Hugging Face hub.
       folder: where it lies in a folder of several data sets.
@@ -43,26 +59,37 @@ class Classification:
 
     name: str
     columns: tuple[str, ...]
-    labels: tuple[str, ...]
-    metrics: Mapping[str, Metric]
-    validation: tuple[str, ...] = ("validation",)
-    source: str = ""
-    hub: str = ""
-    folder: str = ""
+    validation: tuple[str, ...] = dataclasses.field(default=("validation",), kw_only=True)
+    decoding: Mapping[str, Any] | None = dataclasses.field(default=None, kw_only=True)
+    source: str = dataclasses.field(default="", kw_only=True)
+    hub: str = dataclasses.field(default="", kw_only=True)
+    folder: str = dataclasses.field(default="", kw_only=True)
 
+    def adapted(self, data: DataConfig) -> Task:
+        """The task with what `data` changes of it."""
+        return self
+
+    @abc.abstractmethod
     def dense_config(self, config: ModelConfig) -> ModelConfig:
         """The model's config with the head of this task.
 
         Raises:
           UserError: if its family has none.
         """
-        if config.causal:
-            raise UserError(
-                f"data.task={self.name!r} needs an encoder, such as roberta or bert; the model's "
-                f"family is {config.family!r}"
-            )
-        number = len(self.labels) or 1
-        return dataclasses.replace(config, head="classes", num_labels=number, pooler=True)
+
+    @abc.abstractmethod
+    def records(
+        self, source: str, split: str, data: DataConfig, tokenizer: Any, config: ModelConfig
+    ) -> Records:
+        """The records of a split.
+
+        Raises:
+          UserError: on rows that do not fit the task; names file and line.
+        """
+
+    @abc.abstractmethod
+    def score(self, outputs: Any, expected: Any) -> dict[str, float]:
+        """The metrics of what a model put out: logits and labels, or texts and references."""
 
     def build(
         self, data: DataConfig, tokenizer: Any, config: ModelConfig
@@ -73,9 +100,7 @@ class Classification:
           UserError: if data, tokenizer and model do not fit together.
         """
         check(data, tokenizer, config)
-        train = self.records(data.train, "train", data, tokenizer, config)
-        held_out = data.validation or data.train
-        validation = self.records(held_out, self.validation[0], data, tokenizer, config)
+        train, validation = self._both(data, tokenizer, config)
         if len(train) < data.batch_size:
             raise UserError(
                 f"{data.train}: {len(train)} training records, fewer than data.batch_size="
@@ -83,14 +108,43 @@ class Classification:
             )
         return train, validation
 
+    def _both(self, data, tokenizer, config) -> tuple[Records, Records]:
+        if not data.validation and local_path(data.train).is_file():
+            raise UserError(
+                f"data.validation is '' and {data.train} is one file: name a validation file, or a "
+                "folder with a file for each split"
+            )
+        train = self.records(data.train, "train", data, tokenizer, config)
+        held_out = data.validation or data.train
+        return train, self.records(held_out, self.validation[0], data, tokenizer, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+    """A label for each text or pair of texts, which are its `columns`.
+
+    Attributes:
+      labels: names of the classes, in the order of their numbers; () for a regression.
+      metrics: name -> function, the first one is the one that papers give.
+    """
+
+    labels: tuple[str, ...]
+    metrics: Mapping[str, Metric]
+
+    def dense_config(self, config: ModelConfig) -> ModelConfig:
+        """The encoder's config with a head of classes."""
+        if config.causal:
+            raise UserError(
+                f"data.task={self.name!r} needs an encoder, such as roberta or bert; the model's "
+                f"family is {config.family!r}"
+            )
+        number = len(self.labels) or 1
+        return dataclasses.replace(config, head="classes", num_labels=number, pooler=True)
+
     def records(
         self, source: str, split: str, data: DataConfig, tokenizer: Any, config: ModelConfig
     ) -> Records:
-        """The records of a split, one text or pair each; longer ones are cut, and that is said.
-
-        Raises:
-          UserError: on missing columns and bad labels; names file and line.
-        """
+        """One text or pair each; longer ones are cut, and that is said."""
         texts: list[list[str]] = []
         labels = []
         for where, row in read_rows(source, split):
@@ -139,10 +193,10 @@ class Classification:
             more["types"] = types_RL
         return Records(tokens_RL, segments_RL, more)
 
-    def score(self, logits_RY: np.ndarray, labels_R: np.ndarray) -> dict[str, float]:
-        """The metrics of a model's logits, in percent."""
-        guessed_R = logits_RY.argmax(axis=1) if self.labels else logits_RY[:, 0]
-        return {name: 100 * metric(guessed_R, labels_R) for name, metric in self.metrics.items()}
+    def score(self, outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+        """In percent, of logits [R, Y] and labels [R]."""
+        guessed_R = outputs.argmax(axis=1) if self.labels else outputs[:, 0]
+        return {name: 100 * metric(guessed_R, expected) for name, metric in self.metrics.items()}
 
     def measure(self, run: Run) -> tuple[dict[str, Measured], float]:
         """The metrics over the validation splits, in percent, and the share of experts skipped.
