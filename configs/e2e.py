@@ -51,7 +51,7 @@ def get_config(arg="gpt2_medium"):
         c.stages.router.router_lr_multiplier = 1.0
     if "smoke" in words:  # every part, in seconds
         c.data.max_documents, c.data.max_validation_records, c.data.batch_size = 64, 4, 8
-        c.data.beams = 2
+        c.data.length, c.data.max_new_tokens, c.data.beams = 256, 16, 2
         c.lte.calibration_records = 8
         for stage in c.stages.values():
             stage.steps = 2
