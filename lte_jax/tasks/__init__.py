@@ -1,6 +1,6 @@
 """Tasks: what a model is trained and measured on, a file for each benchmark.
 
-`data.task` names one of TASKS, which have answers to train on; "" is language modelling on the texts
+`data.task` names one of TASKS, which can be trained on; "" is language modelling on the texts
 of `data.train`. `evaluate.py --tasks` measures those of MEASURED. A new task is an entry of a file
 here, or a file and its name below.
 """
