@@ -17,7 +17,7 @@ def main() -> None:
     add("--workdir", help="a finished train.py run: redo its report; no other flags")
     add("--model", help="HF or LTE folder, or hub id")
     add("--dense", help="the dense model to compare with: folder or hub id")
-    add("--tasks", help=f"measure these, joined by commas: {', '.join(tasks.MEASURED)}")
+    add("--tasks", type=tasks.named, help=f"joined by commas: {', '.join(tasks.MEASURED)}")
     add("--data", help="JSON-lines file, hub dataset, or python-stdlib; of tasks, a folder")
     add("--column", default="text", help="column of --data that holds the text")
     add("--newline", default="\n", help="replaces newlines in the text")
@@ -44,7 +44,7 @@ def main() -> None:
         chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         chosen["tokenizer"] = lte_jax.load_tokenizer(flags.model)
         if flags.tasks:
-            what = flags.tasks.split(","), model, params, flags.data, flags.length, flags.records
+            what = flags.tasks, model, params, flags.data, flags.length, flags.records
             return report.write_tasks(tasks.measure(*what, **chosen), out, vars(flags))
         source = (flags.data, flags.column, flags.newline, flags.records or 64, "validation")
         documents = data.tokenize(data.read_texts(*source, flags.join), chosen["tokenizer"])

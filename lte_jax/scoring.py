@@ -25,7 +25,8 @@ from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
 
 SHORTEST = 32  # tokens; no input is padded to less
-Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+Ids = Sequence[int] | np.ndarray
+Pair = tuple[Ids, Ids]  # token ids of a context and of its continuation
 
 
 class Likelihood(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -161,9 +162,24 @@ def experiment(encoder, tmp_path):
     return config.from_mapping(config.Experiment, c.to_dict())
 
 
+def measured_again(folder, experiment, entry):
+    """evaluate.py --tasks measures what the run's report says; other tasks refuse an encoder."""
+    model, weights = lte_jax.load(folder)
+    parts = model, weights, experiment.data.train, 12
+    settings = {"tokenizer": lte_jax.load_tokenizer(folder)}
+    [row] = tasks.measure(["sst2"], *parts, **settings)
+    assert row["value"] == pytest.approx(entry["metrics"]["accuracy"]) and row["records"] == 13
+    assert row["sparsity"] == pytest.approx(entry["sparsity"], abs=1e-5) and row["error"] >= 0
+    for name in "mmlu", "wikitext":
+        write(pathlib.Path(experiment.data.train) / "test.jsonl", [{"text": "a film " * 20}])
+        with pytest.raises(UserError, match="the model is an encoder"):
+            tasks.measure([name], *parts, **settings)
+
+
 def test_a_whole_run(experiment, tokenizer, tmp_path, capsys):
     pipeline.train(experiment, tmp_path / "run")
     results = json.loads((tmp_path / "run/results.json").read_text())
+    measured_again(tmp_path / "run/lte", experiment, results["models"][1])
     assert results["task"] == "sst2" and results["records"] == 13
     dense, lte = results["models"]
     for entry in dense, lte:

@@ -7,6 +7,7 @@ here, or a file and its name below.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from lte_jax.tasks import glue, mmlu, nlg, wikitext
 from lte_jax.tasks.measurement import Run
 from lte_jax.tasks.task import Classification, Task
 
-__all__ = ["MEASURED", "TASKS", "Classification", "Run", "Task", "find", "measure"]
+__all__ = ["MEASURED", "TASKS", "Classification", "Run", "Task", "find", "measure", "named", "rows"]
 TASKS: dict[str, Task] = {**glue.TASKS, **nlg.TASKS}
 MEASURED: Mapping[str, Any] = {**glue.TASKS, **wikitext.TASKS, **mmlu.TASKS}
 
@@ -32,6 +33,14 @@ def find(name: str, among: Mapping[str, Any] = TASKS, key: str = "data.task") ->
     if name not in among:
         raise UserError(f"{key}={name!r}: {nearest(name, among)}")
     return among[name]
+
+
+def named(text: str) -> list[str]:
+    """The `type=` of an argparse flag: names of tasks to measure, joined by commas."""
+    try:
+        return [find(name, MEASURED, "task").name for name in text.split(",")]
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def measure(
@@ -81,10 +90,14 @@ def measure(
         model, params = baseline
         dense = dataclasses.replace(run, model=model, params=params, how={"batch_size": batch_size})
         runs = {"dense": dense} | runs
-    rows = []
-    for task in chosen:
-        for who, run in runs.items():
-            metrics, sparsity = task.measure(run)
-            row = {"task": task.name, "model": who, "sparsity": sparsity}
-            rows += [row | {"metric": m} | dataclasses.asdict(x) for m, x in metrics.items()]
-    return rows
+    return [row for task in chosen for row in rows(task, runs)]
+
+
+def rows(task: Any, runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """What `measure` returns of one task, for each model by its name."""
+    found = []
+    for who, run in runs.items():
+        metrics, sparsity = task.measure(run)
+        row = {"task": task.name, "model": who, "sparsity": sparsity}
+        found += [row | {"metric": m} | dataclasses.asdict(x) for m, x in metrics.items()]
+    return found
