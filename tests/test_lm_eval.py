@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 import lte_jax
+from lte_jax import tasks
 from lte_jax.config import UserError
 from lte_jax.data import byte_tokenizer
 
@@ -61,7 +62,9 @@ def test_loglikelihoods(models, shared):
 
 def test_rolling_loglikelihoods(models, shared):
     stories = [row["text"] for row in rows(shared / "data/tinystories/validation.jsonl", 48)]
-    texts = [(text,) for text in [*stories, stories[0] * 5, "a"]]  # one longer than the context
+    texts = [
+        (text,) for text in [*(s[:300] for s in stories), stories[0] * 4, "a"]
+    ]  # one longer than the context
     requests = instances("loglikelihood_rolling", texts)
     found, expected = (lm.loglikelihood_rolling(requests) for lm in models)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-3)
@@ -110,6 +113,19 @@ def mmlu(shared, subject, number):
     return task | {"custom_dataset": lambda **_: splits, "num_fewshot": 5}
 
 
+@pytest.mark.slow
+def test_the_task_mmlu_is_lm_evals(models, shared, tmp_path):
+    """Accuracy and standard error of evaluate.py's own mmlu."""
+    mine, task = models[0], mmlu(shared, "anatomy", 16)
+    for split, found in task["custom_dataset"]().items():
+        found.to_json(tmp_path / f"{split}.jsonl")
+    parts = mine.model, mine.params, str(tmp_path)
+    row = tasks.measure(["mmlu"], *parts, tokenizer=mine.tokenizer)[0]
+    [expected] = lm_eval.simple_evaluate(model=mine, tasks=[task])["results"].values()
+    assert row["value"] == pytest.approx(100 * expected["acc,none"])
+    assert row["error"] == pytest.approx(100 * expected["acc_stderr,none"]) and row["records"] == 16
+
+
 def arc(shared):
     """Multiple choice in the format of ARC, of the meanings and sentences of E2E."""
     import datasets
@@ -156,6 +172,7 @@ def wikitext(shared):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mmlu", "arc", "wikitext"])
 def test_whole_tasks(models, shared, name):
     make = {"mmlu": lambda: mmlu(shared, "anatomy", 50), "arc": lambda: arc(shared)}
