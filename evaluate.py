@@ -12,7 +12,7 @@ from lte_jax import config, data, errors, files, interrupt, pipeline, report, ta
 
 def main() -> None:
     """Turns the flags into records and models, and evaluates them."""
-    parser, flag = errors.Parser(description=__doc__), config.flag
+    parser, flag = files.Mirror.add_to(errors.Parser(description=__doc__)), config.flag
     add = parser.add_argument
     add("--workdir", help="a finished train.py run: redo its report; no other flags")
     add("--model", help="HF or LTE folder, or hub id")

@@ -74,12 +74,13 @@ class Mirror(argparse.Action):
         os.environ[MIRROR] = str(values)
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Adds --mirror."""
+    def add_to(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Adds --mirror; returns the parser."""
         text = f"folder with models and data sets by hub id, used before the hub; or set {MIRROR}"
         parser.add_argument(
             "--mirror", metavar="FOLDER", action=cls, default=argparse.SUPPRESS, help=text
         )
+        return parser
 
 
 class Damaged(Exception):
