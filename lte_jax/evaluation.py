@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import UserError
 from lte_jax.generate import complete, decode, generate_text
 from lte_jax.generate.decoding import Decoder
+from lte_jax.generate.latency import decode_latency
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import predicted, task_loss
@@ -36,7 +35,6 @@ from lte_jax.tasks import Task
 HISTOGRAM_BINS = 64  # of router scores, equal parts of [0, 1]
 UNION_SIZES = (1, 2, 4, 8, 16)  # batch sizes for which the union of active experts is measured
 _GIGA = 2**30  # of FLOPs, as in the paper's Table 1, and of bytes of weights
-_LATENCY_TOKENS = 32  # length of the prompt, and of the timed continuation
 
 
 def evaluate(
@@ -94,17 +92,23 @@ def evaluate(
     name = name or ("dense" if model.lte is None else "LTE")
     entrants.append(_Entrant(name, model, params, routing, threshold))
     sample = (tokenizer, prompt, sample_tokens, sample_temperature)
+    results = _measured(entrants, records, batch_size, task, sample)
+    if latency_rounds and model.config.head == "lm":
+        _add_latency(results["models"], entrants, records, latency_rounds)
+    return results
+
+
+def _measured(entrants, records, batch_size: int, task: Task | None, sample: tuple) -> dict:
+    """All of the results but latency; refuses bad records and prompts before it measures."""
+    tokenizer, entries = sample[0], []
     for entrant in entrants:
         entrant.check(records, *sample[:3])
     num_bytes = None if tokenizer is None or task else scored_bytes(records, tokenizer)
-    entries = []
     for e in entrants:
         entries.append(e.measured(records, batch_size, num_bytes, task))
         if task is not None and task.decoding is not None:
             entries[-1] |= e.written(records, batch_size, task, tokenizer)
         entries[-1] |= e.sample(*sample)
-    if latency_rounds and model.config.head == "lm":
-        _add_latency(entries, entrants, records, latency_rounds)
     results = {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
     if task is not None:
         results |= {"task": task.name, "records": len(records)}
@@ -331,30 +335,6 @@ def scored_bytes(records: Records, tokenizer: Any) -> int:
             given, whole = decode(tokenizer, ids[:1]), decode(tokenizer, ids)
             total += len(whole.encode()) - len(given.encode())
     return total
-
-
-def decode_latency(
-    decoders: Sequence[Decoder], prompt: np.ndarray, *, rounds: int = 9
-) -> list[float]:
-    """Milliseconds per decoded token at batch size 1, the median of interleaved rounds.
-
-    Args:
-      decoders: they take turns, so that other load on the machine affects all alike.
-      prompt: token ids; only the first few are used.
-      rounds: timings of each decoder.
-    """
-    tokens = min(_LATENCY_TOKENS, *(d.model.config.max_length // 2 for d in decoders))
-    decoders = [decoder.replace(eos_ids=()) for decoder in decoders]
-    states = [decoder.prefill([np.asarray(prompt)[:tokens]], room=tokens) for decoder in decoders]
-    times: list[list[float]] = [[] for _ in decoders]
-    for turn in range(rounds + 1):
-        for decoder, state, seconds in zip(decoders, states, times, strict=True):
-            interrupt.check("while timing")
-            start = time.perf_counter()
-            jax.block_until_ready(decoder.extend(state, jnp.int32(tokens), tokens)[0])
-            if turn:  # the first compiles
-                seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) / tokens * 1e3 for seconds in times]
 
 
 def _check_records(model: Transformer, records: Any, routing: Any, threshold: Any) -> None:

@@ -89,10 +89,7 @@ def prepare(
         end = data.end_token(experiment.data, tokenizer, config, load if folder else None)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
-    if task is None:
-        records = data.build(experiment.data, tokenizer, config, experiment.seed, end)
-    else:
-        records = task.build(experiment.data, tokenizer, config)
+    records = _records(experiment, task, tokenizer, config, end)
     inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), data.digest(part)]
         for name, part in zip(("train", "validation"), records, strict=True)
@@ -102,6 +99,12 @@ def prepare(
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
     return Parts(config, source, tokenizer, records, task, inputs)
+
+
+def _records(experiment, task, tokenizer, config, end) -> tuple[data.Records, data.Records]:
+    if task is not None:
+        return task.build(experiment.data, tokenizer, config)
+    return data.build(experiment.data, tokenizer, config, experiment.seed, end)
 
 
 def is_sparse(experiment: Experiment) -> bool:

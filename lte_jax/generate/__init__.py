@@ -52,12 +52,10 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt; returns the new token ids of each, an end-of-text token included.
 
-        prompts = [tokenizer("Once upon a time")["input_ids"], tokenizer("Lily")["input_ids"]]
-        texts = tokenizer.batch_decode(lte_jax.generate(model, params, prompts, max_new_tokens=50))
+        [ids] = lte_jax.generate(model, params, [tokenizer("Once")["input_ids"]], max_new_tokens=9)
 
     Args:
-      model: dense or LTE, as from `lte_jax.load`.
-      params: its parameters.
+      model, params: dense or LTE, as from `lte_jax.load`.
       tokens: a list of prompts, each a list of token ids, or an array [B, L].
       max_new_tokens: for each prompt; prompt and new tokens must fit in the model's max_length.
       temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
@@ -65,22 +63,18 @@ def generate(
       top_p: sample among the fewest likeliest tokens that have this probability together.
       seed: of the sampling, 0 to 2^32 - 1; the same seed gives the same text.
       beams: 2 or more: beam search (beam.py) of that width, as transformers defines it.
-      length_penalty: of beam search: a text's log-probability is divided by its length to this
-        power; above 0, larger values favour longer texts.
-      no_repeat_ngram: of beam search: no n-gram of this many tokens occurs twice in prompt and
-        text. 0: any may.
+      length_penalty: of beam search: power of the length that divides a text's log-probability.
+      no_repeat_ngram: of beam search: n-grams of this size occur once in a text; 0: any may repeat.
       min_new_tokens: of beam search: tokens before a text may end.
       eos_ids: tokens that end a text. None: those of the model; (): none.
-      routing: as in `lte_jax.apply`. "hard", "top_k" and "straight_through" (hard going forward)
-        read active experts only.
+      routing: as in `lte_jax.apply`; all but "dense" and "soft" read active experts only.
       threshold: in place of `model.lte.threshold`.
       implementation: of the sparse FFN, see `lte_jax.kernels.sparse_ffn`.
       mask: True (or > 0) at real tokens [B, L], where `tokens` is a padded array.
       stream: called with each prompt's newest tokens as soon as there are some.
 
     Raises:
-      UserError: on prompts or settings that make no sense, naming which; and where the model's
-        logits are not finite, from which no token can be chosen.
+      UserError: on prompts and settings that make no sense, and where logits are not finite.
     """
     checks.model(model, params)
     checks.function("stream", stream)
@@ -93,8 +87,17 @@ def generate(
     decoder = Decoder.of(model, params, routing, threshold, **sampling, **settings)
     _check_search(decoder, stream, beams, **search)
     if beams > 1:
-        found, finite = beam.search(decoder, prompts, beams=beams, **search)
-        return found if finite else _not_finite(model, max_new_tokens)
+        return _searched(decoder, prompts, beams=beams, **search)
+    return _continued(decoder, prompts, max_new_tokens, seed, stream)
+
+
+def _searched(decoder, prompts, *, max_new_tokens: int, **search) -> list[list[int]]:
+    found, finite = beam.search(decoder, prompts, max_new_tokens=max_new_tokens, **search)
+    return found if finite else _not_finite(decoder.model, max_new_tokens)
+
+
+def _continued(decoder, prompts, max_new_tokens: int, seed: int, stream) -> list[list[int]]:
+    """The new tokens of each prompt, without beam search."""
     state = decoder.prefill(prompts, room=max_new_tokens, seed=seed)
     size = STREAM_CHUNK if stream else round_up(max_new_tokens - 1)
     new: list[list[int]] = [[] for _ in prompts]

@@ -1,0 +1,40 @@
+"""Times decoding, of several models in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lte_jax import interrupt
+from lte_jax.generate.decoding import Decoder
+
+_LATENCY_TOKENS = 32  # length of the prompt, and of the timed continuation
+
+
+def decode_latency(
+    decoders: Sequence[Decoder], prompt: np.ndarray, *, rounds: int = 9
+) -> list[float]:
+    """Milliseconds per decoded token at batch size 1, the median of interleaved rounds.
+
+    Args:
+      decoders: they take turns, so that other load on the machine affects all alike.
+      prompt: token ids; only the first few are used.
+      rounds: timings of each decoder.
+    """
+    tokens = min(_LATENCY_TOKENS, *(d.model.config.max_length // 2 for d in decoders))
+    decoders = [decoder.replace(eos_ids=()) for decoder in decoders]
+    states = [decoder.prefill([np.asarray(prompt)[:tokens]], room=tokens) for decoder in decoders]
+    times: list[list[float]] = [[] for _ in decoders]
+    for turn in range(rounds + 1):
+        for decoder, state, seconds in zip(decoders, states, times, strict=True):
+            interrupt.check("while timing")
+            start = time.perf_counter()
+            jax.block_until_ready(decoder.extend(state, jnp.int32(tokens), tokens)[0])
+            if turn:  # the first compiles
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) / tokens * 1e3 for seconds in times]
