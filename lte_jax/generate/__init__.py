@@ -55,7 +55,8 @@ def generate(
         [ids] = lte_jax.generate(model, params, [tokenizer("Once")["input_ids"]], max_new_tokens=9)
 
     Args:
-      model, params: dense or LTE, as from `lte_jax.load`.
+      model: dense or LTE, as from `lte_jax.load`.
+      params: its parameters.
       tokens: a list of prompts, each a list of token ids, or an array [B, L].
       max_new_tokens: for each prompt; prompt and new tokens must fit in the model's max_length.
       temperature: 0 takes the likeliest token, 1 samples from the model's distribution.
@@ -77,10 +78,9 @@ def generate(
       UserError: on prompts and settings that make no sense, and where logits are not finite.
     """
     checks.model(model, params)
-    checks.function("stream", stream)
     prompts = _prompts(tokens, mask, model.config.vocab_size)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check(model.config, prompts, max_new_tokens, seed, threshold, **sampling)
+    _check(model.config, prompts, max_new_tokens, seed, threshold, stream, **sampling)
     search = {"length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
     search |= {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     settings = {"implementation": implementation, "eos_ids": _eos_ids(model.config, eos_ids)}
@@ -271,7 +271,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Iterable) and not single
 
 
-def _check(config, prompts, max_new_tokens, seed, threshold, temperature, top_k, top_p) -> None:
+def _check(
+    config, prompts, max_new_tokens, seed, threshold, stream, temperature, top_k, top_p
+) -> None:
+    checks.function("stream", stream)
     longest, most = max(map(len, prompts)), config.max_length
     checks.integer("max_new_tokens", max_new_tokens, 1)
     if longest + max_new_tokens > most:
