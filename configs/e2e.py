@@ -1,6 +1,6 @@
 """Describe restaurants (E2E NLG) with a GPT-2 or a Llama, and make it sparse.
 
-    python train.py --config=configs/e2e.py:gpt2_medium --workdir=runs/e2e
+    python train.py --config=configs/e2e.py --workdir=runs/e2e
     python train.py --config=configs/e2e.py:llama_small --workdir=runs/e2e_small   # from scratch
 
 Words, joined by commas: a model (gpt2_medium, llama7b, llama_small, gpt2_small), `paper` for the

@@ -1,6 +1,6 @@
 """Summarise news articles in one sentence (XSum) with GPT-2 medium or LLaMA-7B, and make it sparse.
 
-    python train.py --config=configs/xsum.py:gpt2_medium --workdir=runs/xsum
+    python train.py --config=configs/xsum.py --workdir=runs/xsum
 
 Words, joined by commas: a model (gpt2_medium, llama7b), `paper` for the paper's losses, `smoke` for
 a test. An article is cut so that "TL;DR:" and a summary of 60 tokens fit in data.length. A data

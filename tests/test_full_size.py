@@ -108,6 +108,7 @@ def test_flops_are_those_that_xla_counts(name):
     assert cost["flops"] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_train_step_of_the_paper_s_models_lowers(name):
     experiment = load_config("configs/glue.py:mrpc,roberta_base")

@@ -273,6 +273,7 @@ def test_metrics_of_nothing_written():
 # ------------------------------------------------------------------------------------- a whole run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MODEL, GPT2], ids=["llama", "gpt2"])
 def test_a_whole_run_of_e2e(model, tmp_path, capsys):
     folder = write(tmp_path / "e2e" / "train.jsonl", meanings(16))

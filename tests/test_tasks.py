@@ -176,6 +176,7 @@ def measured_again(folder, experiment, entry):
             tasks.measure([name], *parts, **settings)
 
 
+@pytest.mark.slow
 def test_a_whole_run(experiment, tokenizer, tmp_path, capsys):
     pipeline.train(experiment, tmp_path / "run")
     results = json.loads((tmp_path / "run/results.json").read_text())

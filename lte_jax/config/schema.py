@@ -256,10 +256,9 @@ class DataConfig(Checked):
     # Name of a task of lte_jax/tasks/, such as "sst2"; "": language modelling. A task reads its own
     # columns from data.train and data.validation (or the hub's splits of data.train).
     task: str = ""
-    # Of a task that generates: the width of its beam search (1: greedy) and the length of what it
-    # writes, in tokens. None: the task's own, as in published results with BPE tokenizers.
+    # Width of the beam search of a task that generates; 1: greedy. None: the task's own.
     beams: Count | None = None
-    max_new_tokens: Count | None = None
+    max_new_tokens: Count | None = None  # tokens that such a task writes; None: the task's own
     column: str = "text"  # key of the text in each record
     join: str | None = None  # joins all records into one text; None: a record is a document
     # Token appended to each training document; "auto": what the pretrained model expects there, eos
