@@ -161,6 +161,15 @@ def _expect_room(config: ModelConfig, tokens, mask, cache, name: str) -> None:
         )
 
 
+def language_model(config: ModelConfig, what: str) -> None:
+    """Refuses models that do not predict the next token; `what` needs one that does."""
+    if config.head != "lm" or not config.causal:
+        raise UserError(
+            f"{what} needs a model that predicts the next token: this one is of family "
+            f"{config.family!r} with head={config.head!r}"
+        )
+
+
 def array(value: Any, name: str) -> Any:
     """Arrays unchanged; lists converted to an array.
 

@@ -236,6 +236,8 @@ def perplexity(
     from tqdm import tqdm
 
     _check_records(model, records, routing, threshold)
+    if task is None:
+        checks.language_model(model.config, "perplexity")
     checks.finite_params(params, label)
     batch_size = min(batch_size, len(records))
     totals: Any = None

@@ -12,6 +12,7 @@ import pytest
 import lte_jax
 from lte_jax import config, data, hf, losses, params, pipeline, preflight, sharding, tasks
 from lte_jax.config import DataConfig, MeshConfig, ModelConfig, UserError
+from lte_jax.model import Transformer
 from lte_jax.tasks import glue
 
 WORDS = "the film is good bad a dull fine plot and no joy great".split()
@@ -214,7 +215,6 @@ def test_a_whole_run(experiment, tokenizer, tmp_path, capsys):
 
 def test_filling_up_a_batch_counts_in_no_loss(experiment, encoder):
     """Records of zeros, which fill the last batch of a validation, change no sum."""
-    from lte_jax.model import Transformer
     from lte_jax.stages import make
     from lte_jax.training_step import make_eval_step
 
@@ -243,3 +243,15 @@ def test_a_new_head_keeps_what_the_old_model_has(encoder):
     )
     assert 0 < float(jnp.std(new["classifier"]["kernel"])) < 0.05
     assert not np.any(new["classifier"]["bias"])
+
+
+@pytest.mark.parametrize("head", ["none", "masked_lm", "classes"])
+def test_bad_input_encoder_where_a_language_model_is_needed(head):
+    config_ = dataclasses.replace(ENCODER, head=head)
+    model, weights = Transformer(config_), params.abstract(config_, None)
+    weights = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), weights)
+    with pytest.raises(UserError, match=f"generate needs a model that predicts.*head='{head}'"):
+        lte_jax.generate(model, weights, [[5, 6]], max_new_tokens=2)
+    records = data.pad([np.arange(5, 12)], 8)
+    with pytest.raises(UserError, match="perplexity needs a model that predicts.*family 'bert'"):
+        lte_jax.evaluate(model, weights, records, latency_rounds=0)

@@ -275,6 +275,7 @@ def _check(
     config, prompts, max_new_tokens, seed, threshold, stream, temperature, top_k, top_p
 ) -> None:
     checks.function("stream", stream)
+    checks.language_model(config, "generate")
     longest, most = max(map(len, prompts)), config.max_length
     checks.integer("max_new_tokens", max_new_tokens, 1)
     if longest + max_new_tokens > most:
