@@ -287,8 +287,10 @@ def on_first(action: Callable[[], int | None]) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for logged tracebacks of errors that Orbax also raises."""
-    return not (record.exc_info and "orbax" in f"{record.pathname} {record.getMessage()}")
+    """False for logged tracebacks of errors that Orbax also raises: its own, and a full disk's."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    told = "orbax" in f"{record.pathname} {record.getMessage()}"
+    return error is None or not (told or files.disk_trouble(error))
 
 
 @contextlib.contextmanager

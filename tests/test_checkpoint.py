@@ -1,5 +1,6 @@
 """Checkpoints come back as saved: after kills, damage, on another mesh, and in the right number."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lte_jax import checkpoint
 from lte_jax.checkpoint import Checkpointer, quiet_threads
 from lte_jax.errors import UserError
 from lte_jax.files import MANIFEST
@@ -375,3 +377,18 @@ def test_what_a_killed_run_left_is_gone_before_anything_is_saved(tmp_path, monke
         (tmp_path / name / "state").mkdir(parents=True)
     with Checkpointer(tmp_path):
         assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "news"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), False),  # as asyncio logs one, unnamed
+        (RuntimeError("a bug"), True),
+    ],
+)
+def test_a_full_disk_is_told_once_and_a_bug_always(error, news):
+    """The save that failed raises its error as well, with the path."""
+    text = "Future exception was never retrieved"
+    info = (type(error), error, None)
+    record = logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, text, (), info)
+    assert checkpoint._is_news(record) is news
