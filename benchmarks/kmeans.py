@@ -3,7 +3,7 @@
     python benchmarks/kmeans.py --layer 11008x4096
     python benchmarks/kmeans.py --layer 2816x1024 --package
     python benchmarks/kmeans.py --expert-size 8 --package \
-        --tensor ../shared/models/babyllama/model.safetensors:model.layers.0.mlp.gate_proj.weight
+        --tensor MODEL/model.safetensors:model.layers.0.mlp.gate_proj.weight
 
 A layer FxD is made of random vectors with some structure; a tensor is read from a safetensors
 file. Inertia is the sum of squared distances of the L2-normalised rows to the mean of their

@@ -84,6 +84,8 @@ BAD = {
     "label": ({"sentence": "a film", "label": 2}, "label=2: expected 0 (negative), 1 (positive)"),
     "hidden": ({"sentence": "a film", "label": -1}, "test set without labels"),
     "fraction": ({"sentence": "a film", "label": 0.5}, "label=0.5"),
+    "nan": ({"sentence": "a film", "label": float("nan")}, "label=nan"),
+    "infinite": ({"sentence": "a film", "label": float("inf")}, "label=inf"),
     "word": ({"sentence": "a film", "label": "good"}, "label='good'"),
     "column": ({"text": "a film", "label": 1}, "no column 'sentence'"),
     "no label": ({"sentence": "a film"}, "no column 'label'"),

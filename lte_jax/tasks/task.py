@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -159,9 +160,8 @@ class Classification(Task):
     def _label(self, row: Any, where: str) -> Any:
         label = value_of(row, "label", where)
         number = isinstance(label, int | float) and not isinstance(label, bool)
-        if self.labels:
-            number = number and label == int(label) and 0 <= label < len(self.labels)
-        if not number:
+        known = label in range(len(self.labels)) if self.labels else number and isfinite(label)
+        if not (number and known):
             names = ", ".join(f"{i} ({name})" for i, name in enumerate(self.labels))
             raise UserError(
                 f"{where}: label={label!r}: expected {names or 'a number'}"
