@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,10 @@ import pytest
 
 from lte_jax import optim, sharding, stages, training_step
 from lte_jax.config import LTEConfig, load_config
-from lte_jax.hf.config_json import parse
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.sparsity import SparsityController, flops_per_token
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 DENSE = 6_738_415_616  # as Meta counts it
 ROUTERS, BIASES = 45_088_768, 11_008  # 32 x 4096 x 344 and 32 x 344
 
@@ -39,46 +41,25 @@ def test_llama7b_has_the_parameters_it_should(variant):
     assert count(sparse) == DENSE + ROUTERS + (BIASES if lte.router_bias else 0)
 
 
-ROBERTA = {
-    "model_type": "roberta", "architectures": ["RobertaForSequenceClassification"],
-    "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5, "hidden_act": "gelu", "pad_token_id": 1, "bos_token_id": 0,
-    "eos_token_id": 2,
-}  # fmt: skip
-# What config.json says of each on the hub, and its parameters as transformers counts them.
+FLOPS = runpy.run_path(str(ROOT / "benchmarks/flops.py"))
+# Parameters as transformers counts them.
 MODELS = {
-    "roberta_base": (
-        ROBERTA
-        | {"hidden_size": 768, "intermediate_size": 3072}
-        | {"num_hidden_layers": 12, "num_attention_heads": 12},
-        124_647_170,
-    ),
-    "roberta_large": (
-        ROBERTA
-        | {"hidden_size": 1024, "intermediate_size": 4096}
-        | {"num_hidden_layers": 24, "num_attention_heads": 16},
-        355_361_794,
-    ),
-    "gpt2_medium": (
-        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257}
-        | {"n_positions": 1024, "n_embd": 1024, "n_layer": 24, "n_head": 16},
-        354_823_168,
-    ),
+    "LLaMA-7B": DENSE,
+    "GPT-2 medium": 354_823_168,
+    "RoBERTa-base": 124_647_170,
+    "RoBERTa-large": 355_361_794,
 }
 LTE = LTEConfig()
-
-
-def read(name):
-    return parse(MODELS[name][0], "config.json")[0]
+read = FLOPS["read"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_paper_s_models_have_the_parameters_they_should(name):
-    config, (_, number) = read(name), MODELS[name]
+    config, number = read(name), MODELS[name]
     assert count(abstract_params(Transformer(config))) == number
     width, layers = config.d_model, config.num_layers
-    experts = 4 * width // 32
-    assert experts == {768: 96, 1024: 128}[width]
+    experts = config.d_ff // 32
+    assert experts == {768: 96, 1024: 128, 4096: 344}[width]
     routers = layers * experts * (width + 1)
     assert count(abstract_params(Transformer(config, LTE))) == number + routers
 
@@ -88,7 +69,7 @@ def test_the_parameters_are_those_of_transformers(name):
     torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
     import transformers
 
-    raw, number = MODELS[name]
+    raw, number = FLOPS["MODELS"][name], MODELS[name]
     theirs = transformers.AutoConfig.for_model(**raw)
     with torch.device("meta"):
         model = getattr(transformers, raw["architectures"][0])(theirs)
@@ -106,6 +87,16 @@ def test_flops_are_those_that_xla_counts(name):
     scores = 2 * 2 * length * config.d_model  # queries by keys, weights by values
     expected = length * (flops_per_token(config) + scores)
     assert cost["flops"] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_page_has_the_flops_that_are_counted():
+    assert f"\n\n{FLOPS['table']()}\n\n" in (ROOT / "docs/flops.md").read_text()
+    config = read("LLaMA-7B")
+    assert flops_per_token(config) / 2**30 == pytest.approx(12.06, abs=0.01)
+    points = dict(FLOPS["POINTS"]["LLaMA-7B"])
+    for task, printed in (("XSum", 5.38), ("E2E", 4.65), ("WikiText-103", 6.59)):  # of Table 1
+        found = flops_per_token(config, LTE, points[task]) / 2**30
+        assert found == pytest.approx(printed, abs=0.01)
 
 
 @pytest.mark.slow
