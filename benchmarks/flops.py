@@ -2,7 +2,7 @@
 
     python benchmarks/flops.py
 
-Nothing is run: the count follows from the shapes (`lte_jax.sparsity.flops_per_token`). Sparsities of
+Nothing is run: the count follows from the shapes (`sparsity.flops_per_token`). The sparsities of
 LLaMA-7B are those that the paper's Table 1 implies; GPT-2 medium is counted at the same ones, and
 the RoBERTas at 80 to 95%, where the paper reports no drop on GLUE.
 """
