@@ -1,6 +1,8 @@
 """Texts of files, the hub and the standard library; what is wrong with them, in one line."""
 
+import gc
 import gzip
+import io
 import json
 import os
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lte_jax import data
+from lte_jax import data, tasks
+from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.errors import UserError
+from lte_jax.tasks.measurement import Run
 
 
 def write_rows(path: Path, records) -> str:
@@ -210,6 +214,50 @@ def test_hub_source(monkeypatch, source, load_dataset, parts):
     fake = load_dataset and types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     refused(parts, source)
+
+
+def records(name):
+    """Reads the records of a task."""
+    task = tasks.find(name).adapted(DataConfig(length=96))
+    return lambda path: task.records(
+        path, "train", DataConfig(length=96), data.byte_tokenizer(), ModelConfig(vocab_size=259)
+    )
+
+
+def mmlu(path):
+    """Reads the questions of MMLU."""
+    model = types.SimpleNamespace(config=ModelConfig())
+    tasks.mmlu.TASKS["mmlu"].measure(Run(model, {}, data.byte_tokenizer(), path))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize(
+    "read",
+    [data.read_texts, records("sst2"), records("e2e"), mmlu],
+    ids=["texts", "classification", "generation", "mmlu"],
+)
+def test_no_file_stays_open_after_a_bad_row(tmp_path, read, kind):
+    """The error, here still held, holds what raised it: the iterator must not be in there open."""
+    path = tmp_path / f"a.{kind}"
+    row = b'{"text": 1}\n' * 3
+    path.write_bytes(gzip.compress(row) if kind.endswith("gz") else row)
+    with pytest.raises(UserError) as error:
+        read(str(path))
+    assert "a.jsonl" in str(error.value) and not still_open(path)
+
+
+def test_no_file_stays_open_after_a_limit(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}] * 3)
+    with data.read_rows(path) as rows:
+        assert next(rows) == (f"{path}:1", {"text": "one"}) and still_open(path)
+    assert not still_open(path)
+    assert data.read_texts(path, limit=1) == ["one"] and not still_open(path)
+
+
+def still_open(path) -> list:
+    # Not isinstance: it asks the lazy modules of others for their __class__, which warn.
+    files = [held for held in gc.get_objects() if type(held) is io.BufferedReader]
+    return [f for f in files if not f.closed and getattr(f, "name", None) == os.fspath(path)]
 
 
 def test_a_mirror_comes_before_the_hub(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import io
@@ -68,12 +69,13 @@ def read_texts(
     for name, between in ("newline", newline), ("join", join):
         if not isinstance(between, str | None) or SURROGATE.search(between or ""):
             raise UserError(f"{name}={between!r}: expected characters that a text can hold")
-    texts = (
-        str(row) if isinstance(row, WholeText) else text_of(row, column, where)
-        for where, row in read_rows(source, split)
-    )
-    texts = (text for text in texts if text or join is not None)
-    texts = [text.replace("\n", newline) for text in itertools.islice(texts, limit)]
+    with read_rows(source, split) as rows:
+        texts = (
+            str(row) if isinstance(row, WholeText) else text_of(row, column, where)
+            for where, row in rows
+        )
+        texts = (text for text in texts if text or join is not None)
+        texts = [text.replace("\n", newline) for text in itertools.islice(texts, limit)]
     if not any(texts):
         raise UserError(f"{source}: no rows with text in column {column!r}: expected at least one")
     return texts if join is None else [join.join(texts)]
@@ -84,12 +86,19 @@ def local_path(source: str) -> Path:
     return Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves an unknown ~user
 
 
-def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    source: str, split: str | None = None
+) -> contextlib.AbstractContextManager[Iterator[tuple[str, Any]]]:
     """The records of `source`, as `read_texts` has it, each with its place for error messages.
 
     A record is an object of columns, or a `WholeText`. A folder holds a file for each split, such
-    as train.jsonl.
+    as train.jsonl. They are read within a `with`, whose end closes the file: an iterator left in
+    the middle, by an error in a record or a limit, would keep it open until it is collected.
     """
+    return contextlib.closing(_rows(source, split))
+
+
+def _rows(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
     name, _, part = source.partition(":")
     path = local_path(source)
     if name == STDLIB:

@@ -123,8 +123,9 @@ class Generation(Task):
                 f"data.length={data.length} leaves no room for a prompt: expected more than the "
                 f"data.max_new_tokens={new} of task {self.name!r}"
             )
-        found = itertools.islice(read_rows(source, split), data.max_documents)
-        texts = {where: self.pieces(row, where, tokenizer) for where, row in found}
+        with read_rows(source, split) as found:
+            first = itertools.islice(found, data.max_documents)
+            texts = {where: self.pieces(row, where, tokenizer) for where, row in first}
         if not texts:
             raise UserError(f"{source}: no rows of {self.name} in split {split!r}")
         coded = self._coded(list(texts.values()), tokenizer)

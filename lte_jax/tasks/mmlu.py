@@ -58,12 +58,10 @@ class MultipleChoice:
             )
         source = place(run.source, self.hub, self.folder)
         examples: dict[str, list[str]] = {}
-        for where, row in read_rows(source, self.shots_from):
-            question, answer, subject = _question(row, where)
+        for _, question, answer, subject in _questions(source, self.shots_from):
             examples.setdefault(subject, []).append(f"{question} {LETTERS[answer]}\n\n")
         prompts, answers, subjects, asked = [], [], [], collections.Counter()
-        for where, row in read_rows(source, self.split):
-            question, answer, subject = _question(row, where)
+        for where, question, answer, subject in _questions(source, self.split):
             shown = examples.get(subject, [])[: self.shots]
             if len(shown) < self.shots:
                 raise UserError(
@@ -102,8 +100,13 @@ class MultipleChoice:
 _HEAD = "The following are multiple choice questions (with answers) about {}.\n\n"
 
 
+def _questions(source: str, split: str) -> list[tuple[str, str, int, str]]:
+    """Of each record its place, text up to "Answer:", number of the right answer, and subject."""
+    with read_rows(source, split) as rows:
+        return [(where, *_question(row, where)) for where, row in rows]
+
+
 def _question(row: Any, where: str) -> tuple[str, int, str]:
-    """Text up to "Answer:", number of the right answer, and subject of a record."""
     question, subject = text_of(row, "question", where), text_of(row, "subject", where)
     choices, answer = value_of(row, "choices", where), value_of(row, "answer", where)
     if not isinstance(choices, list) or len(choices) != len(LETTERS):

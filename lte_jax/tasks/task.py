@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import importlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from math import isfinite
@@ -148,11 +149,10 @@ class Classification(Task):
         """One text or pair each; longer ones are cut, and that is said."""
         texts: list[list[str]] = []
         labels = []
-        for where, row in read_rows(source, split):
-            if len(labels) == data.max_documents:
-                break
-            texts.append([text_of(row, column, where) for column in self.columns])
-            labels.append(self._label(row, where))
+        with read_rows(source, split) as rows:
+            for where, row in itertools.islice(rows, data.max_documents):
+                texts.append([text_of(row, column, where) for column in self.columns])
+                labels.append(self._label(row, where))
         if not labels:
             raise UserError(f"{source}: no records of {self.name} in split {split!r}")
         return self._encode(texts, np.array(labels), source, data, tokenizer, config)

@@ -141,6 +141,13 @@ MUTANTS: list[Mutant] = [
         "tests/test_sparsity.py::test_a_target_out_of_reach_is_said",
     ),
     Mutant(
+        "F a file stays open after a bad row",
+        "lte_jax/data/texts.py",
+        "contextlib.closing(_rows(source, split))",
+        "contextlib.nullcontext(_rows(source, split))",
+        "tests/test_texts.py::test_no_file_stays_open_after_a_bad_row[generation-jsonl]",
+    ),
+    Mutant(
         "F records are not joined",
         "lte_jax/data/texts.py",
         "return texts if join is None else [join.join(texts)]",
