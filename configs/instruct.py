@@ -1,6 +1,7 @@
 """Tune a model on instructions, with loss on the answers only, and make it sparse.
 
     python train.py --config=configs/instruct.py --workdir=runs/instruct
+    python evaluate.py --model=runs/instruct/lte --dense=runs/instruct/dense --tasks=mmlu
 
 Words, joined by commas: a model (llama2_7b, smollm2), `paper` for the paper's losses, `smoke` for a
 test. Data are rows with the column `messages`, a list of {"role", "content"}; a folder has

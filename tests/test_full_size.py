@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lte_jax import optim, sharding, stages, training_step
+from lte_jax import optim, routing, scoring, sharding, stages, tasks, training_step
 from lte_jax.config import LTEConfig, load_config
+from lte_jax.hf.config_json import parse
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.sparsity import SparsityController, flops_per_token
 
@@ -99,12 +100,76 @@ def test_the_page_has_the_flops_that_are_counted():
         assert found == pytest.approx(printed, abs=0.01)
 
 
+LLAMA2 = FLOPS["MODELS"]["LLaMA-7B"] | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+HUB = {  # what config.json says there; RoBERTa's with the head that it has before a task
+    "huggyllama/llama-7b": FLOPS["MODELS"]["LLaMA-7B"],
+    "meta-llama/Llama-2-7b-hf": LLAMA2,
+    "openai-community/gpt2-medium": FLOPS["MODELS"]["GPT-2 medium"],
+} | {
+    f"FacebookAI/{name.lower()}": FLOPS["MODELS"][name] | {"architectures": ["RobertaForMaskedLM"]}
+    for name in ("RoBERTa-base", "RoBERTa-large")
+}
+TWO_CLASSES = ("cola", "sst2", "mrpc", "qqp", "qnli", "rte")
+DECODERS = (("gpt2_medium", "GPT-2 medium", 50257), ("llama7b", "LLaMA-7B", 32000))
+ENCODERS = (("roberta_base", "RoBERTa-base", 768), ("roberta_large", "RoBERTa-large", 1024))
+CLASSES = dict.fromkeys(("cola", "sst2", "mrpc", "qqp", "qnli", "rte"), 2) | {"mnli": 3, "stsb": 1}
+# Each of the paper's experiments: its parameters, dense, and the logits of its head.
+EXPERIMENTS = {
+    f"{file}.py:{model}": (MODELS[name], logits)
+    for file in ("e2e", "xsum", "wikitext")
+    for model, name, logits in DECODERS
+} | {
+    f"glue.py:{task},{model}": (MODELS[name] + (classes - 2) * (width + 1), classes)
+    for model, name, width in ENCODERS
+    for task, classes in CLASSES.items()
+}
+EXPERIMENTS |= {"instruct.py:llama2_7b": (DENSE, 32000), "llama7b.py": (DENSE, 32000)}
+
+
+def prepared(name):
+    """An experiment, and the config of the dense model that it trains."""
+    experiment = load_config(str(ROOT / "configs" / name))
+    config, task = parse(HUB[experiment.source.path], "config.json")[0], experiment.data.task
+    if task:
+        config = tasks.find(task).adapted(experiment.data).dense_config(config)
+    assert experiment.data.length <= config.max_length
+    return experiment, config
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("preset", ["ours", "paper"])
+def test_the_paper_s_experiments_have_the_parameters_they_should(name, preset):
+    experiment, config = prepared(
+        name + (",paper" if ":" in name else ":paper") * (preset == "paper")
+    )
+    number, logits = EXPERIMENTS[name]
+    assert count(abstract_params(Transformer(config))) == number
+    assert (config.num_labels if config.head == "classes" else config.vocab_size) == logits
+    experts, layers = config.d_ff // 32, config.num_layers
+    routers = layers * experts * (config.d_model + (preset == "ours"))  # which has biases
+    assert count(abstract_params(Transformer(config, experiment.lte))) == number + routers
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_a_train_step_of_the_paper_s_models_lowers(name):
-    experiment = load_config("configs/glue.py:mrpc,roberta_base")
-    model = Transformer(read(name), LTE)
-    lower("router", model, experiment, (32, 128), tensor=1)  # a vocabulary of odd size is not split
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_train_step_of_the_paper_s_experiments_lowers(name):
+    experiment, config = prepared(name)
+    assert experiment.lte.expert_size == 32
+    how = experiment.compute
+    model = Transformer(config, experiment.lte, dtype=how.dtype, remat=how.remat)
+    shape = (experiment.data.batch_size, experiment.data.length)
+    lower("router", model, experiment, shape, tensor=1)  # a vocabulary of odd size is not split
+
+
+def test_the_scoring_of_mmlu_lowers():
+    """Of LLaMA2-7B after configs/instruct.py, prompts of its whole context."""
+    experiment, config = prepared("instruct.py:llama2_7b")
+    model = Transformer(config, experiment.lte, dtype="bfloat16")
+    rows = jax.ShapeDtypeStruct((8, config.max_length), jnp.int32)
+    batch, how = {"tokens": rows, "segments": rows}, routing.make(None, config, experiment.lte)
+    lowered = scoring._next_tokens.lower(model, abstract_params(model), batch, None, how)
+    (next_BL, best_BL, last_BV), *_ = lowered.out_info
+    assert next_BL.shape == best_BL.shape == (8, 4096) and last_BV.shape == (8, 32000)
 
 
 @pytest.mark.parametrize("name", ["finetune", "router", "adapt"])
@@ -144,7 +209,10 @@ def lower(name, model, experiment, shape, tensor=2):
         rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
         batch = {"tokens": rows, "segments": rows}
         if model.config.head == "classes":
-            batch["labels"] = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=place)
+            kind = jnp.int32 if model.config.num_labels > 1 else jnp.float32
+            batch["labels"] = jax.ShapeDtypeStruct(shape[:1], kind, sharding=place)
+        elif experiment.data.task:
+            batch["answers"] = rows
         step = jax.jit(
             training_step.make_train_step(model, stage, optimizer),
             donate_argnums=0,
