@@ -69,11 +69,7 @@ class LMEval(TemplateLM):
         super().__init__()
         checks.model(model, params)
         checks.integer("batch_size", batch_size, 1)
-        if not model.config.causal:
-            raise UserError(
-                f"the model is an encoder ({model.config.family}): lm-eval's tasks need one that "
-                "predicts the next token"
-            )
+        checks.language_model(model.config, "lm-eval")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.batch_size, self.seed = batch_size, seed
         self.how = {"routing": routing, "threshold": threshold}

@@ -60,16 +60,13 @@ def loglikelihoods(
       A `Likelihood` for each pair, and the share of experts skipped over all tokens read.
 
     Raises:
-      UserError: on an encoder, and on pairs that are empty or do not fit the model.
+      UserError: on a model without a head of next tokens, and on pairs that are empty or do not
+        fit the model.
     """
     most = model.config.max_length
     checks.model(model, params)
     checks.integer("batch_size", batch_size, 1)
-    if not model.config.causal:
-        raise UserError(
-            f"the model is an encoder ({model.config.family}): expected one that predicts the next "
-            "token, as log-likelihoods of texts need"
-        )
+    checks.language_model(model.config, "a log-likelihood")
     numbers: dict[tuple[int, ...], list[int]] = {}  # input -> the pairs that it scores
     for number, (context, continuation) in enumerate(pairs):
         if not len(context) or not 0 < len(continuation) <= most:

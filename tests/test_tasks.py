@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 import lte_jax
-from lte_jax import config, data, hf, losses, params, pipeline, preflight, sharding, tasks
+from lte_jax import (
+    config,
+    data,
+    hf,
+    losses,
+    params,
+    pipeline,
+    preflight,
+    scoring,
+    sharding,
+    tasks,
+)
 from lte_jax.config import DataConfig, MeshConfig, ModelConfig, UserError
 from lte_jax.model import Transformer
 from lte_jax.tasks import glue
@@ -175,7 +186,7 @@ def measured_again(folder, experiment, entry):
     assert row["sparsity"] == pytest.approx(entry["sparsity"], abs=1e-5) and row["error"] >= 0
     for name in "mmlu", "wikitext":
         write(pathlib.Path(experiment.data.train) / "test.jsonl", [{"text": "a film " * 20}])
-        with pytest.raises(UserError, match="the model is an encoder"):
+        with pytest.raises(UserError, match="needs a model that predicts the next token"):
             tasks.measure([name], *parts, **settings)
 
 
@@ -247,13 +258,24 @@ def test_a_new_head_keeps_what_the_old_model_has(encoder):
     assert not np.any(new["classifier"]["bias"])
 
 
-@pytest.mark.parametrize("head", ["none", "masked_lm", "classes"])
-def test_bad_input_encoder_where_a_language_model_is_needed(head):
-    config_ = dataclasses.replace(ENCODER, head=head)
+@pytest.mark.parametrize(
+    "config_",
+    [
+        *(dataclasses.replace(ENCODER, head=head) for head in ("none", "masked_lm", "classes")),
+        ModelConfig(head="none"),
+    ],
+    ids=lambda config_: f"{config_.family}-{config_.head}",
+)
+def test_bad_input_without_a_head_of_next_tokens(config_, tmp_path):
     model, weights = Transformer(config_), params.abstract(config_, None)
     weights = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), weights)
-    with pytest.raises(UserError, match=f"generate needs a model that predicts.*head='{head}'"):
+    needs, kind = "needs a model that predicts", f"{config_.family!r} with head={config_.head!r}"
+    with pytest.raises(UserError, match=f"generate {needs}.*{kind}"):
         lte_jax.generate(model, weights, [[5, 6]], max_new_tokens=2)
     records = data.pad([np.arange(5, 12)], 8)
-    with pytest.raises(UserError, match="perplexity needs a model that predicts.*family 'bert'"):
+    with pytest.raises(UserError, match=f"perplexity {needs}.*{kind}"):
         lte_jax.evaluate(model, weights, records, latency_rounds=0)
+    with pytest.raises(UserError, match=f"a log-likelihood {needs}.*{kind}"):
+        scoring.loglikelihoods(model, weights, [([5], [6])])
+    with pytest.raises(UserError, match=f"mmlu {needs}.*{kind}"):
+        tasks.measure(["mmlu"], model, weights, str(tmp_path), tokenizer=None)

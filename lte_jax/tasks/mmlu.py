@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lte_jax import checks
 from lte_jax.data import read_rows, text_of, tokenize, value_of
 from lte_jax.errors import UserError
 from lte_jax.scoring import loglikelihoods
@@ -49,13 +50,10 @@ class MultipleChoice:
         Also returns the share of experts skipped.
 
         Raises:
-          UserError: on an encoder, and on records without question, choices, answer or subject.
+          UserError: on a model without a head of next tokens, and on records without question,
+            choices, answer or subject.
         """
-        if not run.model.config.causal:
-            raise UserError(
-                f"{self.name}: the model is an encoder ({run.model.config.family}): expected a "
-                "decoder, which gives answers a likelihood"
-            )
+        checks.language_model(run.model.config, self.name)
         source = place(run.source, self.hub, self.folder)
         examples: dict[str, list[str]] = {}
         for _, question, answer, subject in _questions(source, self.shots_from):

@@ -47,7 +47,7 @@ class Perplexity:
         """The perplexity, named with its context and stride, and the share of experts skipped.
 
         Raises:
-          UserError: on an encoder, and on a text shorter than one block.
+          UserError: on a model without a head of next tokens, and on a text shorter than one block.
         """
         length = min(run.length or self.context, run.model.config.max_length)
         source = place(run.source, self.hub, self.folder)
