@@ -255,8 +255,9 @@ def perplexity(
     if task is None or task.decoding is not None:
         return summary
     del summary["token_ppl"]  # the loss is of labels
-    scores = task.score(np.concatenate(logits)[: len(records)], records.more["labels"])
-    return {"metrics": scores} | summary
+    whole = records[:]
+    texts_RS, logits_RSY = predicted(model, whole), np.concatenate(logits)[: len(records)]
+    return {"metrics": task.score(logits_RSY[texts_RS], whole["labels"][texts_RS])} | summary
 
 
 @functools.partial(jax.jit, static_argnames=("model", "routing"))

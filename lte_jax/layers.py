@@ -5,6 +5,7 @@ families are keys of ModelConfig. `w` says how weights are read, see reading.py.
 
 Dimension key: B batch  L length  T cache length  D model width  E experts  M neurons per expert
                N layers  H heads  K kv heads  C head width  V vocabulary
+               S texts of a row  Y classes
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lte_jax.attention import (
 )
 from lte_jax.config import ModelConfig
 from lte_jax.kernels.reference import ACTIVATIONS
-from lte_jax.losses import layer_means
+from lte_jax.losses import layer_means, tokens_of_texts
 from lte_jax.reading import Slice, Stack, Weights, as_last
 from lte_jax.routing import Routing
 
@@ -39,8 +40,9 @@ from lte_jax.routing import Routing
 class Output:
     """What a forward pass returns; what is not used is not computed under `jax.jit`."""
 
-    # Of tokens, or of classes; float32. None without a head.
-    logits: Float[Array, "B L V"] | Float[Array, "B Y"] | None
+    # Float32: of tokens [B, L, V], of classes [B, Y], or of several texts' classes [B, S, Y]. None
+    # without a head.
+    logits: Float[Array, "B *outputs"] | None
     scores: Float[Array, "N B L E"] | None  # router scores, float32; None under dense routing
     active: Bool[Array, "N B L E"] | None  # those that run; None under dense routing
     sparsity: Float[Array, ""]  # share of (real token, layer, expert) that is not active
@@ -57,6 +59,7 @@ def transformer(
     segments_BL: Int[Array, "B L"],
     threshold: Float[Array, ""],
     cache: Cache | None,
+    texts: int | None = None,
 ) -> Output:
     """Embedding, layers, last norm and head.
 
@@ -70,6 +73,7 @@ def transformer(
       segments_BL: > 0 at real tokens; see `make_context`.
       threshold: of the routing.
       cache: to be extended, or None.
+      texts: S, of each row, to classify; None: one, and the logits have no such axis.
     """
     context = make_context(config, segments_BL, threshold, cache)
     with jax.named_scope("embed"):
@@ -81,7 +85,7 @@ def transformer(
         hidden_BLD = x_BLD
         if "final_norm" in w.vectors:
             hidden_BLD = norm(config, w.vectors["final_norm"], x_BLD)
-        logits = head(config, w, hidden_BLD, segments_BL)
+        logits = head(config, w, hidden_BLD, segments_BL, texts)
     if cache is not None and kv is not None:
         cache = {
             "k": kv[0],
@@ -109,8 +113,8 @@ def embed(config: ModelConfig, w: Slice | Stack, tokens_BL, types_BL, context) -
     return norm(config, w.vectors["embed"]["norm"], x_BLD) if config.embed_norm else x_BLD
 
 
-def head(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Array) -> Array | None:
-    """Logits, float32: [B, L, V] of tokens, [B, Y] of classes, or None without a head."""
+def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int | None):
+    """Logits, float32: [B, L, V] of tokens, [B, (S,) Y] of classes, or None without a head."""
     if config.head == "masked_lm":
         x_BLD = ACTIVATIONS[config.activation](w.linear("transform", x_BLD))
         x_BLD = norm(config, w.vectors["transform"]["norm"], x_BLD)
@@ -119,16 +123,20 @@ def head(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Array
         return logits_BLV if config.logits_divisor == 1 else logits_BLV / config.logits_divisor
     if config.head == "none":
         return None
-    return w.linear("classifier", pooled(config, w, x_BLD, segments_BL)[:, None], exact=True)[:, 0]
+    own_BSL = tokens_of_texts(segments_BL, texts) if texts else (segments_BL > 0)[:, None]
+    logits_BSY = w.linear("classifier", pooled(config, w, x_BLD, own_BSL), exact=True)
+    return logits_BSY if texts else logits_BSY[:, 0]
 
 
-def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, segments_BL: Array) -> Array:
-    """What stands for the text, [B, D]: its first token, or the last one where that sees all."""
-    real_BL = segments_BL > 0
-    last_B = real_BL.shape[1] - 1 - jnp.argmax(real_BL[:, ::-1], axis=1)
-    place_B = last_B if config.causal else jnp.argmax(real_BL, axis=1)
-    x_B1D = jnp.take_along_axis(x_BLD, place_B[:, None, None], axis=1)
-    return (jnp.tanh(w.linear("pooler", x_B1D)) if config.pooler else x_B1D)[:, 0]
+def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, own_BSL: Array) -> Array:
+    """What stands for each text, [B, S, D]: its first token, or the last one where that sees all.
+
+    `own` is True at the tokens of a text.
+    """
+    last_BS = own_BSL.shape[2] - 1 - jnp.argmax(own_BSL[..., ::-1], axis=2)
+    place_BS = last_BS if config.causal else jnp.argmax(own_BSL, axis=2)
+    x_BSD = jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)
+    return jnp.tanh(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
 
 
 def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, context):

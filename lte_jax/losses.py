@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 
@@ -44,18 +45,25 @@ def cross_entropy(
     return _nll(logits_BLV, _next(tokens_BL), loss_mask_BL) / count
 
 
+def tokens_of_texts(
+    segments_BL: Int[Array | np.ndarray, "B L"], texts: int
+) -> Bool[Array | np.ndarray, "B S L"]:
+    """True at the tokens of a row's texts, which are its segments 1 to `texts` (= S)."""
+    return segments_BL[:, None] == np.arange(1, texts + 1, dtype=np.int32)[None, :, None]
+
+
 @jax.named_scope("task_loss")
 def label_loss(
-    logits_BY: Float[Array, "B Y"],
-    labels_B: Num[Array, " B"],
-    text_mask_B: Bool[Array, " B"],
+    logits_BSY: Float[Array, "B S Y"],
+    labels_BS: Num[Array, "B S"],
+    text_mask_BS: Bool[Array, "B S"],
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Negative log-likelihood of each text's class, in nats; with one output, the squared error."""
-    if logits_BY.shape[1] > 1:
-        return _nll(logits_BY, labels_B.astype(jnp.int32), text_mask_B) / count
-    error_B = logits_BY[:, 0].astype(jnp.float32) - labels_B
-    return jnp.sum(jnp.where(text_mask_B, error_B**2, 0.0)) / count
+    if logits_BSY.shape[-1] > 1:
+        return _nll(logits_BSY, labels_BS.astype(jnp.int32), text_mask_BS) / count
+    error_BS = logits_BSY[..., 0].astype(jnp.float32) - labels_BS
+    return jnp.sum(jnp.where(text_mask_BS, error_BS**2, 0.0)) / count
 
 
 def _nll(logits: Array, targets: Array, mask: Array) -> Array:

@@ -52,6 +52,7 @@ class Transformer(nn.Module):
         mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
         threshold: Float[Array, ""] | float | Any = None,
         cache: Cache | None = None,
+        texts: int | None = None,
     ) -> Output:
         """Logits of tokens or classes, see `ModelConfig.head`.
 
@@ -63,6 +64,8 @@ class Transformer(nn.Module):
             and positions count its real tokens. None: all real, one segment per row.
           threshold: in place of `lte.threshold`.
           cache: of earlier tokens (`init_cache`), to which these are appended.
+          texts: of each row, to classify, which are its segments 1, 2, ...: logits [B, texts, Y];
+            None: one text a row, logits [B, Y].
 
         Raises:
           UserError: on arguments that do not fit the model or each other.
@@ -87,13 +90,17 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
         )(config, lte, how, dtype, name="layers")
-        return layers.transformer(config, w, scanned, tokens, types, segments_BL, threshold, cache)
+        return layers.transformer(
+            config, w, scanned, tokens, types, segments_BL, threshold, cache, texts
+        )
 
 
 def forward(model: Transformer, params: Any, batch: Mapping[str, Any], **options: Any) -> Any:
-    """`model.apply` on a batch: "tokens" and "segments" [B, L], and "types" [B, L] if there are."""
-    types, mask = batch.get("types"), batch["segments"]
-    return model.apply({"params": params}, batch["tokens"], types=types, mask=mask, **options)
+    """`model.apply` on a batch: "tokens", "segments" and maybe "types" [B, L], "labels" [B, S]."""
+    options |= {"types": batch.get("types"), "mask": batch["segments"]}
+    if "labels" in batch:
+        options["texts"] = batch["labels"].shape[1]
+    return model.apply({"params": params}, batch["tokens"], **options)
 
 
 class Block(nn.Module):

@@ -1,6 +1,6 @@
 """What the head of a model is trained for: which of its outputs have a loss, and which loss.
 
-Dimension key: B batch  L length
+Dimension key: B batch  L length  S texts of a record
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from jax import Array
 from lte_jax import losses
 from lte_jax.model import Transformer
 
-# tokens and segments [B, L], int32; some have types or answers [B, L], or labels [B].
+# tokens and segments [B, L], int32; some have types or answers [B, L], or labels [B, S].
 Batch = dict[str, Array | np.ndarray]
 
 
 def predicted(model: Transformer, batch: Batch) -> Array | np.ndarray:
-    """True at what has a task loss: positions [B, L] whose next token counts, or texts [B]."""
+    """True at what has a task loss: positions [B, L] whose next token counts, or texts [B, S]."""
     if model.config.head == "classes":
-        return (batch["segments"] > 0).any(axis=1)
+        texts = batch["labels"].shape[1]
+        return losses.tokens_of_texts(batch["segments"], texts).any(axis=2)
     return losses.loss_mask(batch["segments"], batch.get("answers"))
 
 

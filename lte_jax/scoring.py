@@ -3,7 +3,7 @@
 Inputs are padded on the right to a few lengths (powers of two), so few programs are compiled. Equal
 inputs, such as those of four one-token answers to a question, are computed once.
 
-Dimension key: B batch  L length  R records  V vocabulary  Y classes
+Dimension key: B batch  L length  R records  S texts of a record  T texts  V vocabulary  Y classes
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lte_jax import checks, interrupt
 from lte_jax.data import Records, eval_batches, pad
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
+from lte_jax.objective import predicted
 from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
 
@@ -102,11 +103,12 @@ def class_logits(
     threshold: float | Any = None,
     batch_size: int | Any = 8,
 ) -> tuple[np.ndarray, float]:
-    """A classifier's logits [R, Y] of each record, and the share of experts skipped."""
+    """A classifier's logits [T, Y] of labelled records' texts, and the share of experts skipped."""
     how = {"routing": routing, "threshold": threshold, "batch_size": batch_size}
     counts_2 = np.zeros(2)
     rows = _rows(_classes, model, params, [records], len(records), counts_2, **how)
-    return np.stack([logits_Y for (logits_Y,) in rows]), _share(counts_2)
+    logits_RSY = np.stack([logits_SY for (logits_SY,) in rows])
+    return logits_RSY[predicted(model, records[:])], _share(counts_2)
 
 
 def padded(length: int) -> int:

@@ -210,7 +210,7 @@ def lower(name, model, experiment, shape, tensor=2):
         batch = {"tokens": rows, "segments": rows}
         if model.config.head == "classes":
             kind = jnp.int32 if model.config.num_labels > 1 else jnp.float32
-            batch["labels"] = jax.ShapeDtypeStruct(shape[:1], kind, sharding=place)
+            batch["labels"] = jax.ShapeDtypeStruct((shape[0], 1), kind, sharding=place)
         elif experiment.data.task:
             batch["answers"] = rows
         step = jax.jit(

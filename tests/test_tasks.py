@@ -15,6 +15,7 @@ from lte_jax import (
     data,
     hf,
     losses,
+    objective,
     params,
     pipeline,
     preflight,
@@ -77,7 +78,7 @@ def test_records_of_pairs_have_types_and_labels(tokenizer, tmp_path, caplog):
     ]
     folder = write(tmp_path / "mrpc" / "train.jsonl", rows)
     task = tasks.find("mrpc")
-    settings = DataConfig(train=str(folder), length=12)
+    settings = DataConfig(train=str(folder), length=12, pack=False)
     config_ = task.dense_config(ENCODER)
     assert (config_.head, config_.num_labels, config_.pooler) == ("classes", 2, True)
     records = task.records(str(folder), "train", settings, tokenizer, config_)
@@ -86,9 +87,45 @@ def test_records_of_pairs_have_types_and_labels(tokenizer, tmp_path, caplog):
     assert first["tokens"][:7].tolist() == [cls, 5, 6, sep, 7, 8, sep]
     assert first["types"].tolist() == [0] * 4 + [1] * 3 + [0] * 5
     assert first["segments"].tolist() == [1] * 7 + [0] * 5
-    assert records.more["labels"].tolist() == [1, 0]
+    assert records.more["labels"].tolist() == [[1], [0]]
     assert records[1]["tokens"][-1] == sep and np.all(records[1]["segments"])
-    assert "1 of 2 records are cut to 12 tokens" in caplog.text
+    assert "1 of 2 texts are cut to 12 tokens" in caplog.text
+
+
+def test_packed_texts_have_the_logits_of_single_ones(tokenizer, tmp_path):
+    """Several texts a record, each with its types, label and logits, wherever it lies."""
+    rng = np.random.default_rng(1)
+    texts = [[" ".join(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(2)] for _ in range(20)]
+    rows = [
+        {"sentence1": a, "sentence2": b, "label": int(a.split()[0] in WORDS[:4])} for a, b in texts
+    ]
+    folder = write(tmp_path / "mrpc" / "train.jsonl", rows)
+    task = tasks.find("mrpc")
+    config_ = task.dense_config(ENCODER)
+    model = Transformer(config_)
+    draw = lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32)  # noqa: E731
+    weights = jax.tree.map(draw, params.abstract(config_, None))
+    by_text = {}
+    for pack in False, True:
+        settings = DataConfig(train=str(folder), length=32, pack=pack)
+        records = task.records(str(folder), "train", settings, tokenizer, config_)
+        logits, _ = scoring.class_logits(model, weights, records, batch_size=4)
+        whole, found = records[:], []
+        labels = whole["labels"][objective.predicted(model, whole)]
+        for tokens, segments, types in zip(
+            whole["tokens"], whole["segments"], whole["types"], strict=True
+        ):
+            for segment in range(1, segments.max() + 1):
+                mine = segments == segment
+                found.append((*tokens[mine].tolist(), *types[mine].tolist()))
+        by_text[pack] = dict(zip(found, zip(labels.tolist(), logits, strict=True), strict=True))
+        size = len(records)
+    assert size < 15  # packed
+    assert by_text[True].keys() == by_text[False].keys() and len(by_text[True]) > 15
+    assert {label for label, _ in by_text[False].values()} == {0, 1}
+    for text, (label, logits) in by_text[False].items():
+        assert by_text[True][text][0] == label
+        np.testing.assert_allclose(by_text[True][text][1], logits, atol=2e-5)
 
 
 BAD = {
@@ -135,14 +172,14 @@ def test_bad_input_encoder_without_a_task(encoder):
 
 
 def test_label_losses_by_hand():
-    logits = jnp.asarray([[0.0, 1.0], [2.0, 0.0], [9.0, 9.0]])
-    mask, count = jnp.asarray([True, True, False]), jnp.float32(2)
+    logits = jnp.asarray([[[0.0, 1.0], [2.0, 0.0]], [[9.0, 9.0], [9.0, 9.0]]])
+    mask, count = jnp.asarray([[True, True], [False, False]]), jnp.float32(2)
     expected = (np.log(1 + np.exp(-1)) + np.log(1 + np.exp(2))) / 2
-    loss = losses.label_loss(logits, jnp.asarray([1, 1, 0]), mask, count)
+    loss = losses.label_loss(logits, jnp.asarray([[1, 1], [0, 0]]), mask, count)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    found = losses.label_loss(logits[:, :1], jnp.asarray([1.0, 0.5, 7.0]), mask, count)
+    found = losses.label_loss(logits[..., :1], jnp.asarray([[1.0, 0.5], [7.0, 7]]), mask, count)
     np.testing.assert_allclose(found, (1.0 + 1.5**2) / 2, rtol=1e-6)
-    found = losses.distillation(logits[:, :1], logits[:, :1] + 2, mask, count)
+    found = losses.distillation(logits[..., :1], logits[..., :1] + 2, mask, count)
     np.testing.assert_allclose(found, 4.0, rtol=1e-6)
 
 
@@ -170,6 +207,7 @@ def experiment(encoder, tmp_path):
     c = config.to_config_dict(config.Experiment())
     c.source.path, c.data.task, c.data.train = str(encoder), "sst2", str(folder)
     c.data.length, c.data.batch_size, c.lte.expert_size = 12, 8, 8
+    c.data.pack = False
     c.lte.calibration_records = 16
     c.stages.finetune.steps, c.stages.router.steps, c.stages.adapt.steps = 12, 4, 2
     c.stages.finetune.learning_rate, c.log_every = 3e-3, 2

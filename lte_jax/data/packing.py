@@ -36,7 +36,8 @@ class Records:
     """Token records in memory; `records[i]` is {"tokens": int32 [L], "segments": int32 [L]}.
 
     `more` holds what a task adds, by its name in a batch: "types" and "answers" [R, L], "labels"
-    [R]. `examples` are for tasks of generation and in no batch.
+    [R, S] of a record's texts, which are its segments 1 to S. `examples` are for tasks of
+    generation and in no batch.
     """
 
     tokens_RL: np.ndarray

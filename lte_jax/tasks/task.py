@@ -4,13 +4,14 @@ A file of this folder describes the tasks of one benchmark. A kind of task is a 
 `Classification` here, `Generation` in generation.py. The loss follows from the model's head
 (`ModelConfig.head`) and the records; the trainer knows no task.
 
-Dimension key: R records  L length  Y labels
+Dimension key: R records  L length  S texts of a record  T texts  Y labels
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import importlib
 import itertools
 import logging
@@ -22,13 +23,14 @@ import numpy as np
 
 from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
-from lte_jax.data import Records, check, local_path, read_rows, text_of, value_of
+from lte_jax.data import Records, check, local_path, pack, pad, read_rows, text_of, value_of
 from lte_jax.errors import UserError
+from lte_jax.objective import predicted
 from lte_jax.scoring import class_logits
 from lte_jax.tasks.measurement import Measured, Run, bootstrapped, place
 
 log = logging.getLogger(__name__)
-Metric = Callable[[np.ndarray, np.ndarray], float]  # of predictions [R] and labels [R]
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of predictions [T] and labels [T]
 
 
 def library(name: str) -> Any:
@@ -146,7 +148,7 @@ class Classification(Task):
     def records(
         self, source: str, split: str, data: DataConfig, tokenizer: Any, config: ModelConfig
     ) -> Records:
-        """One text or pair each; longer ones are cut, and that is said."""
+        """Texts or pairs, several a record if `data.pack`; long ones are cut, and that is said."""
         texts: list[list[str]] = []
         labels = []
         with read_rows(source, split) as rows:
@@ -155,7 +157,8 @@ class Classification(Task):
                 labels.append(self._label(row, where))
         if not labels:
             raise UserError(f"{source}: no records of {self.name} in split {split!r}")
-        return self._encode(texts, np.array(labels), source, data, tokenizer, config)
+        kind = np.int32 if self.labels else np.float32
+        return self._encode(texts, np.array(labels, kind), source, data, tokenizer, config)
 
     def _label(self, row: Any, where: str) -> Any:
         label = value_of(row, "label", where)
@@ -169,34 +172,31 @@ class Classification(Task):
             )
         return label
 
-    def _encode(self, texts, labels_R, source, data, tokenizer, config) -> Records:
+    def _encode(self, texts, labels_T, source, data, tokenizer, config) -> Records:
         length = data.length
         coded = tokenizer(*map(list, zip(*texts, strict=True)))
-        ids, cut = coded["input_ids"], 0
-        tokens_RL = np.zeros((len(ids), length), np.int32)
-        segments_RL, types_RL = np.zeros_like(tokens_RL), np.zeros_like(tokens_RL)
-        for row, tokens in enumerate(ids):
-            checks.token_ids(np.asarray(tokens), config.vocab_size, f"{source}: record {row + 1}")
-            types = coded["token_type_ids"][row] if "token_type_ids" in coded else [0] * len(tokens)
+        ids, types, cut = [], [], 0
+        for number, tokens in enumerate(map(np.asarray, coded["input_ids"])):
+            checks.token_ids(tokens, config.vocab_size, f"{source}: text {number + 1}")
+            one = {name: values[number] for name, values in coded.items()}
             if len(tokens) > length:
                 cut += 1
-                short = tokenizer(*texts[row], truncation=True, max_length=length)
-                tokens = short["input_ids"]
-                types = short["token_type_ids"] if "token_type_ids" in short else [0] * length
-            tokens_RL[row, : len(tokens)], segments_RL[row, : len(tokens)] = tokens, 1
-            types_RL[row, : len(tokens)] = types
+                one = tokenizer(*texts[number], truncation=True, max_length=length)
+            ids.append(np.asarray(one["input_ids"]))
+            types.append(np.asarray(one.get("token_type_ids", np.zeros_like(ids[-1]))))
         if cut:
-            log.warning("%s: %d of %d records are cut to %d tokens", source, cut, len(ids), length)
-        kind = np.int32 if self.labels else np.float32
-        more = {"labels": labels_R.astype(kind)}
+            log.warning("%s: %d of %d texts are cut to %d tokens", source, cut, len(ids), length)
+        lay = functools.partial(pack if data.pack else pad, length=length)
+        records = lay(ids)
+        more = {"labels": _laid(labels_T, ids, lay, records.segments_RL)}
         if config.token_types > 1:
-            more["types"] = types_RL
-        return Records(tokens_RL, segments_RL, more)
+            more["types"] = lay(types).tokens_RL  # lengths alone decide where a text lies
+        return Records(records.tokens_RL, records.segments_RL, more)
 
     def score(self, outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-        """In percent, of logits [R, Y] and labels [R]."""
-        guessed_R = outputs.argmax(axis=1) if self.labels else outputs[:, 0]
-        return {name: 100 * metric(guessed_R, expected) for name, metric in self.metrics.items()}
+        """In percent, of logits [T, Y] and labels [T]."""
+        guessed_T = outputs.argmax(axis=1) if self.labels else outputs[:, 0]
+        return {name: 100 * metric(guessed_T, expected) for name, metric in self.metrics.items()}
 
     def measure(self, run: Run) -> tuple[dict[str, Measured], float]:
         """The metrics over the validation splits, in percent, and the share of experts skipped.
@@ -215,12 +215,21 @@ class Classification(Task):
         data = DataConfig(train=source, length=length, max_documents=run.limit)
         for split in self.validation:
             records = self.records(source, split, data, run.tokenizer, config).trimmed()
-            logits_RY, skipped = class_logits(run.model, run.params, records, **run.how)
-            guessed_R = logits_RY.argmax(axis=1) if self.labels else logits_RY[:, 0]
-            labels_R = records.more["labels"]
+            logits_TY, skipped = class_logits(run.model, run.params, records, **run.how)
+            guessed_T = logits_TY.argmax(axis=1) if self.labels else logits_TY[:, 0]
+            labels_T = records.more["labels"][predicted(run.model, records[:])]
             for name, metric in self.metrics.items():
                 where = name if len(self.validation) == 1 else f"{name} ({split})"
-                error = 100 * bootstrapped(metric, guessed_R, labels_R)
-                found[where] = Measured(100 * metric(guessed_R, labels_R), error, len(records))
+                error = 100 * bootstrapped(metric, guessed_T, labels_T)
+                found[where] = Measured(100 * metric(guessed_T, labels_T), error, len(labels_T))
             sparsity.append(skipped)
         return found, float(np.mean(sparsity))
+
+
+def _laid(labels_T, ids, lay: Callable, segments_RL: np.ndarray) -> np.ndarray:
+    """The labels of the texts of each record, [R, S]; 0 where a record has fewer than S texts."""
+    numbers_RL = lay([np.full(len(tokens), number) for number, tokens in enumerate(ids)]).tokens_RL
+    labels_RS = np.zeros((len(segments_RL), segments_RL.max()), labels_T.dtype)
+    rows, columns = np.nonzero(segments_RL)
+    labels_RS[rows, segments_RL[rows, columns] - 1] = labels_T[numbers_RL[rows, columns]]
+    return labels_RS
