@@ -42,6 +42,7 @@ def get_config(arg=""):
     c.source.path = MODELS[model]
     c.data.task, c.data.train = task, f"nyu-mll/glue:{task}"
     c.data.length = 64 if task in ("cola", "sst2") else 128
+    c.data.pack = False  # a text or pair a record, as published batches are counted
     c.data.batch_size = 16 if EXAMPLES[task] < 10_000 else 32
     c.data.max_validation_records = 10_000
 
@@ -58,7 +59,7 @@ def get_config(arg=""):
     for stage in c.stages.values():
         stage.schedule = "linear"
     if model == "minilm":
-        c.data.batch_size = 32
+        c.data.pack, c.data.length, c.data.batch_size = True, 128, 4
         c.stages.finetune.steps = 600
         c.stages.router.steps, c.stages.adapt.steps = 600, 200
         for stage in c.stages.values():
