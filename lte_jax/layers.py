@@ -42,7 +42,7 @@ class Output:
 
     # Float32: of tokens [B, L, V], of classes [B, Y], or of several texts' classes [B, S, Y]. None
     # without a head.
-    logits: Float[Array, "B *outputs"] | None
+    logits: Float[Array, "B ..."] | None
     scores: Float[Array, "N B L E"] | None  # router scores, float32; None under dense routing
     active: Bool[Array, "N B L E"] | None  # those that run; None under dense routing
     sparsity: Float[Array, ""]  # share of (real token, layer, expert) that is not active
@@ -129,10 +129,15 @@ def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int |
 
 
 def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, own_BSL: Array) -> Array:
-    """What stands for each text, [B, S, D]: its first token, or the last one where that sees all.
+    """What stands for each text, [B, S, D]: its first token (of a decoder: its last) or the mean.
 
     `own` is True at the tokens of a text.
     """
+    if config.pooling == "mean":
+        own_BSL = own_BSL.astype(jnp.float32)
+        weights_BSL = own_BSL / jnp.maximum(jnp.sum(own_BSL, axis=2, keepdims=True), 1)
+        x_BSD = jnp.einsum("bsl,bld->bsd", weights_BSL.astype(x_BLD.dtype), x_BLD)
+        return jnp.tanh(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
     last_BS = own_BSL.shape[2] - 1 - jnp.argmax(own_BSL[..., ::-1], axis=2)
     place_BS = last_BS if config.causal else jnp.argmax(own_BSL, axis=2)
     x_BSD = jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)

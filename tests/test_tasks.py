@@ -92,7 +92,8 @@ def test_records_of_pairs_have_types_and_labels(tokenizer, tmp_path, caplog):
     assert "1 of 2 texts are cut to 12 tokens" in caplog.text
 
 
-def test_packed_texts_have_the_logits_of_single_ones(tokenizer, tmp_path):
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_packed_texts_have_the_logits_of_single_ones(pooling, tokenizer, tmp_path):
     """Several texts a record, each with its types, label and logits, wherever it lies."""
     rng = np.random.default_rng(1)
     texts = [[" ".join(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(2)] for _ in range(20)]
@@ -101,7 +102,7 @@ def test_packed_texts_have_the_logits_of_single_ones(tokenizer, tmp_path):
     ]
     folder = write(tmp_path / "mrpc" / "train.jsonl", rows)
     task = tasks.find("mrpc")
-    config_ = task.dense_config(ENCODER)
+    config_ = dataclasses.replace(task.dense_config(ENCODER), pooling=pooling)
     model = Transformer(config_)
     draw = lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32)  # noqa: E731
     weights = jax.tree.map(draw, params.abstract(config_, None))
@@ -126,6 +127,21 @@ def test_packed_texts_have_the_logits_of_single_ones(tokenizer, tmp_path):
     for text, (label, logits) in by_text[False].items():
         assert by_text[True][text][0] == label
         np.testing.assert_allclose(by_text[True][text][1], logits, atol=2e-5)
+
+
+def test_a_mean_stands_for_a_text():
+    """The logits of a mean are those of the mean of its tokens' hidden states, padding left out."""
+    config_ = dataclasses.replace(ENCODER, head="classes", pooling="mean", pooler=False)
+    model, rng = Transformer(config_), np.random.default_rng(2)
+    draw = lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32)  # noqa: E731
+    weights = jax.tree.map(draw, params.abstract(config_, None))
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    weights = jax.tree.map(jnp.asarray, weights)
+    out = lte_jax.apply(model, weights, rng.integers(5, 12, (2, 4)), mask=mask)
+    hidden = np.asarray(out.hidden)
+    means = np.stack([hidden[0, :3].mean(axis=0), hidden[1].mean(axis=0)])
+    head = jax.tree.map(np.asarray, weights["classifier"])
+    np.testing.assert_allclose(out.logits, means @ head["kernel"] + head["bias"], atol=1e-5)
 
 
 BAD = {

@@ -74,7 +74,9 @@ class ModelConfig(Checked):
     # ("masked_lm"), one for each of num_labels classes ("classes"), or nothing ("none").
     head: Literal["lm", "masked_lm", "classes", "none"] = "lm"
     num_labels: Count = 2  # outputs of a head of classes; 1: a regression
-    pooler: bool = False  # whether the first token passes a dense layer and tanh before its head
+    # What stands for a text: its first token (of a decoder: the last one), or the mean of all.
+    pooling: Literal["first", "mean"] = "first"
+    pooler: bool = False  # whether what stands for a text passes a dense layer and tanh
     activation: Activation = "silu"  # activation function of the FFN
     gated: bool = True  # True: gate and up matrices (SwiGLU); False: up only
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
