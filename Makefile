@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # One worker per core, whole files, in the order of tests/conftest.py.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-# Tests that write a model folder or read those of ../shared: see tests/hf_models.py.
+# Tests that write a model folder or read real ones: see tests/hf_models.py.
 READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 
 # Tests of what users run optimised: here XLA's rewriting is a part of what is tested.
@@ -65,11 +65,11 @@ bench: $(READY)  ## time kernels, decoding, training steps and the grouping of a
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/kmeans.py --layer 11008x4096
 
-tinystories: $(READY)  ## compare LTE with its baselines on real models and text: half an hour
-	$(BIN)/python benchmarks/tinystories.py --out=runs/tinystories-table
+tinystories: $(READY)  ## compare LTE with its baselines on the models in MODELS=FOLDER: half an hour
+	$(BIN)/python benchmarks/tinystories.py --models='$(MODELS)' --out=runs/tinystories-table
 
-thousand: $(READY)  ## check that 1,000 steps of each config and preset stay finite: 15 minutes
-	$(BIN)/python benchmarks/thousand.py --out=runs/thousand
+thousand: $(READY)  ## check that 1,000 steps stay finite, also on MODELS=FOLDER: 15 minutes
+	$(BIN)/python benchmarks/thousand.py --models='$(MODELS)' --out=runs/thousand
 
 resume: $(READY)  ## check that killed, stopped and full-disk runs resume bit for bit: half an hour
 	LTE_JAX_KILLS=60 LTE_JAX_STOPS=12 LTE_JAX_DISKS=10 $(BIN)/pytest tests/test_resume.py

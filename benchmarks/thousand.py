@@ -1,9 +1,10 @@
 """Checks that 1,000 steps stay finite at both presets on every config that a small machine can run.
 
-    python benchmarks/thousand.py --out=runs/thousand     (or: make thousand; a quarter of an hour)
+    python benchmarks/thousand.py --models=FOLDER     (or: make thousand MODELS=FOLDER)
 
-700 steps of the router stage and 300 of adaptation, two records per step. Training itself stops at
-the first loss that is not finite; this checks every number in metrics.jsonl as well.
+It takes a quarter of an hour. FOLDER holds babyllama/ and stories260k/, as for tinystories.py. 700
+steps of the router stage and 300 of adaptation, two records per step. Training itself stops at the
+first loss that is not finite; this checks every number in metrics.jsonl as well.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from tinystories import one_core_each
+from tinystories import MODELS, add_models_to, one_core_each
 
 from lte_jax.errors import cli_errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIGS = ("demo.py", "tinystories.py", "tinystories.py:stories260k", "llama7b.py:smoke")
+CONFIGS = ("demo.py", *(f"tinystories.py:{name}" for name in MODELS), "llama7b.py:smoke")
 OVERRIDES = {
     "stages.router.steps": 700,
     "stages.adapt.steps": 300,
@@ -35,12 +36,13 @@ OVERRIDES = {
 }
 
 
-def run(config: str, preset: str, out: pathlib.Path) -> str:
+def run(config: str, preset: str, models: pathlib.Path, out: pathlib.Path) -> str:
     """Trains, unless already done; returns a row of the table."""
     joined = ("," if ":" in config else ":").join((config, preset))
     folder = out / joined.replace(".py", "").replace(":", "-").replace(",", "-")
     command = [sys.executable, "train.py", f"--config=configs/{joined}", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    command += [f"--config.source.path={models / m}" for m in MODELS if config.endswith(m)]
     # One run per core.
     env = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "TQDM_DISABLE": "1"}
     out.mkdir(parents=True, exist_ok=True)
@@ -61,10 +63,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "thousand")
-    out = parser.parse_args().out.absolute()
+    add_models_to(parser)
+    flags = parser.parse_args()
+    out = flags.out.absolute()
     runs = [(config, preset) for config in CONFIGS for preset in ("ours", "paper")]
     with one_core_each(2) as pool:
-        rows = list(pool.map(lambda r: run(*r, out), runs))
+        rows = list(pool.map(lambda r: run(*r, flags.models, out), runs))
     print("\n| config | numbers | finite |\n|---|--:|---|", *rows, sep="\n")
     if any("failed" in row or "NOT" in row for row in rows):
         raise SystemExit(1)

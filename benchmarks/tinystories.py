@@ -1,7 +1,8 @@
 """Compares LTE with a dense baseline and frozen routers, on pretrained models and real text.
 
-    python benchmarks/tinystories.py --out=runs/tinystories-table            (or: make tinystories)
+    python benchmarks/tinystories.py --models=FOLDER            (or: make tinystories MODELS=FOLDER)
 
+FOLDER holds the models in Hugging Face's format: babyllama/ and stories260k/ (see docs/results.md).
 Every row is one run of train.py on configs/tinystories.py, all with the same steps and data:
 
   dense baseline   the dense model, fine-tuned
@@ -10,7 +11,7 @@ Every row is one run of train.py on configs/tinystories.py, all with the same st
   random, frozen  random routers and the best k experts of each token (paper, Fig. 12); likewise
 
 stories260k takes half the steps. Frozen routers are compared at 75%, with --all at every target.
-Perplexity is over all 324 validation stories, cut at 256 tokens, under hard routing. Two runs go
+Perplexity is over 324 validation stories, cut at 256 tokens, under hard routing. Two runs go
 side by side, a core each. A killed table resumes where it was. Writes table.md, results.json and
 quality.png to --out.
 """
@@ -31,9 +32,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lte_jax.errors import cli_errors
+from lte_jax.files import Mirror
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = "../shared/data/tinystories/validation.jsonl"
+DATA, STORIES = "roneneldan/TinyStories", 324
+MODELS = ("babyllama", "stories260k")
 TARGETS = (0.5, 0.75, 0.9)
 
 
@@ -85,12 +88,29 @@ def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Ru
                 yield Run(model, "random, frozen", size, target, (*lte, *frozen, *random))
 
 
-def result(run: Run, out: Path) -> dict:
+def add_models_to(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where models and texts are."""
+    Mirror.add_to(parser)
+    parser.add_argument(
+        "--models", type=_models, required=True, help="folder of babyllama/ and stories260k/"
+    )
+
+
+def _models(folder: str) -> Path:
+    for name in MODELS:
+        if not Path(folder, name, "config.json").is_file():
+            raise argparse.ArgumentTypeError(
+                f"{folder} has no {name}/config.json: expected a model"
+            )
+    return Path(folder).absolute()
+
+
+def result(run: Run, models: Path, out: Path) -> dict:
     """The row of a run, trained and measured unless already done."""
     path = out / run.name / "measured.json"
     if not path.exists():
         start = time.monotonic()
-        train(run, out)
+        train(run, models, out)
         row = measure(run, out) | {"seconds": round(time.monotonic() - start)}
         path.write_text(json.dumps(row))
         print(f"{run.name}: {row['perplexity']:.3f}, {row['seconds']} s", flush=True)
@@ -111,14 +131,14 @@ def one_core_each(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, initializer=lambda: os.sched_setaffinity(0, {cores.get()}))
 
 
-def train(run: Run, out: Path) -> None:
+def train(run: Run, models: Path, out: Path) -> None:
     """Runs train.py in a process of its own, on one core."""
     folder = out / run.name
-    variant = ":stories260k" if run.model == "stories260k" else ""
     command = [
         sys.executable,
         "train.py",
-        f"--config=configs/tinystories.py{variant}",
+        f"--config=configs/tinystories.py:{run.model}",
+        f"--config.source.path={models / run.model}",
         f"--workdir={folder.absolute()}",
     ]
     # There are many runs: no reports, and little validation, only at the end of a stage.
@@ -136,14 +156,15 @@ def train(run: Run, out: Path) -> None:
 
 
 def measure(run: Run, out: Path) -> dict:
-    """Perplexity and sparsity of a finished run, on all validation stories."""
+    """Perplexity and sparsity of a finished run, on the validation stories."""
     import lte_jax
     from lte_jax import data, evaluation
 
     folder = out / run.name / ("dense" if run.target is None else "lte")
     model, params = lte_jax.load(folder)
     tokenizer = lte_jax.load_tokenizer(folder)
-    rows = data.pad(data.tokenize(data.read_texts(DATA, newline=" "), tokenizer), 256)
+    texts = data.read_texts(DATA, newline=" ", limit=STORIES, split="validation")
+    rows = data.pad(data.tokenize(texts, tokenizer), 256)
     measured = evaluation.perplexity(model, params, rows, batch_size=27)
     return {
         "model": run.model,
@@ -212,19 +233,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_models_to(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/tinystories-table"))
     parser.add_argument("--router-steps", type=int, default=240)
     parser.add_argument("--adapt-steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a core each")
     parser.add_argument("--all", action="store_true", help="frozen routers at every target")
     flags = parser.parse_args()
-    if not (ROOT / DATA).exists():
-        raise SystemExit(f"error: {DATA} is missing: this table needs its models and texts")
-    os.chdir(ROOT)
     flags.out.mkdir(parents=True, exist_ok=True)
     start, wanted = time.monotonic(), list(runs(flags.router_steps, flags.adapt_steps, flags.all))
     with one_core_each(flags.workers) as pool:
-        results = list(pool.map(lambda run: result(run, flags.out), wanted))
+        results = list(pool.map(lambda run: result(run, flags.models, flags.out), wanted))
     text = table(results)
     (flags.out / "table.md").write_text(text)
     record = {"steps": flags.router_steps + flags.adapt_steps, "rows": results}

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -78,3 +79,26 @@ def test_bad_input_to_the_report(tmp_path):
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and match in done.stderr
         assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_a_row_of_tinystories(shared, tmp_path, monkeypatch):
+    """Texts by their hub id from the mirror, the model from its folder."""
+    (tmp_path / "mirror/roneneldan").mkdir(parents=True)
+    (tmp_path / "mirror/roneneldan/TinyStories").symlink_to(shared / "data/tinystories")
+    monkeypatch.setenv("LTE_JAX_MIRROR", str(tmp_path / "mirror"))
+    script = runpy.run_path(str(ROOT / "benchmarks/tinystories.py"))
+    script["measure"].__globals__["STORIES"] = 27  # not all of them
+    wanted = [row for row in script["runs"](4, 2, False) if row.model == "stories260k"]
+    [frozen] = [row for row in wanted if row.method == "ridge, frozen"]  # of one stage
+    row = script["result"](frozen, shared / "models", tmp_path)
+    assert row["target"] == 0.75 and 0.5 < row["sparsity"] < 0.9
+    assert 4.1 < row["perplexity"] < 100  # 4.18 when dense
+    assert f"| 4 | 75% | {row['sparsity']:.1%} |" in script["table"]([row, row | {"target": None}])
+
+
+@pytest.mark.parametrize("name", ["tinystories.py", "thousand.py"])
+def test_bad_input_models(name, tmp_path):
+    done = run(name, "--models", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} has no babyllama/config.json: expected a model" in done.stderr
