@@ -103,7 +103,7 @@ def prepare(
 
 def _records(experiment, task, tokenizer, config, end) -> tuple[data.Records, data.Records]:
     if task is not None:
-        return task.build(experiment.data, tokenizer, config)
+        return task.build(experiment.data, tokenizer, config, experiment.seed)
     return data.build(experiment.data, tokenizer, config, experiment.seed, end)
 
 

@@ -92,6 +92,21 @@ def test_records_of_pairs_have_types_and_labels(tokenizer, tmp_path, caplog):
     assert "1 of 2 texts are cut to 12 tokens" in caplog.text
 
 
+def test_a_part_of_the_validation_split_is_chosen_by_the_seed(tokenizer, tmp_path):
+    folder = write(tmp_path / "sst2" / "train.jsonl", sentences(20))
+    write(folder / "validation.jsonl", sentences(13, seed=1))
+    parts = {}
+    for most, seed in (64, 0), (5, 0), (5, 0), (5, 1):
+        settings = DataConfig(train=str(folder), length=8, pack=False, max_validation_records=most)
+        train, kept = tasks.find("sst2").build(settings, tokenizer, ENCODER, seed)
+        found = np.hstack([kept.tokens_RL, kept.more["labels"]]).tolist()
+        assert len(train) == 20 and parts.setdefault((most, seed), found) == found
+    everything = parts[64, 0]
+    assert len(everything) == 13 and len(parts[5, 0]) == 5 and parts[5, 0] != parts[5, 1]
+    for part in parts.values():  # with their labels, in their order
+        assert part == [row for row in everything if row in part]
+
+
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_packed_texts_have_the_logits_of_single_ones(pooling, tokenizer, tmp_path):
     """Several texts a record, each with its types, label and logits, wherever it lies."""

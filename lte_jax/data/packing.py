@@ -57,6 +57,10 @@ class Records:
         more = {name: array[chosen] for name, array in self.more.items()}
         return Records(self.tokens_RL[chosen], self.segments_RL[chosen], more)
 
+    def some(self, most: int, rng: np.random.Generator) -> Records:
+        """At most so many of these records, chosen by chance, in their order."""
+        return self.take(np.sort(rng.permutation(len(self))[:most]))
+
     def trimmed(self) -> Records:
         """These records without the columns at the end that are padding in all of them."""
         width, length = self.segments_RL.shape[1], int(self.segments_RL.any(axis=0).sum())
@@ -208,8 +212,7 @@ def build(
             f"{data.train}: {len(train_rows)} training records of {data.length} tokens, fewer than "
             f"data.batch_size={data.batch_size}: lower data.batch_size or data.length, or add text"
         )
-    chosen = np.sort(rng.permutation(len(validation_rows))[: data.max_validation_records])
-    return train_rows, validation_rows.take(chosen)
+    return train_rows, validation_rows.some(data.max_validation_records, rng)
 
 
 def check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:

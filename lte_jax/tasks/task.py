@@ -96,9 +96,11 @@ class Task(abc.ABC):
         """The metrics of what a model put out: logits and labels, or texts and references."""
 
     def build(
-        self, data: DataConfig, tokenizer: Any, config: ModelConfig
+        self, data: DataConfig, tokenizer: Any, config: ModelConfig, seed: int = 0
     ) -> tuple[Records, Records]:
         """The records of training and of the (first) validation split.
+
+        `seed` is of what a task chooses by chance.
 
         Raises:
           UserError: if data, tokenizer and model do not fit together.
@@ -144,6 +146,13 @@ class Classification(Task):
             )
         number = len(self.labels) or 1
         return dataclasses.replace(config, head="classes", num_labels=number, pooler=True)
+
+    def build(
+        self, data: DataConfig, tokenizer: Any, config: ModelConfig, seed: int = 0
+    ) -> tuple[Records, Records]:
+        """As of any task; of validation, a choice of data.max_validation_records."""
+        train, validation = super().build(data, tokenizer, config, seed)
+        return train, validation.some(data.max_validation_records, np.random.default_rng(seed))
 
     def records(
         self, source: str, split: str, data: DataConfig, tokenizer: Any, config: ModelConfig
