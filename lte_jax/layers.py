@@ -137,11 +137,12 @@ def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, own_BSL: Array) 
         own_BSL = own_BSL.astype(jnp.float32)
         weights_BSL = own_BSL / jnp.maximum(jnp.sum(own_BSL, axis=2, keepdims=True), 1)
         x_BSD = jnp.einsum("bsl,bld->bsd", weights_BSL.astype(x_BLD.dtype), x_BLD)
-        return jnp.tanh(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
-    last_BS = own_BSL.shape[2] - 1 - jnp.argmax(own_BSL[..., ::-1], axis=2)
-    place_BS = last_BS if config.causal else jnp.argmax(own_BSL, axis=2)
-    x_BSD = jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)
-    return jnp.tanh(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
+    else:
+        last_BS = own_BSL.shape[2] - 1 - jnp.argmax(own_BSL[..., ::-1], axis=2)
+        place_BS = last_BS if config.causal else jnp.argmax(own_BSL, axis=2)
+        x_BSD = jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)
+    act = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler_activation]
+    return act(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
 
 
 def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, context):

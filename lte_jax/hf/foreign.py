@@ -21,7 +21,7 @@ _FAMILIES = {
         "nllb_moe switch_transformers hunyuan_v1_moe"
     ),
     "is an encoder of another kind, which is not supported": (
-        "distilbert albert deberta deberta-v2 electra modernbert camembert mpnet nomic_bert"
+        "albert deberta deberta-v2 electra modernbert camembert mpnet nomic_bert"
     ),
     "has an encoder and a decoder, which is not supported": (
         "t5 mt5 umt5 bart mbart pegasus m2m_100 marian led longt5 prophetnet t5gemma whisper"
