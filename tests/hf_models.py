@@ -71,6 +71,15 @@ _BERT = {
     "tie_word_embeddings": True,
     "pad_token_id": 1,
 }
+_DISTILBERT = {
+    "dim": 64,
+    "hidden_dim": 96,
+    "n_layers": 2,
+    "n_heads": 4,
+    "activation": "gelu",
+    "tie_word_embeddings": True,
+    "pad_token_id": 1,
+} | {name: _BASE[name] for name in ("vocab_size", "max_position_embeddings", "torch_dtype")}
 _STAR, _STABLE = ({n: v for n, v in _BASE.items() if n != "rms_norm_eps"} for _ in range(2))
 _STAR |= {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"}
 _STABLE |= {"layer_norm_eps": 1e-5}
@@ -80,6 +89,7 @@ _BASES |= {
     "opt": _OPT,
     "gpt_neox": _NEOX,
     "bert": _BERT,
+    "distilbert": _DISTILBERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
 }
@@ -215,6 +225,13 @@ CASES = {
         "label2id": {"no": 0, "perhaps": 1, "yes": 2},
     },
     "bert_masked": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "distilbert": {"model_type": "distilbert", "architectures": ["DistilBertModel"]},
+    "distilbert_masked": {"model_type": "distilbert", "architectures": ["DistilBertForMaskedLM"]},
+    "distilbert_classes": {
+        "model_type": "distilbert",
+        "architectures": ["DistilBertForSequenceClassification"],
+        "activation": "relu",
+    },
     "roberta": {"model_type": "roberta", "architectures": ["RobertaModel"], "type_vocab_size": 1},
     "roberta_masked": {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]},
     "roberta_classes": {

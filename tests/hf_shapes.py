@@ -178,11 +178,35 @@ def _bert(raw: dict) -> Shapes:
     return shapes
 
 
+def _distilbert(raw: dict) -> Shapes:
+    D, F, V = raw["dim"], raw["hidden_dim"], raw["vocab_size"]
+    [head] = raw["architectures"]
+    base = "distilbert." if "For" in head else ""
+    shapes = {
+        f"{base}embeddings.word_embeddings.weight": (V, D),
+        f"{base}embeddings.position_embeddings.weight": (raw["max_position_embeddings"], D),
+    }
+    shapes |= _norm(f"{base}embeddings.LayerNorm", D)
+    for i in range(raw["n_layers"]):
+        layer = f"{base}transformer.layer.{i}"
+        for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
+            shapes |= _dense(f"{layer}.attention.{name}", D, D)
+        shapes |= _norm(f"{layer}.sa_layer_norm", D) | _norm(f"{layer}.output_layer_norm", D)
+        shapes |= _dense(f"{layer}.ffn.lin1", F, D) | _dense(f"{layer}.ffn.lin2", D, F)
+    if head.endswith("MaskedLM"):
+        shapes |= _dense("vocab_transform", D, D) | _norm("vocab_layer_norm", D)
+        shapes |= {"vocab_projector.bias": (V,)}
+    elif base:
+        shapes |= _dense("pre_classifier", D, D) | _dense("classifier", 2, D)
+    return shapes
+
+
 _KINDS = {
     "gpt2": _gpt2,
     "opt": _opt,
     "gpt_neox": _gpt_neox,
     "bert": _bert,
+    "distilbert": _distilbert,
     "roberta": _bert,
     "xlm-roberta": _bert,
 }

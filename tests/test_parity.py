@@ -33,7 +33,11 @@ def theirs(folder, tokens, mask=None, types=None):
     model = reference(folder)
     torch = sys.modules["torch"]
     given = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
-    if mask is not None and model.config.model_type in ("gpt2", "bert"):  # counts padding otherwise
+    if mask is not None and model.config.model_type in (
+        "gpt2",
+        "bert",
+        "distilbert",
+    ):  # counts padding otherwise
         given["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     given = {k: torch.tensor(np.asarray(v, np.int64)) for k, v in given.items() if v is not None}
     with torch.no_grad():

@@ -5,6 +5,7 @@ A new family is a file with a `Family`, and its name in the list below.
 
 from lte_jax.hf.families import (
     bert,
+    distilbert,
     gemma,
     gpt2,
     gpt_neox,
@@ -46,6 +47,7 @@ FAMILIES = {
         starcoder2.FAMILY,
         stablelm.FAMILY,
         bert.FAMILY,
+        distilbert.FAMILY,
         roberta.FAMILY,
         roberta.XLM,
     )
