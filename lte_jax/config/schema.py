@@ -76,6 +76,7 @@ class ModelConfig(Checked):
     num_labels: Count = 2  # outputs of a head of classes; 1: a regression
     # What stands for a text: its first token (of a decoder: the last one), or the mean of all.
     pooling: Literal["first", "mean"] = "first"
+    unit_length: bool = False  # whether the embedding of a text is scaled to length 1
     pooler: bool = False  # whether what stands for a text passes a dense layer and a function
     pooler_activation: Literal["tanh", "relu"] = "tanh"  # that function
     activation: Activation = "silu"  # activation function of the FFN

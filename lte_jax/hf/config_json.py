@@ -16,7 +16,7 @@ from typing import Any
 from lte_jax.config import LTEConfig, ModelConfig, from_mapping, moved, num_experts
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
-from lte_jax.hf import foreign
+from lte_jax.hf import foreign, sentence
 from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.fields import DTYPES, Fields
 from lte_jax.hf.folder import CONFIG, verify
@@ -39,7 +39,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, LTEConfig | None]:
     stops = read_json(generation).get("eos_token_id") if generation.exists() else None
     if stops is not None:  # where transformers' `generate` stops, too
         raw = raw | {"eos_token_id": stops}
-    return parse(raw, str(path))
+    config, lte = parse(raw, str(path))
+    return dataclasses.replace(config, **sentence.read(Path(folder), config)), lte
 
 
 def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | None]:
@@ -80,7 +81,8 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         known = nearest(config.family, FAMILIES)
         raise UserError(f"family={config.family!r} has no HF export: {known}")
     raw = FAMILIES[config.family].write(config) | {"torch_dtype": dtype}
-    told = dataclasses.replace(parse(raw, CONFIG)[0], dtype=config.dtype)
+    elsewhere = {name: getattr(config, name) for name in ("dtype", *sentence.FIELDS)}
+    told = dataclasses.replace(parse(raw, CONFIG)[0], **elsewhere)
     if config.sliding_layers is not None and all(config.sliding_layers):
         config = dataclasses.replace(config, sliding_layers=None)
     for field in dataclasses.fields(config):

@@ -22,7 +22,7 @@ from flax import traverse_util
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand, read_json, replacing, write_manifest
-from lte_jax.hf import names
+from lte_jax.hf import names, sentence
 from lte_jax.hf.config_json import parse, read_config, write_config
 from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.family import HEAD
@@ -84,6 +84,7 @@ def save(
             shutil.copyfile(file, new / file.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        sentence.write(new, config, source)
         _write_config(new, raw, source, _main_dtype(tensors))
         _write_weights(new, tensors, max_shard_bytes)
         if order is not None:
@@ -123,7 +124,7 @@ def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None
         raw = write_config(config, config.dtype)
     else:
         raw = read_json(source / CONFIG)
-        if _differs(config, parse(raw, CONFIG)[0], ()):  # by its head alone, as was checked
+        if _differs(config, parse(raw, CONFIG)[0], sentence.FIELDS):  # by its head alone
             raw |= FAMILIES[config.family].write_head(config)
     raw.pop("lte", None)
     return raw if lte is None else raw | {"lte": dataclasses.asdict(lte)}

@@ -31,7 +31,9 @@ COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-_ALL = (CONFIG, INDEX, EXPERT_ORDER, files.MANIFEST, "model*.safetensors", *COMPANIONS)
+# Those of sentence-transformers, see sentence.py.
+_EMBEDDING = ("modules.json", "*sentence_*.json", "1_Pooling")
+_ALL = (*_EMBEDDING, CONFIG, INDEX, EXPERT_ORDER, files.MANIFEST, "model*.safetensors", *COMPANIONS)
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +71,7 @@ def companions(folder: Path) -> Iterator[Path]:
             continue
         if not file.is_file():
             log.warning("%s is not saved with the model: it is not a regular file", file)
-        elif not _inside(file, folder):
+        elif not inside(file, folder):
             where = os.path.realpath(file)
             log.warning("%s is not saved with the model: it is a link to %s", file, where)
         else:
@@ -83,7 +85,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder to write the model to")
     held = sorted(folder.iterdir())
-    foreign = [entry.name for entry in held if entry.is_dir() or not _matches(entry.name, _ALL)]
+    foreign = [entry.name for entry in held if not _ours(entry)]
     if held and not foreign and not (folder / CONFIG).exists():
         foreign = [held[0].name]
     if foreign:
@@ -102,7 +104,7 @@ def cached_repository(folder: Path) -> str | None:
     return "/".join(name)
 
 
-def _inside(file: Path, folder: Path) -> bool:
+def inside(file: Path, folder: Path) -> bool:
     """Whether a file, its links followed, lies in the folder or in its hub cache."""
     home = Path(os.path.realpath(folder))
     homes = [home]
@@ -111,6 +113,13 @@ def _inside(file: Path, folder: Path) -> bool:
         homes += [repository / "blobs", repository.parent / "blobs"]
     real = os.path.realpath(file)
     return any(Path(real).is_relative_to(os.path.realpath(place)) for place in homes)
+
+
+def _ours(entry: Path) -> bool:
+    """Whether a file, or the folder of a pooling's settings, is a part of a model."""
+    if entry.is_dir():
+        return entry.name == "1_Pooling" and {p.name for p in entry.iterdir()} <= {CONFIG}
+    return _matches(entry.name, _ALL)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from lte_jax.errors import UserError, one_line
 from lte_jax.files import check_regular, read_json
+from lte_jax.hf import sentence
 from lte_jax.hf.folder import CONFIG, verify
 from lte_jax.hf.hub import resolve
 
@@ -29,6 +31,7 @@ _READ = (  # files that transformers opens: none of them may be a pipe
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     """The transformers tokenizer of a model.
 
+    Texts to embed are cut to its model_max_length; sentence-transformers' folders say their own.
     If the folder names Python code for it, the code is not run: only tokenizer.json is read.
 
     Raises:
@@ -42,6 +45,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
             "folder or hub id as the tokenizer"
         )
     verify(folder)
+    limit = sentence.length_limit(folder)
     for name in _READ:
         if (folder / name).exists():
             check_regular(folder / name)
@@ -52,7 +56,9 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
             "tokenizers are read by transformers, which is not installed: pip install transformers"
         ) from None
     try:
-        return _read(transformers.AutoTokenizer, folder)
+        tokenizer = _read(transformers.AutoTokenizer, folder)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit or math.inf)
+        return tokenizer
     except UserError:
         if not _names_code(folder):
             raise

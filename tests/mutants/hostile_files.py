@@ -115,7 +115,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "18 an export follows links",
         "lte_jax/hf/folder.py",
-        "        elif not _inside(file, folder):",
+        "        elif not inside(file, folder):",
         "        elif False:",
         "tests/test_hf_export.py::test_export_follows_no_link_out_of_the_folder",
     ),

@@ -1,0 +1,184 @@
+"""Folders of sentence-transformers: the embeddings of texts, what is refused, and the way back."""
+
+import json
+
+import numpy as np
+import pytest
+from hf_folders import assert_complains
+from hf_models import config_json, write_folder
+
+import lte_jax
+from lte_jax import hf
+from lte_jax.config import UserError
+from lte_jax.hf import sentence
+
+WORDS = "the film is good bad a dull fine plot and no joy great".split()
+TEXTS = ["the film is good", "a", "no joy and a dull plot " * 8, "great plot"]
+KINDS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
+
+
+def module(kind, path=""):
+    return {"idx": 0, "name": "0", "path": path, "type": f"sentence_transformers.models.{kind}"}
+
+
+def sentence_folder(path, chosen=("mean_tokens",), last=("Normalize",), case="bert", **changes):
+    """A tiny encoder's folder with the settings of its embedding."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_folder(path, config_json(case, **changes))
+    vocabulary = path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    transformers.BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    modules = [module("Transformer"), module("Pooling", "1_Pooling")]
+    modules += [module(kind, f"2_{kind}") for kind in last]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    modes = {"word_embedding_dimension": 64} | {f"pooling_mode_{k}": k in chosen for k in KINDS}
+    (folder / "1_Pooling/config.json").write_text(json.dumps(modes))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["cls_token", "mean_tokens"])
+@pytest.mark.parametrize("last", [(), ("Normalize",)])
+def test_embeddings_by_hand(kind, last, tmp_path):
+    folder = sentence_folder(tmp_path / "model", (kind,), last)
+    model, params = lte_jax.load(folder, "float32")
+    tokenizer = lte_jax.load_tokenizer(folder)
+    found = lte_jax.embed_texts(model, params, tokenizer, TEXTS, batch_size=3)
+    assert found.shape == (4, 64) and found.dtype == np.float32
+    for vector_D, text in zip(found, TEXTS, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        ids = ids if len(ids) <= 16 else [*ids[:15], tokenizer.sep_token_id]
+        hidden_LD = np.asarray(lte_jax.apply(model, params, [ids]).hidden)[0]
+        expected_D = hidden_LD[0] if kind == "cls_token" else hidden_LD.mean(axis=0)
+        expected_D = expected_D / (np.linalg.norm(expected_D) if last else 1)
+        np.testing.assert_allclose(vector_D, expected_D, atol=1e-5)
+    assert lte_jax.embed_texts(model, params, tokenizer, []).shape == (0, 64)
+
+
+def test_a_decoder_s_last_token(tmp_path):
+    case = {"hidden_size": 64, "num_attention_heads": 4}
+    folder = sentence_folder(tmp_path / "model", ("lasttoken",), (), "llama", **case)
+    model, params = lte_jax.load(folder, "float32")
+    tokenizer = lte_jax.load_tokenizer(folder)
+    [vector_D] = lte_jax.embed_texts(model, params, tokenizer, TEXTS[:1])
+    hidden = lte_jax.apply(model, params, [tokenizer(TEXTS[0])["input_ids"]]).hidden
+    np.testing.assert_allclose(vector_D, hidden[0, -1], atol=1e-5)
+
+
+def test_embeddings_of_a_real_encoder(shared, minilm, tmp_path):
+    """all-MiniLM-L6-v2 against torch, before and after it was saved."""
+    torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
+    transformers = pytest.importorskip("transformers")
+    lines = (shared / "data/glue/mrpc/validation.jsonl").read_text().splitlines()[:20]
+    texts = [json.loads(line)[name] for line in lines for name in ("sentence1", "sentence2")]
+    texts.append(" ".join(texts))  # longer than the folder's 256 tokens
+    model, params = lte_jax.load(minilm, "float32")
+    tokenizer = lte_jax.load_tokenizer(minilm)
+    lte_jax.save(tmp_path / "saved", model, params, source=minilm)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    coded = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        hidden = theirs(**coded).last_hidden_state
+    real = coded["attention_mask"][..., None]
+    expected = torch.nn.functional.normalize((hidden * real).sum(1) / real.sum(1)).numpy()
+    found = lte_jax.embed_texts(model, params, tokenizer, texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    similarities = (found[:-1:2] * found[1:-1:2]).sum(axis=1)
+    assert similarities.min() < 0.9 < similarities.max()
+    try:
+        import sentence_transformers
+    except ImportError:
+        return  # the sum above is what it computes
+    other = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(found, other.encode(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cls_token", "mean_tokens"])
+def test_the_way_back(kind, tmp_path):
+    """With its source the settings are copied; without it they are written anew; LTE has them."""
+    folder = sentence_folder(tmp_path / "model", (kind,))
+    model, params = lte_jax.load(folder)
+    for source in folder, None, folder:  # an older model is replaced
+        lte_jax.save(tmp_path / "saved", model, params, source=source)
+        assert lte_jax.load(tmp_path / "saved", verify=True)[0].config == model.config
+        for name in ("modules.json", "1_Pooling/config.json"):
+            mine, old = ((f / name).read_bytes() for f in (tmp_path / "saved", folder))
+            assert (mine == old) == (source is not None)
+        said = json.loads((tmp_path / "saved/modules.json").read_text())
+        assert [m["type"].rpartition(".")[2] for m in said] == list(sentence.STEPS[1])
+    assert hf.load_tokenizer(tmp_path / "saved").model_max_length == 16
+    tokens = np.random.default_rng(0).integers(0, 97, (4, 64))
+    sparse, routed = lte_jax.moefy(model, params, tokens, expert_size=8)
+    lte_jax.save(tmp_path / "lte", sparse, routed, source=folder)
+    again, params = lte_jax.load(tmp_path / "lte")
+    assert again.config.pooling == model.config.pooling and again.config.unit_length
+    vectors = lte_jax.embed_texts(again, params, hf.load_tokenizer(tmp_path / "lte"), TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    (tmp_path / "lte/1_Pooling/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds 1_Pooling, which is not part of a model"):
+        lte_jax.save(tmp_path / "lte", sparse, routed)
+
+
+def test_a_folder_without_modules_is_as_before(tmp_path):
+    folder = write_folder(tmp_path / "bert", config_json("bert"))
+    model, params = lte_jax.load(folder)
+    assert (model.config.pooling, model.config.unit_length) == ("first", False)
+    lte_jax.save(tmp_path / "saved", model, params)
+    assert not (tmp_path / "saved/modules.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "last", "words"),
+    [
+        (
+            ("max_tokens",),
+            (),
+            "pooling by max_tokens is not supported: expected mean_tokens or cls",
+        ),
+        (("mean_sqrt_len_tokens",), (), "pooling by mean_sqrt_len_tokens is not supported"),
+        (("cls_token", "mean_tokens"), (), "pooling by cls_token and mean_tokens is not"),
+        (("lasttoken",), (), "pooling by lasttoken is not supported"),
+        ((), (), "pooling by nothing is not supported"),
+        (("mean_tokens",), ("Dense",), "modules Transformer, Pooling, Dense are not supported"),
+        (("mean_tokens",), ("Dense", "Normalize"), "Pooling, Dense, Normalize are not supported"),
+    ],
+)
+def test_bad_input_pooling(chosen, last, words, tmp_path):
+    folder = sentence_folder(tmp_path / "model", chosen, last)
+    assert_complains(lambda: hf.read_config(folder), words, "1_Pooling" if not last else "modules")
+
+
+def test_bad_input_files(tmp_path):
+    folder = sentence_folder(tmp_path / "model")
+    for text, words in (
+        ("{}", "holds a JSON dict: expected a list"),
+        ("[3]", "expected a list of modules with a type"),
+        ("[", "cannot be read"),
+        (json.dumps([module("Transformer", "0_Transformer"), module("Pooling")]), "folder itself"),
+    ):
+        (folder / "modules.json").write_text(text)
+        assert_complains(lambda: hf.read_config(folder), "modules.json", words)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 0}')
+    assert_complains(lambda: hf.load_tokenizer(folder), "max_seq_length=0: expected a positive")
+
+
+def test_bad_input_of_embed_texts(tmp_path):
+    folder = sentence_folder(tmp_path / "model")
+    model, params = lte_jax.load(folder)
+    tokenizer = lte_jax.load_tokenizer(folder)
+    for texts in "one text", ["a", 3], 3:
+        with pytest.raises(UserError, match="texts: expected a list of texts"):
+            lte_jax.embed_texts(model, params, tokenizer, texts)
+    with pytest.raises(UserError, match="batch_size=0: expected an integer of at least 1"):
+        lte_jax.embed_texts(model, params, tokenizer, ["a"], batch_size=0)
+
+
+def test_a_pooling_spelled_as_newer_versions_do(tmp_path):
+    folder = sentence_folder(tmp_path / "model", last=())
+    for said, expected in ("cls", "first"), (["mean"], "mean"):
+        (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": said}))
+        assert hf.read_config(folder)[0].pooling == expected
+    for said in ["mean", "cls"], [{}], 3, "max":
+        (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": said}))
+        assert_complains(lambda: hf.read_config(folder), "1_Pooling", "is not supported: expected")
