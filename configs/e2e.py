@@ -20,12 +20,12 @@ from lte_jax import config
 MODELS = {"gpt2_medium": "openai-community/gpt2-medium", "llama7b": "huggyllama/llama-7b"}
 EPOCH = 42061  # pairs
 LLAMA = config.ModelConfig(
-    vocab_size=259, d_model=128, d_ff=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
-    max_length=512,
+    vocab_size=1024, d_model=128, d_ff=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
+    max_length=256,
 )  # fmt: skip
 GPT2 = config.ModelConfig(
-    vocab_size=259, d_model=128, d_ff=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
-    max_length=512, family="gpt2", activation="gelu_tanh", gated=False, norm="layer",
+    vocab_size=1024, d_model=128, d_ff=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
+    max_length=256, family="gpt2", activation="gelu_tanh", gated=False, norm="layer",
     norm_bias=True, positions="learned", tie_embeddings=True, qkv_bias=True, out_bias=True,
     mlp_bias=True,
 )  # fmt: skip
@@ -33,7 +33,7 @@ SCRATCH = {"llama_small": LLAMA, "gpt2_small": GPT2}
 
 
 def get_config(arg="gpt2_medium"):
-    words = config.variants(arg, *MODELS, *SCRATCH, *config.PRESETS, "smoke")
+    words = config.variants(arg, *MODELS, *SCRATCH, *config.PRESETS, "control", "smoke")
     [model] = [w for w in words if w in (*MODELS, *SCRATCH)] or ["gpt2_medium"]
     preset = "paper" if "paper" in words else "ours"
     c = config.to_config_dict(config.Experiment(lte=config.PRESETS[preset]))
@@ -56,6 +56,9 @@ def get_config(arg="gpt2_medium"):
         for stage in c.stages.values():
             stage.steps = 2
         c.log_every = c.eval_every = c.checkpoint.every = 1
+    if "control" in words:
+        c.stages.finetune.steps = sum(stage.steps for stage in c.stages.values())
+        c.stages.router.steps = c.stages.adapt.steps = 0
     return c
 
 
@@ -76,12 +79,16 @@ def _full_size(c, model):
 
 
 def _from_scratch(c, scratch):
-    c.source.scratch = config.to_config_dict(scratch)
-    c.data.length, c.data.batch_size, c.data.max_new_tokens = 512, 16, 240
+    """As much as one core does in half an hour, the control included; texts of some 50 tokens."""
+    c.source.scratch, c.source.tokenizer = config.to_config_dict(scratch), "bpe"
+    c.data.length, c.data.batch_size, c.data.max_new_tokens = 256, 8, 80
     c.data.beams = 1
-    c.data.max_validation_records = 100
-    c.lte.expert_size = 16
-    c.stages.finetune.steps, c.stages.finetune.learning_rate = 1500, 2e-3
-    c.stages.router.steps, c.stages.router.learning_rate = 500, 1e-3
+    c.data.max_validation_records = 300
+    c.optim.microbatches = 2  # four rows at a time stay in a core's cache
+    c.lte.expert_size = 8
+    c.lte.distill_weight = 0.5  # the dense model has not finished learning: its errors count less
+    c.stages.finetune.steps, c.stages.finetune.learning_rate = 450, 2e-3
+    c.stages.router.steps, c.stages.router.learning_rate = 180, 1e-3
     c.stages.router.router_lr_multiplier = 4.0
-    c.stages.adapt.steps, c.stages.adapt.learning_rate = 200, 5e-4
+    c.stages.adapt.steps, c.stages.adapt.learning_rate = 70, 5e-4
+    c.checkpoint.every = 100

@@ -21,6 +21,7 @@ from lte_jax.hf.folder import COMPANIONS
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.routing import make as make_routing
 
+LEARNED = "bpe"  # as source.tokenizer
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -73,7 +74,10 @@ def prepare(
         )
     _check_sizes(experiment, config, mesh)
     named = experiment.source.tokenizer or experiment.source.path
-    tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
+    if named == LEARNED:
+        tokenizer, named = _learned(experiment, task), ""
+    else:
+        tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
     _check_sample(experiment, config, tokenizer)
 
     def load() -> tuple[Transformer, Any]:  # the dense model, for inference
@@ -127,6 +131,22 @@ def _source(experiment: Experiment) -> Path | None:
             f"source.path={path!r} holds an LTE model: expected the dense model it was made from"
         )
     return folder
+
+
+def _learned(experiment: Experiment, task: tasks.Task | None) -> Any:
+    """A tokenizer of the training texts; they decide it, so a resumed run learns the same one."""
+    source, settings = experiment.source, experiment.data
+    if source.path:
+        raise UserError(
+            f"source.tokenizer={LEARNED!r} is for a model from random weights: expected '' for the "
+            f"tokenizer of source.path={source.path!r}"
+        )
+    if task is not None:
+        texts = task.texts(settings)
+    else:
+        how = settings.column, settings.newline, settings.max_documents, "train", settings.join
+        texts = data.read_texts(settings.train, *how)
+    return data.learned_tokenizer(texts, source.scratch.vocab_size)
 
 
 def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:

@@ -27,7 +27,7 @@ from lte_jax.data.packing import (
     train_iterator,
 )
 from lte_jax.data.texts import local_path, read_rows, read_texts, text_of, value_of
-from lte_jax.data.tokens import byte_tokenizer, tokenize
+from lte_jax.data.tokens import byte_tokenizer, learned_tokenizer, tokenize
 
 __all__ = [
     "Example",
@@ -38,8 +38,8 @@ __all__ = [
     "digest",
     "end_probabilities",
     "end_token",
-    "local_path",
     "eval_batches",
+    "learned_tokenizer",
     "local_path",
     "pack",
     "pad",

@@ -25,6 +25,9 @@ BATCH_CHARACTERS = 2**17  # likewise; a longer text is tokenised in windows
 WINDOW = 2**14  # characters
 OVERLAP = 2**10  # characters that a window shares with the one before
 AGREE = 8  # tokens that windows must share on each side of the place where they are joined
+BYTE_TOKENS = 259  # of the byte tokenizer
+LEARNED_FROM = 10_000  # texts, at most, that a tokenizer is learned from
+_SPECIAL = ("<s>", "</s>", "<pad>")
 # verbose=False: documents longer than the model's context are cut later.
 _PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
@@ -38,21 +41,61 @@ def byte_tokenizer() -> Any:
     in front, and decodes whatever it encoded. "<s>" within a text is three characters, never the
     token.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_special_tokens(list(_SPECIAL))
+    return _fast(tokenizer)
+
+
+def learned_tokenizer(texts: Sequence[str], size: int) -> Any:
+    """A Hugging Face fast tokenizer of at most `size` tokens: byte-level BPE of these texts.
+
+    It starts with <s>, </s> and <pad>, then the bytes; in all else it is like `byte_tokenizer`, but
+    pairs never cross from a word into the next. Of more than LEARNED_FROM texts, as many are read,
+    evenly spread. The same texts give the same tokenizer.
+
+    Raises:
+      UserError: if `size` leaves no room for the bytes.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if size < BYTE_TOKENS:
+        raise UserError(
+            f"source.scratch.vocab_size={size}: expected at least {BYTE_TOKENS}, all bytes and "
+            "three special tokens, to learn a tokenizer"
+        )
+    clean = [SURROGATE.sub("\ufffd", text) for text in texts]
+    places = np.linspace(0, len(clean) - 1, min(LEARNED_FROM, len(clean))).round().astype(int)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((clean[i] for i in places), trainer)
+    return _fast(tokenizer)
+
+
+def _fast(tokenizer: Any) -> Any:
+    """A byte-level tokenizer with the special tokens, as transformers has it."""
+    from tokenizers import decoders, processors
+    from transformers import PreTrainedTokenizerFast
+
+    begin, end, pad = _SPECIAL
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 256)])
+    front = [(begin, tokenizer.token_to_id(begin))]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", None, front)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
+        bos_token=begin,
+        eos_token=end,
+        pad_token=pad,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )

@@ -92,6 +92,12 @@ class Generation(Task):
         rows = self._rows(source, split, data, tokenizer, config)
         return _lay(rows if split == "train" else _some(rows, data.max_validation_records), data)
 
+    def texts(self, data: DataConfig) -> list[str]:
+        """Prompts and answers of the training rows."""
+        found = itertools.islice(read_rows(data.train, "train"), data.max_documents)
+        rows = (self.pieces(row, where, None) for where, row in found)
+        return ["".join(piece.text for piece in pieces) for pieces in rows]
+
     def score(self, outputs: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
         """Of texts and the references of each."""
         return {name: float(metric(outputs, expected)) for name, metric in self.metrics.items()}

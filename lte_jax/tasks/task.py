@@ -91,6 +91,17 @@ class Task(abc.ABC):
           UserError: on rows that do not fit the task; names file and line.
         """
 
+    def texts(self, data: DataConfig) -> list[str]:
+        """The training texts, for a tokenizer that is learned from them.
+
+        Raises:
+          UserError: if the task has no running text.
+        """
+        raise UserError(
+            f"data.task={self.name!r} does not teach a tokenizer: expected source.tokenizer to be "
+            "a folder or hub id"
+        )
+
     @abc.abstractmethod
     def score(self, outputs: Any, expected: Any) -> dict[str, float]:
         """The metrics of what a model put out: logits and labels, or texts and references."""
