@@ -25,6 +25,14 @@ def main() -> None:
     add("--length", type=flag(config.Length), help="tokens per record; default: 256, or the task's")
     add("--records", type=flag(config.Count), help="to read of --data; default: 64, of tasks all")
     add("--batch-size", type=flag(config.Count), default=8)
+    add(
+        "--beams",
+        type=flag(config.Count),
+        help="of tasks that generate, 1: greedy; default: task's",
+    )
+    add(
+        "--max-new-tokens", type=flag(config.Count), help="that they write; default: the task's own"
+    )
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
@@ -44,6 +52,7 @@ def main() -> None:
         chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         chosen["tokenizer"] = lte_jax.load_tokenizer(flags.model)
         if flags.tasks:
+            chosen |= {"beams": flags.beams, "max_new_tokens": flags.max_new_tokens}
             what = flags.tasks, model, params, flags.data, flags.length, flags.records
             return report.write_tasks(tasks.measure(*what, **chosen), out, vars(flags))
         source = (flags.data, flags.column, flags.newline, flags.records or 64, "validation")

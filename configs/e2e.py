@@ -4,10 +4,11 @@
     python train.py --config=configs/e2e.py:llama_small --workdir=runs/e2e_small   # from scratch
 
 Words, joined by commas: a model (gpt2_medium, llama7b, llama_small, gpt2_small), `paper` for the
-paper's losses, `smoke` for a test. The small models start from random weights and read bytes; they
-decode greedily (--config.data.beams=10 searches). Metrics are of the validation split; for those of
-the test split, --config.data.validation=tuetschek/e2e_nlg::test. A data folder has train.jsonl and
-validation.jsonl with the columns meaning_representation and human_reference.
+paper's losses, `control` for a dense model of as many steps in all, `smoke` for a test. The small
+models start from random weights, learn their tokenizer from the texts, and decode greedily
+(--config.data.beams=10 searches). Metrics are of the validation split; for those of the test split,
+--config.data.validation=tuetschek/e2e_nlg::test. A data folder has train.jsonl and validation.jsonl
+with the columns meaning_representation and human_reference.
 
 Cost:   not measured.
 Expect: not measured here. GPT-2 medium, dense: BLEU 68.2, ROUGE-L 71.0 by the official script

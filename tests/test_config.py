@@ -34,6 +34,21 @@ def test_every_config_builds(file, variant):
     assert 0 < steps <= (20 if variant else 10**6)
 
 
+@pytest.mark.parametrize("model", ["e2e.py:llama_small", "e2e.py:gpt2_small", "instruct.py:small"])
+@pytest.mark.parametrize("more", ["", ",smoke"])
+def test_a_control_is_dense_and_has_as_many_steps_in_all(model, more):
+    sparse = config.load_config(f"{ROOT}/configs/{model}{more}")
+    dense = config.load_config(f"{ROOT}/configs/{model},control{more}")
+    stages = sparse.stages
+    total = stages.finetune.steps + stages.router.steps + stages.adapt.steps
+    assert min(stages.finetune.steps, stages.router.steps, stages.adapt.steps) > 0
+    assert dense.stages.finetune == dataclasses.replace(stages.finetune, steps=total)
+    assert dense.stages.router.steps == dense.stages.adapt.steps == 0
+    assert dense.data == sparse.data and dense.source == sparse.source
+    length = sparse.source.scratch.max_length
+    assert length >= sparse.data.length > sparse.data.max_new_tokens > 0
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
 def test_config_docstring_says_command_cost_and_score(file):
     text = file.read_text().split('"""')[1]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
+import lte_jax
 from lte_jax import config, data, losses, pipeline, tasks
 from lte_jax.config import DataConfig, ModelConfig, SourceConfig, StageConfig, UserError
+from lte_jax.generate import generate
 from lte_jax.model import Transformer
 from lte_jax.objective import predicted, task_loss
 from lte_jax.tasks import nlg
@@ -259,9 +261,9 @@ def test_metrics_equal_their_libraries():
             max(scorer.score(r, text)[kind].fmeasure for r in refs)
             for text, refs in zip(TEXTS, REFERENCES, strict=True)
         ]
-        assert nlg.rouge(TEXTS, REFERENCES, kind, True) == pytest.approx(100 * np.mean(best))
+        assert nlg.rouge(TEXTS, REFERENCES, kind, True) == pytest.approx(100 * np.array(best))
     # Seven of nine words in order, and four of five.
-    assert nlg.rouge(TEXTS, REFERENCES, "rougeL", False) == pytest.approx(50 * (8 / 9 + 4 / 5))
+    assert nlg.rouge(TEXTS, REFERENCES, "rougeL", False) == pytest.approx([800 / 9, 80])
 
 
 def test_metrics_of_nothing_written():
@@ -270,18 +272,61 @@ def test_metrics_of_nothing_written():
     assert tasks.find("e2e").score(["", "Blue"], REFERENCES)["nist"] >= 0
 
 
+# --------------------------------------------------------------------------------------- measuring
+
+
+def test_measuring_e2e(tmp_path):
+    """The dense and the LTE model write greedily; the metrics are of what `generate` writes."""
+    write(tmp_path / "e2e_nlg" / "validation.jsonl", meanings(9))
+    model, params = tiny.model_and_params(config=MODEL)
+    dense = tiny.model_and_params(None, MODEL)
+    how = {"tokenizer": BYTES, "baseline": dense, "beams": 1, "max_new_tokens": 8}
+    found = tasks.measure(["e2e"], model, params, str(tmp_path), limit=3, **how)
+    assert [row["model"] for row in found] == ["dense"] * 3 + ["LTE"] * 3
+    rows = list(meanings(9))[0:2], list(meanings(9))[8:10], list(meanings(9))[16:18]
+    references = [[row[REFERENCE] for row in pair] for pair in rows]
+    prompts = [nlg.slots(pair[0][MEANING], "") + " ||" for pair in rows]
+    for offset, (made, weights) in enumerate([dense, (model, params)]):
+        ids = [BYTES(prompt)["input_ids"] for prompt in prompts]
+        new = generate(made, weights, ids, max_new_tokens=8, eos_ids=[BYTES.eos_token_id])
+        texts = [BYTES.decode(part, skip_special_tokens=True).strip() for part in new]
+        each = nlg.rouge(texts, references, "rougeL", False)
+        rouge, bleu, nist = found[3 * offset : 3 * offset + 3]
+        assert rouge["metric"] == "rougeL" and rouge["records"] == 3
+        assert rouge["value"] == pytest.approx(np.mean(each))
+        assert rouge["error"] == pytest.approx(np.std(each, ddof=1) / np.sqrt(3))
+        assert bleu["value"] == nlg.bleu(texts, references) and bleu["error"] is None
+        assert nist["metric"] == "nist"
+    assert found[0]["sparsity"] == 0 < found[3]["sparsity"] < 1
+    everything = tasks.measure(["e2e"], model, params, str(tmp_path), **how)
+    assert everything[0]["records"] == 9
+
+
+def test_bad_input_of_measuring_generation():
+    lte = tiny.model_and_params(config=MODEL)
+    with pytest.raises(UserError, match="--tasks=instruct has no validation split on the hub"):
+        tasks.measure(["instruct"], *lte, tokenizer=BYTES)
+    encoder = tiny.model_and_params(
+        config=dataclasses.replace(MODEL, causal=False, head="none", family="bert")
+    )
+    with pytest.raises(UserError, match="data.task='xsum' needs a decoder"):
+        tasks.measure(["xsum"], *encoder, tokenizer=BYTES)
+
+
 # ------------------------------------------------------------------------------------- a whole run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [MODEL, GPT2], ids=["llama", "gpt2"])
-def test_a_whole_run_of_e2e(model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("model", "words"), [(MODEL, "bpe"), (GPT2, "")], ids=["llama,bpe", "gpt2,bytes"]
+)
+def test_a_whole_run_of_e2e(model, words, tmp_path, capsys):
     folder = write(tmp_path / "e2e" / "train.jsonl", meanings(16))
     write(tmp_path / "e2e" / "validation.jsonl", meanings(16))
     two = StageConfig(steps=2, learning_rate=1e-3)
     experiment = dataclasses.replace(
         tiny.experiment(tmp_path / "texts"),
-        source=SourceConfig(scratch=model),
+        source=SourceConfig(scratch=model, tokenizer=words),
         data=dataclasses.replace(SETTINGS, task="e2e", train=folder),
         stages=config.StagesConfig(dataclasses.replace(two, steps=6), two, two),
         eval_every=6,
@@ -306,4 +351,14 @@ def test_a_whole_run_of_e2e(model, tmp_path, capsys):
     log = [json.loads(line) for line in lines]
     first, *_, last = [row["task"] for row in log if row["stage"] == "finetune" and "task" in row]
     assert last < first
-    assert json.loads((tmp_path / "run/lte/config.json").read_text())["eos_token_id"] == 257
+    tokenizer = lte_jax.load_tokenizer(tmp_path / "run/lte")
+    told = json.loads((tmp_path / "run/lte/config.json").read_text())["eos_token_id"]
+    assert told == tokenizer.eos_token_id == (1 if words else 257)
+    found = tasks.measure(
+        ["e2e"], *lte_jax.load(tmp_path / "run/lte"), folder, limit=4, tokenizer=tokenizer,
+        baseline=lte_jax.load(tmp_path / "run/dense"), beams=2, max_new_tokens=24,
+    )  # fmt: skip
+    for entry in dense, lte:
+        rows = [row for row in found if row["model"] == entry["name"]]
+        assert {row["metric"]: row["value"] for row in rows} == entry["metrics"]
+        assert rows[0]["sparsity"] == pytest.approx(entry["sparsity"], abs=0.05)

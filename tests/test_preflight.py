@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import data, pipeline, preflight, sharding
+from lte_jax import data, pipeline, preflight, sharding, tasks
 from lte_jax.config import SourceConfig, StageConfig, UserError
 
 
@@ -59,6 +59,28 @@ def test_bad_input_source_that_is_sparse_already(experiment, tmp_path, monkeypat
     data.byte_tokenizer().save_pretrained(tmp_path / "lte")
     sparse = changed(experiment, {"source": {"path": str(tmp_path / "lte")}})
     refused(sparse, tmp_path, monkeypatch, "LTE model", "expected the dense model")
+
+
+def test_bad_input_a_tokenizer_learned_for_a_model_that_has_one(experiment, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=259)
+    lte_jax.save(source, *tiny.model_and_params(None, config))
+    wrong = changed(experiment, {"source": {"path": str(source), "tokenizer": "bpe"}})
+    refused(wrong, tmp_path, monkeypatch, "source.tokenizer='bpe'", "random weights", str(source))
+    with pytest.raises(UserError, match=r"data.task='sst2' does not teach a tokenizer"):
+        tasks.find("sst2").texts(wrong.data)
+
+
+def test_a_tokenizer_is_learned_from_the_training_texts(experiment):
+    learned = changed(experiment, {"source": {"tokenizer": "bpe", "scratch": {"vocab_size": 270}}})
+    mesh = sharding.make_mesh(experiment.mesh)
+    parts = preflight.prepare(learned, mesh, None, {})
+    tokenizer = parts.tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" abcd")["input_ids"]) == ["<s>", "Ġabcd"]
+    text = tokenizer.decode(parts.records[0].tokens_RL[0])
+    assert text.startswith("<s>") and "abcd" in text
+    again = preflight.prepare(learned, mesh, None, parts.inputs)
+    assert again.inputs == parts.inputs
 
 
 def test_inputs_are_of_the_source_model_and_its_tokenizer_too(experiment, tmp_path):

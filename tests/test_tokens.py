@@ -13,6 +13,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lte_jax import data
+from lte_jax.errors import UserError
 
 
 def test_byte_tokenizer_is_lossless_and_survives_saving(tmp_path):
@@ -26,6 +27,44 @@ def test_byte_tokenizer_is_lossless_and_survives_saving(tmp_path):
         assert tokenizer.decode(ids) == text
         special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         assert special == (256, 257, 258) and len(tokenizer) == 259
+
+
+def test_a_learned_tokenizer_is_lossless_short_and_survives_saving(tmp_path):
+    texts = ["the Vaults pub near the river"] * 9 + ["the <s>é\ud800"]
+    made = data.learned_tokenizer(texts, 300)
+    made.save_pretrained(tmp_path)
+    text = "the Vaults <s>🙂\x00  pub</s>"
+    for tokenizer in made, AutoTokenizer.from_pretrained(tmp_path):
+        bos, *ids = tokenizer(text)["input_ids"]
+        assert bos == tokenizer.bos_token_id == 0 and tokenizer.eos_token_id == 1
+        assert tokenizer.decode(ids) == text and 0 not in ids and 1 not in ids
+        assert len(tokenizer) <= 300
+        words = tokenizer.convert_ids_to_tokens(tokenizer(" Vaults pub")["input_ids"])
+        assert words == ["<s>", "ĠVaults", "Ġpub"]  # a token never has two words
+
+
+def test_the_same_texts_teach_the_same_tokenizer_anywhere():
+    """Also in another process, whose hashes differ: a resumed run learns it anew."""
+    code = (
+        "from lte_jax import data; texts = [f'word{i % 7} of {i % 11} {i}' for i in range(300)]; "
+        "print(data.learned_tokenizer(texts, 400).backend_tokenizer.to_str())"
+    )
+    runs = [subprocess.check_output([sys.executable, "-c", code]) for _ in range(2)]
+    assert len(json.loads(runs[0])["model"]["vocab"]) == 400
+    assert runs[0] == runs[1]
+
+
+def test_only_some_of_many_texts_teach(monkeypatch):
+    monkeypatch.setattr(data.tokens, "LEARNED_FROM", 3)
+    made = data.learned_tokenizer(["ab", "xy", "cd", "xy", "ef"], 262)
+    merged = made.convert_ids_to_tokens(range(259, len(made)))
+    assert sorted(merged) == ["ab", "cd", "ef"]
+
+
+def test_a_learned_tokenizer_has_room_for_all_bytes():
+    assert len(data.learned_tokenizer(["aa"], 259)) == 259
+    with pytest.raises(UserError, match=r"source.scratch.vocab_size=258: expected at least 259"):
+        data.learned_tokenizer(["aa"], 258)
 
 
 # ----------------------------------------------------------------------------------------- prefix

@@ -240,8 +240,8 @@ class SourceConfig(Checked):
 
     path: str = ""  # Hugging Face or LTE folder, or hub id; "": random weights
     scratch: ModelConfig = ModelConfig()  # the model to make if path is ""
-    # Folder or hub id; "bpe": byte-level BPE of scratch.vocab_size tokens, learned from the training
-    # texts; "": the model's own, or bytes without a source.path.
+    # Folder or hub id; "bpe": byte-level BPE of scratch.vocab_size tokens, learned from
+    # data.train; "": the model's own, or bytes without a source.path.
     tokenizer: str = ""
 
 

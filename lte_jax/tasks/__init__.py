@@ -21,7 +21,7 @@ from lte_jax.tasks.task import Classification, Task
 
 __all__ = ["MEASURED", "TASKS", "Classification", "Run", "Task", "find", "measure", "named", "rows"]
 TASKS: dict[str, Task] = {**glue.TASKS, **nlg.TASKS}
-MEASURED: Mapping[str, Any] = {**glue.TASKS, **wikitext.TASKS, **mmlu.TASKS}
+MEASURED: Mapping[str, Any] = {**TASKS, **wikitext.TASKS, **mmlu.TASKS}
 
 
 def find(name: str, among: Mapping[str, Any] = TASKS, key: str = "data.task") -> Any:
@@ -55,6 +55,8 @@ def measure(
     name: str | None = None,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
     batch_size: int = 8,
+    beams: int | None = None,
+    max_new_tokens: int | None = None,
     routing: Routing | str | None = None,
     threshold: float | None = None,
 ) -> list[dict[str, Any]]:
@@ -67,11 +69,14 @@ def measure(
       source: folder or hub id of the data, or a folder with a folder for each task (`task.folder`);
         None: each task's own hub id.
       length: tokens of a record; None: the task's own.
-      limit: records to read, from the first (of MMLU: of each subject); None: all.
+      limit: records to read, from the first (of MMLU: of each subject; of generation: prompts,
+        evenly spread); None: all.
       tokenizer: of both models.
       name: of the model in the rows; None: "LTE" or "dense".
       baseline: the dense model and its parameters.
       batch_size: of the forward passes.
+      beams: width of the beam search of tasks that generate; 1: greedy. None: the task's own.
+      max_new_tokens: that they write; None: the task's own.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
 
@@ -84,7 +89,8 @@ def measure(
     """
     chosen = [find(task, MEASURED, "--tasks") for task in names]
     how = {"batch_size": batch_size, "routing": routing, "threshold": threshold}
-    run = Run(model, params, tokenizer, source or "", length, limit, how)
+    decoding = beams, max_new_tokens
+    run = Run(model, params, tokenizer, source or "", length, limit, *decoding, how)
     runs = {name or ("dense" if model.lte is None else "LTE"): run}
     if baseline is not None:
         model, params = baseline

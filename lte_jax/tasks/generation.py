@@ -20,11 +20,15 @@ from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data import Example, Records, pack, pad, read_rows, tokenize
 from lte_jax.errors import UserError
+from lte_jax.generate import complete
+from lte_jax.scoring import loglikelihoods
+from lte_jax.tasks.measurement import Measured, Run, mean, place
 from lte_jax.tasks.task import Task, library
 
 log = logging.getLogger(__name__)
-# Of texts, and the references of each; in the metric's usual unit.
-TextMetric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+# Of texts, and the references of each; in the metric's usual unit. An array holds a value for each
+# text, and the metric is their mean.
+TextMetric = Callable[[Sequence[str], Sequence[Sequence[str]]], float | np.ndarray]
 
 
 class Piece(NamedTuple):
@@ -94,17 +98,62 @@ class Generation(Task):
 
     def texts(self, data: DataConfig) -> list[str]:
         """Prompts and answers of the training rows."""
-        found = itertools.islice(read_rows(data.train, "train"), data.max_documents)
-        rows = (self.pieces(row, where, None) for where, row in found)
+        with read_rows(data.train, "train") as found:
+            first = itertools.islice(found, data.max_documents)
+            rows = [self.pieces(row, where, None) for where, row in first]
         return ["".join(piece.text for piece in pieces) for pieces in rows]
 
     def score(self, outputs: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
         """Of texts and the references of each."""
-        return {name: float(metric(outputs, expected)) for name, metric in self.metrics.items()}
+        return {name: found.value for name, found in self.scored(outputs, expected).items()}
 
-    def _both(self, data, tokenizer, config) -> tuple[Records, Records]:
+    def scored(
+        self, outputs: Sequence[str], expected: Sequence[Sequence[str]]
+    ) -> dict[str, Measured]:
+        """Likewise, with the standard errors of metrics that are means over texts."""
+        return {
+            name: mean(found) if np.ndim(found) else Measured(float(found), None, len(outputs))
+            for name, metric in self.metrics.items()
+            for found in [metric(outputs, expected)]
+        }
+
+    def measure(self, run: Run) -> tuple[dict[str, Measured], float]:
+        """The metrics of what the model writes, and the share of experts skipped.
+
+        `run.limit` counts prompts, evenly spread over the validation split, as in a run's report.
+        The share is over prompts and references.
+
+        Raises:
+          UserError: on an encoder, without the task's libraries, and as `records` does.
+        """
+        self._check_libraries()
+        config = self.dense_config(run.model.config)
+        source = place(run.source, self.hub, self.folder)
+        if not source:
+            raise UserError(
+                f"--tasks={self.name} has no validation split on the hub: expected --data=FILE of "
+                "rows that were held out"
+            )
+        task = self.adapted(DataConfig(beams=run.beams, max_new_tokens=run.max_new_tokens))
+        data = DataConfig(train=source, length=min(run.length or 2048, config.max_length))
+        [split] = self.validation or ("validation",)
+        rows = task._rows(source, split, data, run.tokenizer, config)
+        rows = _some(rows, len(rows) if run.limit is None else run.limit)
+        sparsity = 0.0
+        if run.model.lte is not None:
+            pairs = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in rows]
+            sparsity = loglikelihoods(run.model, run.params, pairs, **run.how)[1]
+        prompts, references = map(list, zip(*_examples(rows), strict=True))
+        how = {**run.how, **(task.decoding or {}), "label": self.name}
+        texts = complete(run.model, run.params, run.tokenizer, prompts, **how)
+        return self.scored(texts, references), sparsity
+
+    def _check_libraries(self) -> None:
         for name in self.libraries:  # now, not after hours of training
             library(name)
+
+    def _both(self, data, tokenizer, config) -> tuple[Records, Records]:
+        self._check_libraries()
         if data.validation or self.validation:
             return super()._both(data, tokenizer, config)
         rows = self._rows(data.train, "train", data, tokenizer, config)
@@ -196,11 +245,16 @@ def _lay(rows: list[_Row], data: DataConfig) -> Records:
     lay = pack if data.pack else pad
     records = lay([row.ids for row in rows], data.length)
     answers_RL = lay([row.answers for row in rows], data.length).tokens_RL  # lengths alone decide
+    more = {"answers": answers_RL}
+    return Records(records.tokens_RL, records.segments_RL, more, _examples(rows))
+
+
+def _examples(rows: list[_Row]) -> tuple[Example, ...]:
+    """Each prompt with the answers it has."""
     references: dict[bytes, list[str]] = {}
     for row in rows:
         references.setdefault(_prompt(row), []).append(row.reference)
-    examples = tuple(
+    return tuple(
         Example(np.frombuffer(prompt, np.int32), tuple(texts))
         for prompt, texts in references.items()
     )
-    return Records(records.tokens_RL, records.segments_RL, {"answers": answers_RL}, examples)

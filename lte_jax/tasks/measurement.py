@@ -37,7 +37,10 @@ class Run:
       tokenizer: its tokenizer.
       source: folder or hub id of the data; "": the task's own hub id.
       length: tokens of a record; None: the task's own.
-      limit: records to read, from the first (of MMLU: of each subject); None: all.
+      limit: records to read, from the first (of MMLU: of each subject; of generation: prompts,
+        evenly spread); None: all.
+      beams: width of the beam search of generation; 1: greedy. None: the task's own.
+      max_new_tokens: that generation writes; None: the task's own.
       how: routing, threshold and batch_size, as in `scoring.loglikelihoods`.
     """
 
@@ -47,6 +50,8 @@ class Run:
     source: str = ""
     length: int | None = None
     limit: int | None = None
+    beams: int | None = None
+    max_new_tokens: int | None = None
     how: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

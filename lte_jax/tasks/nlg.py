@@ -2,8 +2,7 @@
 
 Columns as in the hub's data sets tuetschek/e2e_nlg and EdinburghNLP/xsum, and `messages` as in
 allenai/tulu-v2-sft-mixture. Decoding as in microsoft/LoRA's examples/NLG (E2E) and BART's scripts
-(XSum). Metrics by sacrebleu, nltk and rouge-score. METEOR and CIDEr are left out: nltk's METEOR
-needs WordNet, which no package brings, and no maintained package computes CIDEr without Java.
+(XSum). Metrics by sacrebleu, nltk and rouge-score; docs/tasks.md says why not METEOR and CIDEr.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from lte_jax.data import text_of, value_of
 from lte_jax.errors import UserError, one_line
@@ -44,12 +45,12 @@ def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 def rouge(
     texts: Sequence[str], references: Sequence[Sequence[str]], kind: str, stem: bool
-) -> float:
-    """Mean F1 of rouge-score over texts, the best of each text's references, 0 to 100."""
+) -> np.ndarray:
+    """F1 of rouge-score of each text [R], the best of its references, 0 to 100."""
     scorer = library("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=stem)
     pairs = zip(texts, references, strict=True)
-    scores = [scorer.score_multi(list(refs), text)[kind].fmeasure for text, refs in pairs]
-    return 100 * sum(scores) / len(scores)
+    scores_R = [scorer.score_multi(list(refs), text)[kind].fmeasure for text, refs in pairs]
+    return 100 * np.array(scores_R)
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -73,7 +74,8 @@ def pair(
 def slots(meaning: str, where: str) -> str:
     """A meaning such as name[Blue Spice], area[riverside] as name : Blue Spice | area : riverside.
 
-    That is how LoRA's recipe for GPT-2 has it, but for its names of the slots.
+    So does microsoft/LoRA's recipe for GPT-2, with other names of slots (Type for eatType) and, in
+    place of our ||, an end-of-text token.
     """
     found = _SLOT.findall(meaning)
     if not found or _SLOT.sub("", meaning).strip():
@@ -156,6 +158,8 @@ _TASKS = (
         {"rougeL": _rouge("rougeL", False), "bleu": bleu, "nist": nist},
         decoding={"max_new_tokens": 64, "beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4},
         libraries=("rouge_score", "sacrebleu", "nltk"),
+        hub="tuetschek/e2e_nlg",
+        folder="e2e_nlg",
         source="Novikova et al. (2017); microsoft/LoRA examples/NLG",
     ),
     Generation(
@@ -172,6 +176,8 @@ _TASKS = (
         },
         libraries=("rouge_score",),
         too_long="cut",
+        hub="EdinburghNLP/xsum",
+        folder="xsum",
         source="Narayan et al. (2018); BART's scripts",
     ),
     Generation(
@@ -183,6 +189,7 @@ _TASKS = (
         libraries=("rouge_score",),
         too_long="drop",
         validation=(),
+        folder="instruct",
         source="Wang et al. (2023), Tulu",
     ),
 )
