@@ -74,8 +74,8 @@ def pair(
 def slots(meaning: str, where: str) -> str:
     """A meaning such as name[Blue Spice], area[riverside] as name : Blue Spice | area : riverside.
 
-    So does microsoft/LoRA's recipe for GPT-2, with other names of slots (Type for eatType) and, in
-    place of our ||, an end-of-text token.
+    So does microsoft/LoRA's recipe for GPT-2, with other names of some slots (Type for eatType) and
+    a special token in place of our ||.
     """
     found = _SLOT.findall(meaning)
     if not found or _SLOT.sub("", meaning).strip():
