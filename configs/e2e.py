@@ -87,9 +87,10 @@ def _from_scratch(c, scratch):
     c.data.max_validation_records = 300
     c.optim.microbatches = 2  # four rows at a time stay in a core's cache
     c.lte.expert_size = 8
-    c.lte.distill_weight = 0.5  # the dense model has not finished learning: its errors count less
-    c.stages.finetune.steps, c.stages.finetune.learning_rate = 450, 2e-3
-    c.stages.router.steps, c.stages.router.learning_rate = 180, 1e-3
-    c.stages.router.router_lr_multiplier = 4.0
-    c.stages.adapt.steps, c.stages.adapt.learning_rate = 70, 5e-4
+    # No distillation: the dense model has learned too little to teach. So it is left early, too.
+    c.lte.distill_weight = 0.0
+    c.stages.finetune.steps, c.stages.finetune.learning_rate = 300, 2e-3
+    c.stages.router.steps, c.stages.router.learning_rate = 300, 2e-3
+    c.stages.router.router_lr_multiplier = 2.0
+    c.stages.adapt.steps, c.stages.adapt.learning_rate = 100, 1e-3
     c.checkpoint.every = 100

@@ -46,11 +46,11 @@ ORDER = {
     "lte_jax.stages": 17.5,
     "lte_jax.data": 17.8,  # asks a model where texts end
     "lte_jax.scoring": 17.9,
+    "lte_jax.generate": 17.95,
     "lte_jax.tasks": 18,
     "lte_jax.writers": 19,
     "lte_jax.training_step": 19.5,
     "lte_jax.trainer": 20,
-    "lte_jax.generate": 21,
     "lte_jax.evaluation": 22,
     "lte_jax.lm_eval": 22.2,
     "lte_jax.figures": 22.5,
