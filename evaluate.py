@@ -25,14 +25,8 @@ def main() -> None:
     add("--length", type=flag(config.Length), help="tokens per record; default: 256, or the task's")
     add("--records", type=flag(config.Count), help="to read of --data; default: 64, of tasks all")
     add("--batch-size", type=flag(config.Count), default=8)
-    add(
-        "--beams",
-        type=flag(config.Count),
-        help="of tasks that generate, 1: greedy; default: task's",
-    )
-    add(
-        "--max-new-tokens", type=flag(config.Count), help="that they write; default: the task's own"
-    )
+    add("--beams", type=flag(config.Count), help="of tasks that generate; 1: greedy")
+    add("--max-new-tokens", type=flag(config.Count), help="that such tasks write")
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
