@@ -1,5 +1,6 @@
 """Folders of sentence-transformers: the embeddings of texts, what is refused, and the way back."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -118,6 +119,18 @@ def test_the_way_back(kind, tmp_path):
     (tmp_path / "lte/1_Pooling/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds 1_Pooling, which is not part of a model"):
         lte_jax.save(tmp_path / "lte", sparse, routed)
+
+
+def test_a_classifier_of_the_mean_is_read_back_and_said(tmp_path, caplog):
+    """Its pooling is kept beside config.json, where transformers does not look."""
+    folder = write_folder(tmp_path / "bert", config_json("bert_classes"))
+    model, params = lte_jax.load(folder)
+    lte_jax.save(tmp_path / "first", model, params)
+    assert not caplog.text
+    mean = model.clone(config=dataclasses.replace(model.config, pooling="mean"))
+    lte_jax.save(tmp_path / "mean", mean, params)
+    assert "transformers would read the first one" in caplog.text
+    assert lte_jax.load(tmp_path / "mean")[0].config == mean.config
 
 
 def test_a_folder_without_modules_is_as_before(tmp_path):

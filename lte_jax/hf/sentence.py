@@ -8,6 +8,7 @@ Normalize. Source: sentence-transformers, models/Pooling.py and util of its hub 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lte_jax.errors import UserError
 from lte_jax.files import read_json
 from lte_jax.hf.folder import inside
 
+log = logging.getLogger(__name__)
 MODULES, LIMITS, POOLING = "modules.json", "sentence_bert_config.json", "1_Pooling"
 # Files and the folder that are written again with a model; other folders hold no settings we read.
 FILES = (MODULES, LIMITS, "config_sentence_transformers.json", f"{POOLING}/config.json")
@@ -79,6 +81,8 @@ def length_limit(folder: Path) -> int | None:
 
 def write(new: Path, config: ModelConfig, source: Path | None) -> None:
     """Writes how texts are embedded: as in `source`, or where config.json cannot say it."""
+    if config.head == "classes" and config.pooling == "mean":
+        log.warning("the classifier reads the mean token; transformers would read the first one")
     if source is not None and (source / MODULES).exists():
         for name in FILES:
             if (source / name).is_file() and inside(source / name, source):
