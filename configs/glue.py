@@ -66,10 +66,12 @@ def get_config(arg=""):
             stage.learning_rate = 1e-4
         c.stages.router.router_lr_multiplier = 20.0
     c.lte.target_sparsity = 0.8 if preset == "ours" else None
+    if preset == "paper":  # one rate for router and model
+        c.stages.router.router_lr_multiplier = 1.0
     c.eval_every = c.checkpoint.every = 500
     if "smoke" in words:  # every part, in seconds
         c.data.max_documents, c.data.batch_size, c.data.length = 64, 8, 32
-        c.lte.calibration_records = 8
+        c.data.max_validation_records, c.lte.calibration_records = 16, 8
         for stage in c.stages.values():
             stage.steps = 4
         c.log_every = c.eval_every = c.checkpoint.every = 2

@@ -12,7 +12,7 @@ from random_models import PROMPTS, make
 
 import lte_jax
 from lte_jax.errors import UserError
-from lte_jax.generate import generate
+from lte_jax.generate import beam, generate
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"beams": 3},
@@ -91,6 +91,37 @@ def test_no_ngram_occurs_twice_and_min_new_tokens_holds():
         pairs = list(zip(text[len(prompt) - 1 :], text[len(prompt) :], strict=False))
         known = set(zip(prompt, prompt[1:], strict=False))
         assert len(set(pairs)) == len(pairs) and not set(pairs) & known
+
+
+def test_min_new_tokens_is_exact():
+    """What would end each text at once may not, up to that many tokens."""
+    model, params = make()
+    settings: dict[str, Any] = {"max_new_tokens": 12, "beams": 2}
+    free = generate(model, params, PROMPTS, eos_ids=(), **settings)
+    ends = tuple({token for row in free for token in row[:6]})
+    lengths = set()
+    for least in range(1, 7):
+        new = generate(model, params, PROMPTS, eos_ids=ends, min_new_tokens=least, **settings)
+        assert all(not set(row[:least]) & {*ends} for row in new)
+        lengths |= {len(row) - least for row in new}
+    assert 1 in lengths  # the end comes as soon as it may
+
+
+def test_repeats_by_hand():
+    """Places of padding and of tokens not yet written, -1, are in no n-gram."""
+    rng = np.random.default_rng(0)
+    for ngram in 1, 2, 3:
+        history = rng.integers(0, 5, (40, 14)).astype(np.int32)
+        for row, pads in zip(history, rng.integers(ngram, 9, 40), strict=True):
+            row[:pads], row[11:] = -1, -1
+        found = np.asarray(beam._repeats(jnp.asarray(history), 11, ngram, 5))
+        for row, banned in zip(history.tolist(), found, strict=True):
+            text = [token for token in row if token >= 0]
+            known = {tuple(text[i : i + ngram]) for i in range(len(text) - ngram + 1)}
+            suffix = text[len(text) - ngram + 1 :]
+            short = len(suffix) < ngram - 1
+            expected = [not short and (*suffix, token) in known for token in range(5)]
+            assert banned.tolist() == expected
 
 
 def test_logits_that_are_not_finite_are_named():

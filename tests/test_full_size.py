@@ -142,6 +142,7 @@ def test_the_paper_s_experiments_have_the_parameters_they_should(name, preset):
     experiment, config = prepared(
         name + (",paper" if ":" in name else ":paper") * (preset == "paper")
     )
+    assert (experiment.stages.router.router_lr_multiplier == 1) == (preset == "paper")
     number, logits = EXPERIMENTS[name]
     assert count(abstract_params(Transformer(config))) == number
     assert (config.num_labels if config.head == "classes" else config.vocab_size) == logits

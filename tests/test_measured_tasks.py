@@ -15,7 +15,8 @@ import lte_jax
 from lte_jax import hf, tasks
 from lte_jax.data import byte_tokenizer
 from lte_jax.errors import UserError
-from lte_jax.tasks import wikitext
+from lte_jax.scoring import Likelihood
+from lte_jax.tasks import mmlu, wikitext
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOKENIZER = byte_tokenizer()
@@ -103,6 +104,26 @@ def test_mmlu_by_hand(lte, data):
     folder = write(data / "mmlu/test.jsonl", [QUESTION | {"answer": int(np.argmax(scores))}])
     found = tasks.measure(["mmlu"], model, params, str(folder), tokenizer=TOKENIZER)
     assert found[0]["value"] == 100 and found[0]["records"] == 1
+
+
+def test_prompts_of_mmlu(lte, data, monkeypatch):
+    """Five examples of the dev split in their order, and four answers in theirs."""
+    asked = []
+
+    def score(model, params, pairs, **how):
+        asked.extend(pairs)
+        return [Likelihood(-float(i % 4 != 2), False) for i in range(len(pairs))], 0.0
+
+    monkeypatch.setattr(mmlu, "loglikelihoods", score)
+    answers = [{"answer": i} for i in (3, 1, 0, 2, 1, 3)]
+    folder = write(data / "mmlu/dev.jsonl", [QUESTION | answer for answer in answers])
+    found = tasks.measure(["mmlu"], *lte, str(folder), tokenizer=TOKENIZER)
+    assert found[0]["value"] == 25  # of the answers A to D, C
+    shown = "Is it?\nA. no\nB. so\nC. yes\nD. it\nAnswer:"
+    prompt = "The following are multiple choice questions (with answers) about high art.\n\n"
+    prompt += "".join(f"{shown} {letter}\n\n" for letter in "DBACB") + shown
+    expected = [(TOKENIZER(prompt)["input_ids"], list(f" {x}".encode())) for x in "ABCD"]
+    assert [(list(context), list(new)) for context, new in asked] == expected * 4
 
 
 BAD = {

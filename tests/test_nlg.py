@@ -262,6 +262,10 @@ def test_metrics_equal_their_libraries():
             for text, refs in zip(TEXTS, REFERENCES, strict=True)
         ]
         assert nlg.rouge(TEXTS, REFERENCES, kind, True) == pytest.approx(100 * np.array(best))
+    other = ["Blue Spice serves Italian food.", "the mill is a cheap pub"]  # any of them counts
+    assert nlg.bleu(other[:1], [other[::-1]]) == pytest.approx(100)
+    [half] = nlg.rouge(["the mill"], [["the mill by the river"]], "rougeL", False)
+    assert half == pytest.approx(100 * 2 * 1.0 * 0.4 / 1.4)  # of precision and recall
     # Seven of nine words in order, and four of five.
     assert nlg.rouge(TEXTS, REFERENCES, "rougeL", False) == pytest.approx([800 / 9, 80])
 

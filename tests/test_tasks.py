@@ -203,12 +203,12 @@ def test_bad_input_encoder_without_a_task(encoder):
 
 
 def test_label_losses_by_hand():
-    logits = jnp.asarray([[[0.0, 1.0], [2.0, 0.0]], [[9.0, 9.0], [9.0, 9.0]]])
+    logits = jnp.float32([[[0.0, 1.0], [2.0, 0.0]], [[9.0, 9.0], [9.0, 9.0]]])
     mask, count = jnp.asarray([[True, True], [False, False]]), jnp.float32(2)
     expected = (np.log(1 + np.exp(-1)) + np.log(1 + np.exp(2))) / 2
-    loss = losses.label_loss(logits, jnp.asarray([[1, 1], [0, 0]]), mask, count)
+    loss = losses.label_loss(logits, jnp.int32([[1, 1], [0, 0]]), mask, count)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    found = losses.label_loss(logits[..., :1], jnp.asarray([[1.0, 0.5], [7.0, 7]]), mask, count)
+    found = losses.label_loss(logits[..., :1], jnp.float32([[1.0, 0.5], [7.0, 7]]), mask, count)
     np.testing.assert_allclose(found, (1.0 + 1.5**2) / 2, rtol=1e-6)
     found = losses.distillation(logits[..., :1], logits[..., :1] + 2, mask, count)
     np.testing.assert_allclose(found, 4.0, rtol=1e-6)

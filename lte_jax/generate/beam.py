@@ -170,7 +170,8 @@ def _grow(
         live_B=state.live_B & jnp.any(hope_BK, axis=1),
         finite=state.finite & jnp.all(finite_B),
     )
-    parent_R = (parent_BK + beams * jnp.arange(number)[:, None]).reshape(-1)
+    first_B1 = beams * jnp.arange(number, dtype=jnp.int32)[:, None]
+    parent_R = (parent_BK + first_B1).reshape(-1)
     return state, token_BK.reshape(-1), parent_R
 
 
