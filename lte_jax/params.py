@@ -6,7 +6,7 @@ name in a family.
 
 Dimension key: D model width  E experts  M neurons per expert  N layers  H heads  K kv heads
                C head width  V vocabulary  P pooled width (= D)  S rows of the table of positions
-               U token types  Y labels
+               U token types  Y labels  Z width of embeddings of texts
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ NAMES = {
     "S": "max_length + position_offset",
     "U": "token_types",
     "Y": "num_labels",
+    "Z": "embed_dim",
 }
 Exists = Callable[[ModelConfig, LTEConfig | None], bool]
 LAYERS = "layers/"  # parameters below it have a leading axis N
@@ -123,6 +124,8 @@ ROWS = (
     Row("pooler/kernel", "DP", "D", lambda config, _: config.pooler),
     Row("pooler/bias", "P", "zeros", lambda config, _: config.pooler),
     Row("classifier/kernel", "DY", "D", lambda config, _: config.head == "classes"),
+    Row("dense/kernel", "DZ", "D", lambda config, _: config.embed_dim is not None),
+    Row("dense/bias", "Z", "zeros", lambda config, _: config.embed_dim is not None),
     Row("classifier/bias", "Y", "zeros", lambda c, _: c.head == "classes" and not c.causal),
 )
 BY_PATH: Mapping[str, Row] = {row.path: row for row in ROWS}
@@ -138,6 +141,7 @@ def dimension_sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int
     experts = num_experts(config, lte)
     sizes = {letter: getattr(config, NAMES[letter]) for letter in "VDNHKCPUY"}
     sizes["S"] = config.max_length + config.position_offset
+    sizes["Z"] = config.embed_dim or 0  # of no parameter
     return sizes | {"E": experts, "M": config.d_ff // experts}
 
 

@@ -4,7 +4,7 @@ Inputs are padded on the right to a few lengths (powers of two), so few programs
 inputs, such as those of four one-token answers to a question, are computed once.
 
 Dimension key: B batch  L length  R records  D model width  S texts of a record  T texts
-               V vocabulary  Y classes
+               V vocabulary  Y classes  Z width of embeddings
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def embed_texts(
     threshold: float | Any = None,
     batch_size: int | Any = 32,
 ) -> np.ndarray:
-    """The embedding of each text, [T, D] float32, as sentence-transformers' `encode`.
+    """The embedding of each text, [T, Z] float32, as sentence-transformers' `encode`.
 
         vectors = lte_jax.embed_texts(model, params, tokenizer, ["a text", "another"])
 
-    What stands for a text is `ModelConfig.pooling`, of length 1 if `ModelConfig.unit_length`, which
-    `load` reads from a folder of sentence-transformers.
+    What stands for a text is `ModelConfig.pooling`; then comes a dense layer where the model has
+    one (else Z = D), and length 1 if `ModelConfig.unit_length`. `load` reads all of them from a
+    folder of sentence-transformers.
 
     Args:
       model: an encoder or a decoder, dense or LTE.
@@ -146,7 +147,8 @@ def embed_texts(
     several = isinstance(texts, list | tuple)
     if not (several and all(isinstance(text, str) for text in texts)):
         raise UserError("texts: expected a list of texts")
-    config, found = model.config, np.zeros((len(texts), model.config.d_model), np.float32)
+    config, width = model.config, model.config.embed_dim or model.config.d_model
+    found = np.zeros((len(texts), width), np.float32)
     most = min(config.max_length, tokenizer.model_max_length)
     coded = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"] if texts else []
     for number, ids in enumerate(coded):
@@ -158,8 +160,8 @@ def embed_texts(
     groups = (pad([np.asarray(coded[i]) for i in group], length) for length, group in by_length)
     how = {"routing": routing, "threshold": threshold, "batch_size": batch_size}
     rows = _rows(_embeddings, model, params, groups, len(coded), np.zeros(2), **how)
-    for number, (vector_D,) in zip(order, rows, strict=True):
-        found[number] = vector_D
+    for number, (vector_Z,) in zip(order, rows, strict=True):
+        found[number] = vector_Z
     return found
 
 
@@ -215,10 +217,15 @@ def _classes(model, params, batch, threshold, how):
 def _embeddings(model, params, batch, threshold, how):
     out = forward(model, params, batch, routing=how, threshold=threshold)
     own_B1L = (batch["segments"] > 0)[:, None]
-    vector_BD = layers.standing(model.config, out.hidden, own_B1L)[:, 0].astype(jnp.float32)
+    vector_BZ = layers.standing(model.config, out.hidden, own_B1L)[:, 0].astype(jnp.float32)
+    if "dense" in params:
+        kernel_DZ, bias_Z = (params["dense"][n].astype(jnp.float32) for n in ("kernel", "bias"))
+        vector_BZ = vector_BZ @ kernel_DZ + bias_Z[None]
+        if model.config.embed_activation == "tanh":
+            vector_BZ = jnp.tanh(vector_BZ)
     if model.config.unit_length:
-        vector_BD /= jnp.maximum(jnp.linalg.norm(vector_BD, axis=1, keepdims=True), 1e-12)
-    return (vector_BD,), *_counts(out, batch)
+        vector_BZ /= jnp.maximum(jnp.linalg.norm(vector_BZ, axis=1, keepdims=True), 1e-12)
+    return (vector_BZ,), *_counts(out, batch)
 
 
 def _counts(out, batch) -> tuple[jax.Array, jax.Array]:

@@ -6,12 +6,11 @@ import json
 import numpy as np
 import pytest
 from hf_folders import assert_complains
-from hf_models import config_json, write_folder
+from hf_models import assert_bit_equal, config_json, read_tensors, write_folder
 
 import lte_jax
 from lte_jax import hf
 from lte_jax.config import UserError
-from lte_jax.hf import sentence
 
 WORDS = "the film is good bad a dull fine plot and no joy great".split()
 TEXTS = ["the film is good", "a", "no joy and a dull plot " * 8, "great plot"]
@@ -22,7 +21,14 @@ def module(kind, path=""):
     return {"idx": 0, "name": "0", "path": path, "type": f"sentence_transformers.models.{kind}"}
 
 
-def sentence_folder(path, chosen=("mean_tokens",), last=("Normalize",), case="bert", **changes):
+def sentence_folder(
+    path,
+    chosen=("mean_tokens",),
+    last=("Normalize",),
+    case="bert",
+    act="activation.Tanh",
+    **changes,
+):
     """A tiny encoder's folder with the settings of its embedding."""
     transformers = pytest.importorskip("transformers")
     folder = write_folder(path, config_json(case, **changes))
@@ -36,7 +42,19 @@ def sentence_folder(path, chosen=("mean_tokens",), last=("Normalize",), case="be
     modes = {"word_embedding_dimension": 64} | {f"pooling_mode_{k}": k in chosen for k in KINDS}
     (folder / "1_Pooling/config.json").write_text(json.dumps(modes))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    if "Dense" in last:
+        rng = np.random.default_rng(0)
+        layer = {"linear.weight": rng.normal(0, 0.2, (24, 64)), "linear.bias": rng.normal(0, 1, 24)}
+        settings = {"in_features": 64, "out_features": 24, "bias": True}
+        settings["activation_function"] = f"torch.nn.modules.{act}"
+        write_folder(folder / "2_Dense", settings, layer, "float32")
     return folder
+
+
+def dense_by_hand(folder, vector_D, act):
+    layer = read_tensors(folder / "2_Dense")
+    vector_Z = layer["linear.weight"] @ vector_D + layer["linear.bias"]
+    return np.tanh(vector_Z) if act.endswith("Tanh") else vector_Z
 
 
 @pytest.mark.parametrize("kind", ["cls_token", "mean_tokens"])
@@ -55,6 +73,52 @@ def test_embeddings_by_hand(kind, last, tmp_path):
         expected_D = expected_D / (np.linalg.norm(expected_D) if last else 1)
         np.testing.assert_allclose(vector_D, expected_D, atol=1e-5)
     assert lte_jax.embed_texts(model, params, tokenizer, []).shape == (0, 64)
+
+
+@pytest.mark.parametrize("act", ["activation.Tanh", "linear.Identity"])
+@pytest.mark.parametrize("last", [("Dense",), ("Dense", "Normalize")])
+def test_a_dense_layer(act, last, tmp_path):
+    """Read, computed and written, by lte_jax and as sentence-transformers would read it."""
+    folder = sentence_folder(tmp_path / "model", ("mean_tokens",), last, act=act)
+    model, params = lte_jax.load(folder, "float32")
+    tokenizer = lte_jax.load_tokenizer(folder)
+    found = lte_jax.embed_texts(model, params, tokenizer, TEXTS)
+    assert found.shape == (4, 24)
+    hidden_LD = np.asarray(lte_jax.apply(model, params, [tokenizer(TEXTS[0])["input_ids"]]).hidden)[
+        0
+    ]
+    expected_Z = dense_by_hand(folder, hidden_LD.mean(axis=0), act)
+    expected_Z = expected_Z / (np.linalg.norm(expected_Z) if len(last) > 1 else 1)
+    np.testing.assert_allclose(found[0], expected_Z, atol=1e-5)
+    for source in folder, None:
+        lte_jax.save(tmp_path / "saved", model, params, source=source)
+        again, same = lte_jax.load(tmp_path / "saved", verify=True)
+        assert again.config == model.config
+        vectors = lte_jax.embed_texts(again, same, tokenizer, TEXTS)
+        np.testing.assert_array_equal(vectors, found)
+        assert_bit_equal(*(read_tensors(f / "2_Dense") for f in (tmp_path / "saved", folder)))
+        said, old = ((f / "2_Dense/config.json").read_text() for f in (tmp_path / "saved", folder))
+        assert json.loads(said) == json.loads(old)
+    tokens = np.random.default_rng(0).integers(0, 97, (4, 64))
+    sparse, routed = lte_jax.moefy(model, params, tokens, expert_size=8)
+    lte_jax.save(tmp_path / "lte", sparse, routed)
+    assert lte_jax.load(tmp_path / "lte")[0].config.embed_dim == 24
+
+
+def test_bad_input_dense(tmp_path):
+    folder = sentence_folder(tmp_path / "model", last=("Dense",))
+    good = json.loads((folder / "2_Dense/config.json").read_text())
+    for changes, words in (
+        ({"bias": False}, "bias=False: expected a bias"),
+        ({"activation_function": "torch.nn.GELU"}, "'torch.nn.GELU', bias=True: expected a bias"),
+        ({"out_features": 0}, "out_features=0: expected 64 and a positive integer"),
+        ({"in_features": 3}, "in_features=3, out_features=24: expected 64"),
+    ):
+        (folder / "2_Dense/config.json").write_text(json.dumps(good | changes))
+        assert_complains(lambda: hf.read_config(folder), "2_Dense", words)
+    (folder / "2_Dense/config.json").write_text(json.dumps(good | {"out_features": 9}))
+    words = "linear.weight has shape [24, 64], expected [out_features=9, hidden_size=64]"
+    assert_complains(lambda: lte_jax.load(folder), words)
 
 
 def test_a_decoder_s_last_token(tmp_path):
@@ -107,7 +171,11 @@ def test_the_way_back(kind, tmp_path):
             mine, old = ((f / name).read_bytes() for f in (tmp_path / "saved", folder))
             assert (mine == old) == (source is not None)
         said = json.loads((tmp_path / "saved/modules.json").read_text())
-        assert [m["type"].rpartition(".")[2] for m in said] == list(sentence.STEPS[1])
+        assert [m["type"].rpartition(".")[2] for m in said] == [
+            "Transformer",
+            "Pooling",
+            "Normalize",
+        ]
     assert hf.load_tokenizer(tmp_path / "saved").model_max_length == 16
     tokens = np.random.default_rng(0).integers(0, 97, (4, 64))
     sparse, routed = lte_jax.moefy(model, params, tokens, expert_size=8)
@@ -153,8 +221,8 @@ def test_a_folder_without_modules_is_as_before(tmp_path):
         (("cls_token", "mean_tokens"), (), "pooling by cls_token and mean_tokens is not"),
         (("lasttoken",), (), "pooling by lasttoken is not supported"),
         ((), (), "pooling by nothing is not supported"),
-        (("mean_tokens",), ("Dense",), "modules Transformer, Pooling, Dense are not supported"),
-        (("mean_tokens",), ("Dense", "Normalize"), "Pooling, Dense, Normalize are not supported"),
+        (("mean_tokens",), ("LayerNorm",), "Pooling, LayerNorm are not supported: expected"),
+        (("mean_tokens",), ("Normalize", "Dense"), "Pooling, Normalize, Dense are not supported"),
     ],
 )
 def test_bad_input_pooling(chosen, last, words, tmp_path):
@@ -168,7 +236,7 @@ def test_bad_input_files(tmp_path):
         ("{}", "holds a JSON dict: expected a list"),
         ("[3]", "expected a list of modules with a type"),
         ("[", "cannot be read"),
-        (json.dumps([module("Transformer", "0_Transformer"), module("Pooling")]), "folder itself"),
+        (json.dumps([module("Transformer", "0_Transformer"), module("Pooling")]), "path='0_Tr"),
     ):
         (folder / "modules.json").write_text(text)
         assert_complains(lambda: hf.read_config(folder), "modules.json", words)

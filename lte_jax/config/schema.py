@@ -76,6 +76,8 @@ class ModelConfig(Checked):
     num_labels: Count = 2  # outputs of a head of classes; 1: a regression
     # What stands for a text: its first token (of a decoder: the last one), or the mean of all.
     pooling: Literal["first", "mean"] = "first"
+    embed_dim: Count | None = None  # width of a dense layer for embeddings of texts; None: none
+    embed_activation: Literal["none", "tanh"] = "none"  # what follows that layer
     unit_length: bool = False  # whether the embedding of a text is scaled to length 1
     pooler: bool = False  # whether what stands for a text passes a dense layer and a function
     pooler_activation: Literal["tanh", "relu"] = "tanh"  # that function

@@ -86,7 +86,7 @@ def save(
             tokenizer.save_pretrained(new)
         sentence.write(new, config, source)
         _write_config(new, raw, source, _main_dtype(tensors))
-        _write_weights(new, tensors, max_shard_bytes)
+        _write_weights(new, _without_dense(new, tensors), max_shard_bytes)
         if order is not None:
             _write_safetensors(new / EXPERT_ORDER, [order])
         write_manifest(new)
@@ -231,6 +231,16 @@ def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _
         )
     check_expert_order(np.asarray(order_NEM), "expert_order")
     return _Tensor("expert_order", "int32", expected, [(order_NEM, None)])
+
+
+def _without_dense(new: Path, tensors: list[_Tensor]) -> list[_Tensor]:
+    """Writes the tensors of a dense layer for embeddings to their folder; returns the others."""
+    prefix = f"{sentence.DENSE}."
+    below = [t for t in tensors if t.name.startswith(prefix)]
+    if below:
+        named = [dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in below]
+        _write_safetensors(new / sentence.DENSE / ONE_FILE, named)
+    return [t for t in tensors if t not in below]
 
 
 def _write_weights(folder: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:

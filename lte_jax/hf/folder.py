@@ -32,7 +32,8 @@ COMPANIONS = (
     "NOTICE*",
 )
 # Those of sentence-transformers, see sentence.py.
-_EMBEDDING = ("modules.json", "*sentence_*.json", "1_Pooling")
+_EMBEDDING = ("modules.json", "*sentence_*.json")
+_BELOW = {"1_Pooling": {CONFIG}, "2_Dense": {CONFIG, ONE_FILE}}
 _ALL = (*_EMBEDDING, CONFIG, INDEX, EXPERT_ORDER, files.MANIFEST, "model*.safetensors", *COMPANIONS)
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,10 @@ def inside(file: Path, folder: Path) -> bool:
 
 
 def _ours(entry: Path) -> bool:
-    """Whether a file, or the folder of a pooling's settings, is a part of a model."""
+    """Whether a file, or a folder of sentence-transformers, is a part of a model."""
     if entry.is_dir():
-        return entry.name == "1_Pooling" and {p.name for p in entry.iterdir()} <= {CONFIG}
+        held = {file.name for file in entry.iterdir()}
+        return entry.name in _BELOW and held <= _BELOW[entry.name]
     return _matches(entry.name, _ALL)
 
 

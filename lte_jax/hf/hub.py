@@ -53,8 +53,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
                 named["id"],
                 revision=named["revision"] and unquote(named["revision"]),
                 allow_patterns=["*.safetensors", "*.json", *COMPANIONS],
-                # Other formats of the same weights; of folders, 1_Pooling is read.
-                ignore_patterns=["[!1]*/*", "1[!_]*/*", "consolidated*"],
+                # Other formats of the same weights; of folders, 1_Pooling and 2_Dense are read.
+                ignore_patterns=["[!12]*/*", "[12][!_]*/*", "consolidated*"],
             )
         )
     except Exception as e:  # HTTP, offline, cache and disk errors have no common base

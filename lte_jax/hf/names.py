@@ -20,6 +20,7 @@ import numpy as np
 
 from lte_jax import params
 from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax.hf import sentence
 from lte_jax.hf.families import FAMILIES
 
 # The dimensions of HF tensors, as config.json calls them.
@@ -37,6 +38,7 @@ _HF_DIMENSION = {
     "S": "max_position_embeddings",
     "U": "type_vocab_size",
     "Y": "num_labels",
+    "Z": "out_features",
 }
 _PARTS = 3  # of each head, where a layout has a digit: queries, keys and values
 
@@ -157,5 +159,5 @@ def _size(c: str, sizes: Mapping[str, int]) -> int:
 def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
     """All parameters of such a model, each once."""
     rows = params.table(config, lte)
-    tensors = FAMILIES[config.family].names(config)
+    tensors = FAMILIES[config.family].names(config) | sentence.TENSORS
     return tuple(Row(row.path, row.letters, *tensors[row.path]) for row in rows)

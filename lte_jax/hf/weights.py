@@ -22,11 +22,11 @@ from flax import traverse_util
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
-from lte_jax.hf import foreign, names, renaming
+from lte_jax.hf import foreign, names, renaming, sentence
 from lte_jax.hf.config_json import read_config
 from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.fields import DTYPES
-from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, verify
+from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, ONE_FILE, verify
 from lte_jax.hf.names import Row, Span
 from lte_jax.hf.stored import StoredTensor, open_file, open_tensors, say_once
 from lte_jax.params import dimension_sizes, is_router
@@ -132,6 +132,9 @@ def open_parameters(
 ) -> dict[str, StoredTensor]:
     """As `open_tensors`, with stored names mapped to those of the table where possible."""
     tensors = open_tensors(folder, stack)
+    if config.embed_dim is not None:
+        below = open_file(folder / sentence.DENSE / ONE_FILE, stack)
+        tensors |= {f"{sentence.DENSE}.{name}": tensor for name, tensor in below.items()}
     sizes, rows = dimension_sizes(config, lte), names.table(config, lte)
     expected = {name for row in rows for name in row.hf_names(sizes)}
     renamed, done = renaming.to_expected(tensors, expected, FAMILIES[config.family])
