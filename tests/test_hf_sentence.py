@@ -18,7 +18,9 @@ KINDS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "last
 
 
 def module(kind, path=""):
-    return {"idx": 0, "name": "0", "path": path, "type": f"sentence_transformers.models.{kind}"}
+    number = int(path[:1] or 0)
+    kind = f"sentence_transformers.models.{kind}"
+    return {"idx": number, "name": str(number), "path": path, "type": kind}
 
 
 def sentence_folder(
@@ -36,7 +38,7 @@ def sentence_folder(
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     transformers.BertTokenizer(str(vocabulary)).save_pretrained(folder)
     modules = [module("Transformer"), module("Pooling", "1_Pooling")]
-    modules += [module(kind, f"2_{kind}") for kind in last]
+    modules += [module(kind, f"{i}_{kind}") for i, kind in enumerate(last, 2)]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     modes = {"word_embedding_dimension": 64} | {f"pooling_mode_{k}": k in chosen for k in KINDS}
@@ -49,6 +51,16 @@ def sentence_folder(
         settings["activation_function"] = f"torch.nn.modules.{act}"
         write_folder(folder / "2_Dense", settings, layer, "float32")
     return folder
+
+
+def assert_library_agrees(folder, texts, found):
+    """sentence-transformers itself, where it is installed, embeds the texts likewise."""
+    try:
+        import sentence_transformers
+    except ImportError:
+        return
+    other = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(found, other.encode(texts), atol=1e-5)
 
 
 def dense_by_hand(folder, vector_D, act):
@@ -96,6 +108,8 @@ def test_a_dense_layer(act, last, tmp_path):
         assert again.config == model.config
         vectors = lte_jax.embed_texts(again, same, tokenizer, TEXTS)
         np.testing.assert_array_equal(vectors, found)
+        tokenizer.save_pretrained(tmp_path / "saved")
+        assert_library_agrees(tmp_path / "saved", TEXTS, found)
         assert_bit_equal(*(read_tensors(f / "2_Dense") for f in (tmp_path / "saved", folder)))
         said, old = ((f / "2_Dense/config.json").read_text() for f in (tmp_path / "saved", folder))
         assert json.loads(said) == json.loads(old)
@@ -151,12 +165,7 @@ def test_embeddings_of_a_real_encoder(shared, minilm, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     similarities = (found[:-1:2] * found[1:-1:2]).sum(axis=1)
     assert similarities.min() < 0.9 < similarities.max()
-    try:
-        import sentence_transformers
-    except ImportError:
-        return  # the sum above is what it computes
-    other = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    np.testing.assert_allclose(found, other.encode(texts), atol=1e-5)
+    assert_library_agrees(tmp_path / "saved", texts, found)
 
 
 @pytest.mark.parametrize("kind", ["cls_token", "mean_tokens"])
