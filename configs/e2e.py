@@ -10,8 +10,11 @@ models start from random weights, learn their tokenizer from the texts, and deco
 --config.data.validation=tuetschek/e2e_nlg::test. A data folder has train.jsonl and validation.jsonl
 with the columns meaning_representation and human_reference.
 
-Cost:   not measured.
-Expect: not measured here. GPT-2 medium, dense: BLEU 68.2, ROUGE-L 71.0 by the official script
+Cost:   llama_small and gpt2_small ten minutes each on one core, their controls five to eleven;
+        gpt2_medium and llama7b not measured.
+Expect: at 90% FFN sparsity, ROUGE-L of 300 validation meanings 66.8 (llama_small) and 64.8
+        (gpt2_small), their controls 68.2 and 64.6, one seed, standard errors 0.6 to 0.7. The others
+        are not measured. GPT-2 medium, dense: BLEU 68.2, ROUGE-L 71.0 by the official script
         (LoRA's paper, beam 10; greedy costs about 1 BLEU). LTE's paper: within 0.05 ROUGE-L of
         dense at 93% FFN sparsity (LLaMA-7B).
 """
@@ -80,7 +83,7 @@ def _full_size(c, model):
 
 
 def _from_scratch(c, scratch):
-    """As much as one core does in half an hour, the control included; texts of some 50 tokens."""
+    """What one core does in twenty minutes, the control included; texts of some 50 tokens."""
     c.source.scratch, c.source.tokenizer = config.to_config_dict(scratch), "bpe"
     c.data.length, c.data.batch_size, c.data.max_new_tokens = 256, 8, 80
     c.data.beams = 1

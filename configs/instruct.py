@@ -13,8 +13,10 @@ Data are rows with the column `messages`, a list of {"role", "content"}; a folde
 Without a data.validation, a part of the rows is held out. Conversations are written by the
 tokenizer's chat template, or as "User: ..." and "Assistant: ..." where it has none.
 
-Cost:   not measured.
-Expect: not measured. The paper tunes LLaMA2-7B on Tulu and reports 5-shot MMLU as a curve; dense
+Cost:   small: five minutes on one core, a Llama of 1 M parameters; the others not measured.
+Expect: small: LTE 24.6 ROUGE-L at 50% FFN sparsity, its control 26.2, of 100 held-out prompts, one
+        seed, standard errors 2; so small a model answers hardly anything right. The others are not
+        measured. The paper tunes LLaMA2-7B on Tulu and reports 5-shot MMLU as a curve; dense
         LLaMA2-7B has 45.3. The ROUGE-L in the report is of greedy answers and only compares models.
 """
 
@@ -77,10 +79,11 @@ def _small(c):
     c.data.max_validation_records = 100
     c.optim.microbatches = 2  # four rows at a time stay in a core's cache
     c.lte.expert_size = 8
-    c.stages.finetune.steps, c.stages.finetune.learning_rate = 120, 5e-4
-    c.stages.router.steps, c.stages.router.learning_rate = 80, 5e-4
+    c.lte.distill_weight = 0.0  # as in configs/e2e.py: the dense model still learns
+    c.stages.finetune.steps, c.stages.finetune.learning_rate = 80, 5e-4
+    c.stages.router.steps, c.stages.router.learning_rate = 110, 5e-4
     c.stages.router.router_lr_multiplier = 4.0
-    c.stages.adapt.steps, c.stages.adapt.learning_rate = 30, 3e-4
+    c.stages.adapt.steps, c.stages.adapt.learning_rate = 40, 3e-4
     for stage in c.stages.values():
         stage.schedule = "cosine"
     c.checkpoint.every = 50

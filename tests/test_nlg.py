@@ -12,10 +12,10 @@ import tiny
 import lte_jax
 from lte_jax import config, data, losses, pipeline, tasks
 from lte_jax.config import DataConfig, ModelConfig, SourceConfig, StageConfig, UserError
-from lte_jax.generate import generate
+from lte_jax.generate import complete, generate
 from lte_jax.model import Transformer
 from lte_jax.objective import predicted, task_loss
-from lte_jax.tasks import nlg
+from lte_jax.tasks import generation, nlg
 
 MODEL = ModelConfig(
     vocab_size=259, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
@@ -279,8 +279,18 @@ def test_metrics_of_nothing_written():
 # --------------------------------------------------------------------------------------- measuring
 
 
-def test_measuring_e2e(tmp_path):
-    """The dense and the LTE model write greedily; the metrics are of what `generate` writes."""
+def test_measuring_e2e(tmp_path, monkeypatch):
+    """The dense and the LTE model write greedily; the metrics are of what `generate` writes.
+
+    As random models write no words, some are added.
+    """
+    settings = []
+
+    def written(*args, label, **how):
+        settings.append(how)
+        return [f"{text} in the river" for text in complete(*args, **how)]
+
+    monkeypatch.setattr(generation, "complete", written)
     write(tmp_path / "e2e_nlg" / "validation.jsonl", meanings(9))
     model, params = tiny.model_and_params(config=MODEL)
     dense = tiny.model_and_params(None, MODEL)
@@ -294,14 +304,17 @@ def test_measuring_e2e(tmp_path):
         ids = [BYTES(prompt)["input_ids"] for prompt in prompts]
         new = generate(made, weights, ids, max_new_tokens=8, eos_ids=[BYTES.eos_token_id])
         texts = [BYTES.decode(part, skip_special_tokens=True).strip() for part in new]
+        texts = [f"{text} in the river" for text in texts]
         each = nlg.rouge(texts, references, "rougeL", False)
         rouge, bleu, nist = found[3 * offset : 3 * offset + 3]
         assert rouge["metric"] == "rougeL" and rouge["records"] == 3
-        assert rouge["value"] == pytest.approx(np.mean(each))
+        assert rouge["value"] == pytest.approx(np.mean(each)) and len(set(each)) > 1
         assert rouge["error"] == pytest.approx(np.std(each, ddof=1) / np.sqrt(3))
         assert bleu["value"] == nlg.bleu(texts, references) and bleu["error"] is None
         assert nist["metric"] == "nist"
     assert found[0]["sparsity"] == 0 < found[3]["sparsity"] < 1
+    greedy = {"batch_size": 8, "max_new_tokens": 8}
+    assert settings == [greedy, greedy | {"routing": None, "threshold": None}]
     everything = tasks.measure(["e2e"], model, params, str(tmp_path), **how)
     assert everything[0]["records"] == 9
 
