@@ -21,20 +21,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import queue
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import side_by_side
 
 from lte_jax.errors import cli_errors
 from lte_jax.files import Mirror
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA, STORIES = "roneneldan/TinyStories", 324
 MODELS = ("babyllama", "stories260k")
 TARGETS = (0.5, 0.75, 0.9)
@@ -117,42 +114,12 @@ def result(run: Run, models: Path, out: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def one_core_each(workers: int) -> ThreadPoolExecutor:
-    """Threads pinned to a core each, as are the processes that they start.
-
-    Two processes of two threads each would move their data between cores: a third slower.
-    """
-    if not hasattr(os, "sched_setaffinity"):  # macOS
-        return ThreadPoolExecutor(workers)
-    allowed = sorted(os.sched_getaffinity(0))
-    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for worker in range(workers):
-        cores.put(allowed[worker % len(allowed)])
-    return ThreadPoolExecutor(workers, initializer=lambda: os.sched_setaffinity(0, {cores.get()}))
-
-
 def train(run: Run, models: Path, out: Path) -> None:
-    """Runs train.py in a process of its own, on one core."""
-    folder = out / run.name
-    command = [
-        sys.executable,
-        "train.py",
-        f"--config=configs/tinystories.py:{run.model}",
-        f"--config.source.path={models / run.model}",
-        f"--workdir={folder.absolute()}",
-    ]
+    """Trains the model of a row, or goes on with it."""
     # There are many runs: no reports, and little validation, only at the end of a stage.
     spared = ("report=False", "eval_every=1000", "data.max_validation_records=16")
-    command += [f"--config.{o}" for o in (*run.overrides, *spared)]
-    # Two runs on one core each are faster than one after another on two.
-    flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
-    env = os.environ | {"XLA_FLAGS": flags, "TQDM_DISABLE": "1"}
-    # Many rows run the same programs: compiling them again would take a quarter of the time.
-    env["JAX_COMPILATION_CACHE_DIR"] = str((out / "compiled").absolute())
-    with (out / f"{run.name}.log").open("a") as log:
-        code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log).returncode
-    if code:
-        raise SystemExit(f"{run.name} failed, see {out / run.name}.log")
+    overrides = (f"source.path={models / run.model}", *run.overrides, *spared)
+    side_by_side.train(f"tinystories.py:{run.model}", out / run.name, overrides)
 
 
 def measure(run: Run, out: Path) -> dict:
@@ -227,7 +194,7 @@ def figure(results: list[dict], path: Path) -> None:
 
 @cli_errors()
 def main() -> None:
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(side_by_side.ROOT))
     from lte_jax import report
 
     parser = argparse.ArgumentParser(
@@ -242,7 +209,7 @@ def main() -> None:
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
     start, wanted = time.monotonic(), list(runs(flags.router_steps, flags.adapt_steps, flags.all))
-    with one_core_each(flags.workers) as pool:
+    with side_by_side.one_core_each(flags.workers) as pool:
         results = list(pool.map(lambda run: result(run, flags.models, flags.out), wanted))
     text = table(results)
     (flags.out / "table.md").write_text(text)

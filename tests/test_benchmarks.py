@@ -87,6 +87,7 @@ def test_a_row_of_tinystories(shared, tmp_path, monkeypatch):
     (tmp_path / "mirror/roneneldan").mkdir(parents=True)
     (tmp_path / "mirror/roneneldan/TinyStories").symlink_to(shared / "data/tinystories")
     monkeypatch.setenv("LTE_JAX_MIRROR", str(tmp_path / "mirror"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = runpy.run_path(str(ROOT / "benchmarks/tinystories.py"))
     script["measure"].__globals__["STORIES"] = 27  # not all of them
     wanted = [row for row in script["runs"](4, 2, False) if row.model == "stories260k"]

@@ -1,8 +1,10 @@
 """Tasks of classification and regression: records, losses, metrics, and a whole run of one."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from lte_jax.config import DataConfig, MeshConfig, ModelConfig, UserError
 from lte_jax.model import Transformer
 from lte_jax.tasks import glue
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORDS = "the film is good bad a dull fine plot and no joy great".split()
 ENCODER = ModelConfig(
     vocab_size=20, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
@@ -48,15 +51,19 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def encoder(tmp_path, tokenizer):
     """The folder of a tiny BERT without a head."""
+    return saved(ENCODER, tokenizer, tmp_path / "bert")
+
+
+def saved(config_, tokenizer, folder):
     rng = np.random.default_rng(0)
     draw = lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32)  # noqa: E731
-    weights = jax.tree.map(draw, params.abstract(ENCODER, None))
-    hf.save(tmp_path / "bert", ENCODER, None, weights, tokenizer=tokenizer)
-    return tmp_path / "bert"
+    weights = jax.tree.map(draw, params.abstract(config_, None))
+    hf.save(folder, config_, None, weights, tokenizer=tokenizer)
+    return folder
 
 
 def write(path, rows):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path.parent
 
@@ -348,3 +355,49 @@ def test_bad_input_without_a_head_of_next_tokens(config_, tmp_path):
         scoring.loglikelihoods(model, weights, [([5], [6])])
     with pytest.raises(UserError, match=f"mmlu {needs}.*{kind}"):
         tasks.measure(["mmlu"], model, weights, str(tmp_path), tokenizer=None)
+
+
+# ------------------------------------------------------------------------------------ the benchmark
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return runpy.run_path(str(ROOT / "benchmarks/glue.py"))
+
+
+def test_the_summary_of_glue_is_against_the_control_of_the_same_seed(script):
+    def row(seed, target, accuracy, start=False):
+        one = {"task": "sst2", "seed": seed, "target": target, "start": start}
+        return one | {"metrics": {"accuracy": accuracy}, "sparsity": target or 0.0}
+
+    rows = [row(0, None, 89, True), row(1, None, 88, True), row(1, 0.9, 88.5), row(0, 0.9, 90)]
+    rows += [row(0, None, 91), row(1, None, 90.5)]
+    found = {entry["method"]: entry for entry in script["summary"](rows)}
+    assert found["LTE, 90%"]["gap"] == pytest.approx(-1.5)  # -1 and -2
+    assert found["LTE, 90%"]["gap_error"] == pytest.approx(0.5)
+    assert found["dense control"]["value"] == pytest.approx(90.75)
+    assert "| sst2 | LTE, 90% | 90.0% | accuracy | 89.25 ± 0.75 | -1.50 ± 0.50 |" in script[
+        "table"
+    ](script["summary"](rows))
+
+
+@pytest.mark.slow
+def test_the_runs_of_glue(tokenizer, tmp_path, script):
+    """A start and an LTE run that goes on from it, and nothing trained twice."""
+    folder = saved(dataclasses.replace(ENCODER, max_length=128), tokenizer, tmp_path / "bert")
+    write(tmp_path / "data/sst2/train.jsonl", sentences(64))
+    write(tmp_path / "data/sst2/validation.jsonl", sentences(40, seed=1))
+    (tmp_path / "out").mkdir()
+    flags = argparse.Namespace(
+        out=tmp_path / "out", model=str(folder), data=str(tmp_path / "data"), smoke=True
+    )
+    script["result"](script["Run"]("sst2", 1, start=True), flags)
+    row = script["result"](script["Run"]("sst2", 1, 0.5), flags)
+    assert row["records"] == 40 and 0 < row["sparsity"] < 1
+    made = json.loads((tmp_path / "out/sst2-1-0.5/experiment.json").read_text())
+    assert made["source"]["path"] == str(tmp_path / "out/sst2-1-start/dense")
+    assert made["stages"]["finetune"]["steps"] == 0 and made["seed"] == 1
+    (tmp_path / "out/sst2-1-0.5.log").unlink()
+    assert script["result"](script["Run"]("sst2", 1, 0.5), flags) == row
+    assert not (tmp_path / "out/sst2-1-0.5.log").exists()
