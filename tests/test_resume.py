@@ -232,10 +232,8 @@ def wait_for(path: Path, process: Process) -> None:
     assert path.exists(), process.stderr.read_text()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(
-    runs, uninterrupted, tmp_path, damage
-):
+def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(runs, uninterrupted, tmp_path):
+    """One file, one sort of damage: of each file and sort see tests/test_checkpoint.py."""
     process = runs.start(tmp_path / "run")
     stage = tmp_path / "run" / "checkpoints" / "router"
     wait_for(stage / "3" / "manifest.json", process)
@@ -248,7 +246,7 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(
     )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
-    victim.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    victim.write_bytes(content)
     finished = (tmp_path / "run" / "lte").exists()
     err = runs.finish(tmp_path / "run")
     if not finished and not (tmp_path / "run" / "checkpoints" / "adapt").exists():
