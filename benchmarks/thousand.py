@@ -19,7 +19,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from tinystories import MODELS, add_models_to, one_core_each
+from side_by_side import one_core_each
+from tinystories import MODELS, add_models_to
 
 from lte_jax.errors import cli_errors
 
