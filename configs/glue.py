@@ -7,7 +7,7 @@ Words, joined by commas: a task (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), 
 (roberta_base, roberta_large, minilm), `paper` for the paper's losses, `smoke` for a test.
 
 Cost:   a step of minilm (23 M parameters, 512 tokens, on sst2 38 texts) takes 0.7 s of one core, in
-        the router stage 0.85 s, so all three stages of sst2 about a quarter of an hour.
+        the router stage 0.85 s: all three stages of sst2 take about twenty minutes.
 Expect: not measured. RoBERTa's dense figures (fairseq, single task): base 94.8 on sst2, 90.2 on
         mrpc, 78.7 on rte; large 96.4, 90.9, 86.6. The paper reports no drop of LTE at 80 to 95% FFN
         sparsity.
