@@ -25,7 +25,8 @@ $(READY): pyproject.toml constraints.txt
 	  + sys.version.split()[0] + ": 3.11 or later is needed, such as make PYTHON=python3.12")'
 	@echo "making $(VENV) with lte-jax[$(EXTRAS)]: 1.5 GB, a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet \
+	@# Not compiled, which takes half a minute: Python compiles what it imports, a fifth of it.
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
 	  --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 

@@ -37,8 +37,9 @@ def train(config: str, folder: Path, overrides: Sequence[str]) -> None:
     """
     command = [sys.executable, "train.py", f"--config=configs/{config}"]
     command += [f"--workdir={folder.absolute()}", *(f"--config.{o}" for o in overrides)]
-    # Two runs on one core each are faster than one after another on two.
+    # Two runs on one core each are faster than one after another on two. The user's flags win.
     flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
+    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     env = os.environ | {"XLA_FLAGS": flags, "TQDM_DISABLE": "1"}
     # Many runs have the same programs: compiling them again would take a quarter of the time.
     env["JAX_COMPILATION_CACHE_DIR"] = str((folder.parent / "compiled").absolute())

@@ -20,6 +20,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Files whose slow tests take half a minute or more.
+LONGEST = {f"test_{name}.py" for name in ("resume", "unlearning", "x64", "tasks", "fuzz")}
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -71,9 +73,9 @@ def _let_others_promote():
 
 @pytest.hookimpl(tryfirst=True)  # before -m takes the slow ones away
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: one that begins last keeps the other workers waiting."""
+    """The longest first: a file that begins last keeps the other workers waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
 def _keep_to_one_core():

@@ -1,4 +1,4 @@
-"""A minute of the fuzzer at a fixed seed; and that the fuzzer sees what it is there to see."""
+"""The fuzzer at a fixed seed; and that the fuzzer sees what it is there to see."""
 
 import pathlib
 import re
@@ -18,14 +18,14 @@ def fuzz(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
-def test_a_minute_of_hostile_input_ends_in_success_or_one_line():
+def test_hostile_input_ends_in_success_or_one_line():
     """What `make fuzz` tries for ten minutes, with another SEED each time."""
-    done = fuzz("--seed", 0, "--cases", 1000, "--kinds", *KINDS)
+    done = fuzz("--seed", 0, "--cases", 500, "--kinds", *KINDS)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr
     [total] = [line for line in done.stdout.splitlines() if line.startswith("| all |")]
     tried, refused, succeeded, failed = map(int, total.split("|")[2:6])
-    assert (tried, failed) == (1000, 0)
-    assert refused > 100 and succeeded > 100  # hurt enough, and not too much
+    assert (tried, failed) == (500, 0)
+    assert refused > 100 and succeeded > 50  # hurt enough, and not too much
 
 
 def test_the_fuzzer_sees_every_sort_of_failure():

@@ -1,7 +1,7 @@
 """A run that is killed, stopped, out of disk or robbed of a checkpoint ends as if nothing happened.
 
 LTE_JAX_KILLS sets how many runs are killed (default 2), LTE_JAX_STOPS how many are stopped by a
-signal (2), LTE_JAX_DISKS how many meet a full disk (2); `make resume` does 60, 12 and 10.
+signal (1), LTE_JAX_DISKS how many meet a full disk (1); `make resume` does 60, 12 and 10.
 """
 
 import collections
@@ -22,8 +22,8 @@ from train_runs import STAGES, STEPS, Process, Runs, Visit, assert_same, phase, 
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("LTE_JAX_KILLS", "2"))
-STOPS = int(os.environ.get("LTE_JAX_STOPS", "2"))
-DISKS = int(os.environ.get("LTE_JAX_DISKS", "2"))
+STOPS = int(os.environ.get("LTE_JAX_STOPS", "1"))
+DISKS = int(os.environ.get("LTE_JAX_DISKS", "1"))
 # Dealt out in this order; grouping holds the routers' start, `last` the final threshold.
 PHASES = (
     *("exporting", "figures", "grouping", "saving", "last", "adapt", "results", "tokenising"),

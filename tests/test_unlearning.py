@@ -19,9 +19,9 @@ SETTINGS = Experiment(
     data=dataclasses.replace(Experiment().data, length=LENGTH, batch_size=4),
     lte=LTEConfig(expert_size=4, target_sparsity=0.5),
     stages=StagesConfig(
-        finetune=StageConfig(steps=40, learning_rate=5e-4),
-        router=StageConfig(steps=20, learning_rate=5e-4, router_lr_multiplier=4.0),
-        adapt=StageConfig(steps=12, learning_rate=3e-4),
+        finetune=StageConfig(steps=24, learning_rate=5e-4),
+        router=StageConfig(steps=14, learning_rate=5e-4, router_lr_multiplier=4.0),
+        adapt=StageConfig(steps=10, learning_rate=3e-4),
     ),
 )
 
@@ -59,9 +59,9 @@ def of_the_end(model, params, texts, end, threshold=None) -> tuple[float, float]
 def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path):
     """stories260k expects the next story's <s>, and too often: 1.2 times a story where none is.
 
-    So the task makes it less sure everywhere and better at saying where: probability 0.784 before,
-    0.552 after dense steps, 0.684 after LTE steps; log loss 2.401, 1.592 and 2.654. Without an end
-    token and distillation of the last one, probabilities fell to 0.13 and 0.66 of what they were.
+    So the task makes it less sure everywhere and better at saying where: probability 0.739 before,
+    0.452 after dense steps, 0.686 after LTE steps; log loss 2.290, 1.683 and 2.627. Without an end
+    token probabilities are 0.042 and 0.555.
     """
     folder = shared / "models" / "stories260k"
     config, _ = hf.read_config(folder)
@@ -69,7 +69,7 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
     params = hf.load_params(folder, config, None, "float32")
     end = tokenizer.bos_token_id
     texts = shared / "data" / "tinystories"
-    told = stories(texts / "validation.jsonl", tokenizer, 64)
+    told = stories(texts / "validation.jsonl", tokenizer, 32)
     before, loss_before = of_the_end(model, params, told, end)
     assert before > 0.6
 
