@@ -17,7 +17,6 @@ def main() -> None:
     add("--workdir", help="a finished train.py run: redo its report; no other flags")
     add("--model", help="HF or LTE folder, or hub id")
     add("--dense", help="the dense model to compare with: folder or hub id")
-    add("--tasks", type=tasks.named, help=f"joined by commas: {', '.join(tasks.MEASURED)}")
     add("--data", help="JSON-lines file, hub dataset, or python-stdlib; of tasks, a folder")
     add("--column", default="text", help="column of --data that holds the text")
     add("--newline", default="\n", help="replaces newlines in the text")
@@ -25,8 +24,7 @@ def main() -> None:
     add("--length", type=flag(config.Length), help="tokens per record; default: 256, or the task's")
     add("--records", type=flag(config.Count), help="to read of --data; default: 64, of tasks all")
     add("--batch-size", type=flag(config.Count), default=8)
-    add("--beams", type=flag(config.Count), help="of tasks that generate; 1: greedy")
-    add("--max-new-tokens", type=flag(config.Count), help="that such tasks write")
+    tasks.add_to(parser)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
@@ -46,8 +44,7 @@ def main() -> None:
         chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         chosen["tokenizer"] = lte_jax.load_tokenizer(flags.model)
         if flags.tasks:
-            chosen |= {"beams": flags.beams, "max_new_tokens": flags.max_new_tokens}
-            what = flags.tasks, model, params, flags.data, flags.length, flags.records
+            what = flags.tasks, model, params, *(getattr(flags, k) for k in tasks.SETTINGS)
             return report.write_tasks(tasks.measure(*what, **chosen), out, vars(flags))
         source = (flags.data, flags.column, flags.newline, flags.records or 64, "validation")
         documents = data.tokenize(data.read_texts(*source, flags.join), chosen["tokenizer"])

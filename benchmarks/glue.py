@@ -23,15 +23,17 @@ import math
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import side_by_side
 
-from lte_jax.errors import cli_errors
+import lte_jax
+from lte_jax import config, report, tasks
+from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import Mirror, atomic_write
+from lte_jax.tasks.measurement import place
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -63,7 +65,8 @@ def overrides(run: Run, flags: argparse.Namespace, stages) -> Iterator[str]:
     yield "report=False"
     yield f"source.path={flags.model if run.start else flags.out.absolute() / start(run) / 'dense'}"
     if flags.data is not None:
-        yield f"data.train={Path(flags.data).absolute() / run.task}"
+        task = tasks.find(run.task)
+        yield f"data.train={os.path.abspath(place(flags.data, task.hub, task.folder))}"
     if run.target is not None:
         yield "stages.finetune.steps=0"
         yield f"lte.target_sparsity={run.target}"
@@ -81,28 +84,29 @@ def start(run: Run) -> str:
 
 def result(run: Run, flags: argparse.Namespace) -> dict:
     """The row of a run, trained and measured unless already done."""
-    import lte_jax
-    from lte_jax import config, tasks
-
-    path = flags.out / run.name / "measured.json"
+    path, begin = flags.out / run.name / "measured.json", time.monotonic()
+    name = f"glue.py:{run.task},minilm" + (",smoke" if flags.smoke else "")
+    stages = config.load_config(f"{side_by_side.ROOT}/configs/{name}").stages
+    settings = [name, *overrides(run, flags, stages)]
     if not path.exists():
-        begin = time.monotonic()
-        name = f"glue.py:{run.task},minilm" + (",smoke" if flags.smoke else "")
-        stages = config.load_config(f"{side_by_side.ROOT}/configs/{name}").stages
-        side_by_side.train(name, flags.out / run.name, list(overrides(run, flags, stages)))
+        side_by_side.train(name, flags.out / run.name, settings[1:])
         folder = flags.out / run.name / run.folder
         model, params = lte_jax.load(folder)
         tokenizer = lte_jax.load_tokenizer(folder)
-        source = None if flags.data is None else str(Path(flags.data) / run.task)
-        rows = tasks.measure([run.task], model, params, source, tokenizer=tokenizer, batch_size=32)
-        row = dataclasses.asdict(run) | {"metrics": {r["metric"]: r["value"] for r in rows}}
+        how = {"tokenizer": tokenizer, "batch_size": 32}
+        rows = tasks.measure([run.task], model, params, flags.data, **how)
+        row = dataclasses.asdict(run) | {"settings": settings}
+        row |= {"metrics": {r["metric"]: r["value"] for r in rows}}
         row |= {"sampling_errors": {r["metric"]: r["error"] for r in rows}}
         row |= {"records": rows[0]["records"], "sparsity": rows[0]["sparsity"]}
         row["seconds"] = round(time.monotonic() - begin)
         atomic_write(path, json.dumps(row))
         words = ", ".join(f"{name} {value:.2f}" for name, value in row["metrics"].items())
         print(f"{run.name}: {words}, {row['sparsity']:.1%} skipped, {row['seconds']} s", flush=True)
-    return json.loads(path.read_text())
+    row = json.loads(path.read_text())
+    if row["settings"] != settings:
+        raise UserError(f"{path} was made with other settings: expected another --out")
+    return row
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
@@ -184,20 +188,17 @@ def _numbers(text: str) -> list[float]:
 
 @cli_errors()
 def main() -> None:
-    sys.path.insert(0, str(side_by_side.ROOT))
-    from lte_jax import report
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, config.flag(config.Count)
     add("--out", type=Path, default=Path("runs/glue-table"))
     add("--tasks", default="sst2,mrpc,rte", help="joined by commas")
     add("--targets", type=_numbers, default=[0.8, 0.9, 0.95], help="FFN sparsities of LTE")
-    add("--seeds", type=int, default=3, help="number of seeds, from 0")
+    add("--seeds", type=count, default=3, help="number of seeds, from 0")
     add("--model", default=MODEL, help="folder or hub id of the encoder")
-    add("--data", help="folder with a folder for each task; without it, the hub")
-    add("--workers", type=int, default=2, help="runs side by side, a core each")
+    add("--data", help="folder with glue/sst2, ...; without it, the hub")
+    add("--workers", type=count, default=2, help="runs side by side, a core each")
     add("--smoke", action="store_true", help="four steps a stage: a test of all parts")
     flags = Mirror.add_to(parser).parse_args()
     if os.path.isdir(flags.model):

@@ -1,7 +1,7 @@
 """Make a pretrained Llama sparse on TinyStories.
 
     python train.py --config=configs/tinystories.py --workdir=runs/tinystories
-    python train.py --config=configs/tinystories.py:babyllama --workdir=runs/babyllama
+    python train.py --config=configs/tinystories.py:babyllama --workdir=runs/babyllama \
         --config.source.path=FOLDER
 
 Default: a Llama of 15 M parameters from the hub. ":babyllama" and ":stories260k" are for the two

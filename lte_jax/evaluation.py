@@ -100,7 +100,7 @@ def evaluate(
 
 def _measured(entrants, records, batch_size: int, task: Task | None, sample: tuple) -> dict:
     """All of the results but latency; refuses bad records and prompts before it measures."""
-    tokenizer, entries = sample[0], []
+    tokenizer, entries, model = sample[0], [], entrants[0].model
     for entrant in entrants:
         entrant.check(records, *sample[:3])
     num_bytes = None if tokenizer is None or task else scored_bytes(records, tokenizer)
@@ -111,7 +111,9 @@ def _measured(entrants, records, batch_size: int, task: Task | None, sample: tup
         entries[-1] |= e.sample(*sample)
     results = {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
     if task is not None:
-        results |= {"task": task.name, "records": len(records)}
+        labelled = "labels" in records.more  # several texts may share a record
+        number = int(predicted(model, records[:]).sum()) if labelled else len(records)
+        results |= {"task": task.name, "records": number}
     if records.examples:
         results["references"] = [list(example.references) for example in records.examples]
     return results

@@ -130,12 +130,12 @@ def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int |
 
 def pooled(config: ModelConfig, w: Slice | Stack, x_BLD: Array, own_BSL: Array) -> Array:
     """What a head reads of each text, [B, S, D]; `own` is True at its tokens."""
-    x_BSD = standing(config, x_BLD, own_BSL)
+    x_BSD = pool(config, x_BLD, own_BSL)
     act = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler_activation]
     return act(w.linear("pooler", x_BSD)) if config.pooler else x_BSD
 
 
-def standing(config: ModelConfig, x_BLD: Array, own_BSL: Array) -> Array:
+def pool(config: ModelConfig, x_BLD: Array, own_BSL: Array) -> Array:
     """What stands for each text, [B, S, D]: its first token (of a decoder: its last) or the mean.
 
     `own` is True at the tokens of a text.

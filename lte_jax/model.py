@@ -73,6 +73,8 @@ class Transformer(nn.Module):
         config, lte = self.config, self.lte
         checks.batch(config, tokens, mask, cache, types=types)
         checks.threshold(threshold)
+        if texts is not None:
+            checks.integer("texts", texts, 1)
         how = routings.make(routing, config, lte)
         if threshold is None:
             threshold = 0.5 if lte is None else lte.threshold

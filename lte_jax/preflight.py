@@ -74,7 +74,7 @@ def prepare(
         )
     _check_sizes(experiment, config, mesh)
     named = experiment.source.tokenizer or experiment.source.path
-    if named == LEARNED:
+    if experiment.source.tokenizer == LEARNED:
         tokenizer, named = _learned(experiment, task), ""
     else:
         tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()

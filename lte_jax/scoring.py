@@ -217,7 +217,7 @@ def _classes(model, params, batch, threshold, how):
 def _embeddings(model, params, batch, threshold, how):
     out = forward(model, params, batch, routing=how, threshold=threshold)
     own_B1L = (batch["segments"] > 0)[:, None]
-    vector_BZ = layers.standing(model.config, out.hidden, own_B1L)[:, 0].astype(jnp.float32)
+    vector_BZ = layers.pool(model.config, out.hidden, own_B1L)[:, 0].astype(jnp.float32)
     if "dense" in params:
         kernel_DZ, bias_Z = (params["dense"][n].astype(jnp.float32) for n in ("kernel", "bias"))
         vector_BZ = vector_BZ @ kernel_DZ + bias_Z[None]

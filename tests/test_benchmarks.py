@@ -103,3 +103,22 @@ def test_bad_input_models(name, tmp_path):
     done = run(name, "--models", tmp_path)
     assert done.returncode == 2
     assert f"{tmp_path} has no babyllama/config.json: expected a model" in done.stderr
+
+
+def test_the_summary_of_glue_is_against_the_control_of_the_same_seed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks/glue.py"))
+
+    def row(seed, target, accuracy, start=False):
+        one = {"task": "sst2", "seed": seed, "target": target, "start": start}
+        return one | {"metrics": {"accuracy": accuracy}, "sparsity": target or 0.0}
+
+    rows = [row(0, None, 89, True), row(1, None, 88, True), row(1, 0.9, 88.5), row(0, 0.9, 90)]
+    rows += [row(0, None, 91), row(1, None, 90.5)]
+    found = {entry["method"]: entry for entry in script["summary"](rows)}
+    assert found["LTE, 90%"]["gap"] == pytest.approx(-1.5)  # -1 and -2
+    assert found["LTE, 90%"]["gap_error"] == pytest.approx(0.5)
+    assert found["dense control"]["value"] == pytest.approx(90.75)
+    assert "| sst2 | LTE, 90% | 90.0% | accuracy | 89.25 ± 0.75 | -1.50 ± 0.50 |" in script[
+        "table"
+    ](script["summary"](rows))

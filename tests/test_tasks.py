@@ -128,7 +128,9 @@ def test_packed_texts_have_the_logits_of_single_ones(pooling, tokenizer, tmp_pat
     model = Transformer(config_)
     draw = lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32)  # noqa: E731
     weights = jax.tree.map(draw, params.abstract(config_, None))
-    by_text = {}
+    by_text, measured = {}, []
+    product = {"product": lambda guessed, labels: float(np.mean(guessed * labels))}  # by order
+    ordered = dataclasses.replace(task, labels=(), metrics=product)
     for pack in False, True:
         settings = DataConfig(train=str(folder), length=32, pack=pack)
         records = task.records(str(folder), "train", settings, tokenizer, config_)
@@ -141,9 +143,17 @@ def test_packed_texts_have_the_logits_of_single_ones(pooling, tokenizer, tmp_pat
             for segment in range(1, segments.max() + 1):
                 mine = segments == segment
                 found.append((*tokens[mine].tolist(), *types[mine].tolist()))
+        how = {"task": ordered, "batch_size": 4, "latency_rounds": 0}
+        measured.append(lte_jax.evaluate(model, weights, records, **how))
         by_text[pack] = dict(zip(found, zip(labels.tolist(), logits, strict=True), strict=True))
         size = len(records)
     assert size < 15  # packed
+    assert [results["records"] for results in measured] == [20, 20]
+    single, packed = (results["models"][0] for results in measured)
+    assert packed["metrics"] == pytest.approx(single["metrics"], rel=1e-4)
+    expected = 100 * np.mean([label * logits[0] for label, logits in by_text[False].values()])
+    assert packed["metrics"]["product"] == pytest.approx(expected, rel=1e-4)
+    assert packed["loss"] == pytest.approx(single["loss"], rel=1e-5)
     assert by_text[True].keys() == by_text[False].keys() and len(by_text[True]) > 15
     assert {label for label, _ in by_text[False].values()} == {0, 1}
     for text, (label, logits) in by_text[False].items():
@@ -164,6 +174,8 @@ def test_a_mean_stands_for_a_text():
     means = np.stack([hidden[0, :3].mean(axis=0), hidden[1].mean(axis=0)])
     head = jax.tree.map(np.asarray, weights["classifier"])
     np.testing.assert_allclose(out.logits, means @ head["kernel"] + head["bias"], atol=1e-5)
+    with pytest.raises(UserError, match="texts"):
+        model.apply({"params": weights}, jnp.asarray(mask), texts=0)
 
 
 BAD = {
@@ -360,34 +372,14 @@ def test_bad_input_without_a_head_of_next_tokens(config_, tmp_path):
 # ------------------------------------------------------------------------------------ the benchmark
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return runpy.run_path(str(ROOT / "benchmarks/glue.py"))
-
-
-def test_the_summary_of_glue_is_against_the_control_of_the_same_seed(script):
-    def row(seed, target, accuracy, start=False):
-        one = {"task": "sst2", "seed": seed, "target": target, "start": start}
-        return one | {"metrics": {"accuracy": accuracy}, "sparsity": target or 0.0}
-
-    rows = [row(0, None, 89, True), row(1, None, 88, True), row(1, 0.9, 88.5), row(0, 0.9, 90)]
-    rows += [row(0, None, 91), row(1, None, 90.5)]
-    found = {entry["method"]: entry for entry in script["summary"](rows)}
-    assert found["LTE, 90%"]["gap"] == pytest.approx(-1.5)  # -1 and -2
-    assert found["LTE, 90%"]["gap_error"] == pytest.approx(0.5)
-    assert found["dense control"]["value"] == pytest.approx(90.75)
-    assert "| sst2 | LTE, 90% | 90.0% | accuracy | 89.25 ± 0.75 | -1.50 ± 0.50 |" in script[
-        "table"
-    ](script["summary"](rows))
-
-
 @pytest.mark.slow
-def test_the_runs_of_glue(tokenizer, tmp_path, script):
+def test_the_runs_of_glue(tokenizer, tmp_path, monkeypatch):
     """A start and an LTE run that goes on from it, and nothing trained twice."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks/glue.py"))
     folder = saved(dataclasses.replace(ENCODER, max_length=128), tokenizer, tmp_path / "bert")
-    write(tmp_path / "data/sst2/train.jsonl", sentences(64))
-    write(tmp_path / "data/sst2/validation.jsonl", sentences(40, seed=1))
+    write(tmp_path / "data/glue/sst2/train.jsonl", sentences(64))
+    write(tmp_path / "data/glue/sst2/validation.jsonl", sentences(40, seed=1))
     (tmp_path / "out").mkdir()
     flags = argparse.Namespace(
         out=tmp_path / "out", model=str(folder), data=str(tmp_path / "data"), smoke=True
@@ -401,3 +393,6 @@ def test_the_runs_of_glue(tokenizer, tmp_path, script):
     (tmp_path / "out/sst2-1-0.5.log").unlink()
     assert script["result"](script["Run"]("sst2", 1, 0.5), flags) == row
     assert not (tmp_path / "out/sst2-1-0.5.log").exists()
+    flags.smoke = False
+    with pytest.raises(UserError, match="sst2-1-0.5/measured.json was made with other settings"):
+        script["result"](script["Run"]("sst2", 1, 0.5), flags)

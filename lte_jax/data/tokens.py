@@ -68,8 +68,8 @@ def learned_tokenizer(texts: Sequence[str], size: int) -> Any:
             f"source.scratch.vocab_size={size}: expected at least {BYTE_TOKENS}, all bytes and "
             "three special tokens, to learn a tokenizer"
         )
-    clean = [SURROGATE.sub("\ufffd", text) for text in texts]
-    places = np.linspace(0, len(clean) - 1, min(LEARNED_FROM, len(clean))).round().astype(int)
+    places = np.linspace(0, len(texts) - 1, min(LEARNED_FROM, len(texts))).round().astype(int)
+    clean = (SURROGATE.sub("\ufffd", texts[int(i)]) for i in places)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -78,7 +78,7 @@ def learned_tokenizer(texts: Sequence[str], size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((clean[i] for i in places), trainer)
+    tokenizer.train_from_iterator(clean, trainer)
     return _fast(tokenizer)
 
 

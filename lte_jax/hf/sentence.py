@@ -115,7 +115,9 @@ def length_limit(folder: Path) -> int | None:
 def write(new: Path, config: ModelConfig, source: Path | None) -> None:
     """Writes how texts are embedded: as in `source`, or where config.json cannot say it."""
     if config.head == "classes" and config.pooling == "mean":
-        log.warning("the classifier reads the mean token; transformers would read the first one")
+        log.warning(
+            "the classifier reads the mean of all tokens; transformers would read the first one"
+        )
     if source is not None and (source / MODULES).exists():
         for name in SETTINGS:
             if (source / name).is_file() and inside(source / name, source):

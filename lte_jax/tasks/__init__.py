@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lte_jax.config import Count, flag
 from lte_jax.errors import UserError, nearest
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
@@ -19,9 +20,22 @@ from lte_jax.tasks import glue, mmlu, nlg, wikitext
 from lte_jax.tasks.measurement import Run
 from lte_jax.tasks.task import Classification, Task
 
-__all__ = ["MEASURED", "TASKS", "Classification", "Run", "Task", "find", "measure", "named", "rows"]
+__all__ = [
+    "MEASURED",
+    "SETTINGS",
+    "TASKS",
+    "Classification",
+    "Run",
+    "Task",
+    "add_to",
+    "find",
+    "measure",
+    "rows",
+]
 TASKS: dict[str, Task] = {**glue.TASKS, **nlg.TASKS}
 MEASURED: Mapping[str, Any] = {**TASKS, **wikitext.TASKS, **mmlu.TASKS}
+# Flags of evaluate.py in the order in which `measure` takes them, after tasks, model and params.
+SETTINGS = ("data", "length", "records", "beams", "max_new_tokens")
 
 
 def find(name: str, among: Mapping[str, Any] = TASKS, key: str = "data.task") -> Any:
@@ -35,12 +49,20 @@ def find(name: str, among: Mapping[str, Any] = TASKS, key: str = "data.task") ->
     return among[name]
 
 
-def named(text: str) -> list[str]:
+def _named(text: str) -> list[str]:
     """The `type=` of an argparse flag: names of tasks to measure, joined by commas."""
     try:
         return [find(name, MEASURED, "task").name for name in text.split(",")]
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `measure`'s own: which tasks, and how they generate."""
+    add, count = parser.add_argument, flag(Count)
+    add("--tasks", type=_named, help=f"joined by commas: {', '.join(MEASURED)}")
+    add("--beams", type=count, help="of tasks that generate; 1: greedy")
+    add("--max-new-tokens", type=count, help="that such tasks write")
 
 
 def measure(
@@ -50,13 +72,13 @@ def measure(
     source: str | None = None,
     length: int | None = None,
     limit: int | None = None,
+    beams: int | None = None,
+    max_new_tokens: int | None = None,
     *,
     tokenizer: Any,
     name: str | None = None,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
     batch_size: int = 8,
-    beams: int | None = None,
-    max_new_tokens: int | None = None,
     routing: Routing | str | None = None,
     threshold: float | None = None,
 ) -> list[dict[str, Any]]:
@@ -71,12 +93,12 @@ def measure(
       length: tokens of a record; None: the task's own.
       limit: records to read, from the first (of MMLU: of each subject; of generation: prompts,
         evenly spread); None: all.
+      beams: width of the beam search of tasks that generate; 1: greedy. None: the task's own.
+      max_new_tokens: that they write; None: the task's own.
       tokenizer: of both models.
       name: of the model in the rows; None: "LTE" or "dense".
       baseline: the dense model and its parameters.
       batch_size: of the forward passes.
-      beams: width of the beam search of tasks that generate; 1: greedy. None: the task's own.
-      max_new_tokens: that they write; None: the task's own.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
 
@@ -89,8 +111,7 @@ def measure(
     """
     chosen = [find(task, MEASURED, "--tasks") for task in names]
     how = {"batch_size": batch_size, "routing": routing, "threshold": threshold}
-    decoding = beams, max_new_tokens
-    run = Run(model, params, tokenizer, source or "", length, limit, *decoding, how)
+    run = Run(model, params, tokenizer, source or "", length, limit, beams, max_new_tokens, how)
     runs = {name or ("dense" if model.lte is None else "LTE"): run}
     if baseline is not None:
         model, params = baseline
