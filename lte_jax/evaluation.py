@@ -156,11 +156,17 @@ class _Entrant:
             "name": self.name,
             "config": dataclasses.asdict(config),
             "lte": None if lte is None else dataclasses.asdict(lte),
+            "threshold": self._threshold(),
             "dtype": dtype,
             **quality,
             "gflops_per_token": flops_per_token(config, lte, sparsity) / _GIGA,
             "gbytes_per_token": bytes_per_token(config, lte, sparsity, width) / _GIGA,
         }
+
+    def _threshold(self) -> float | None:
+        """The threshold in use; None for a dense model."""
+        own = None if self.model.lte is None else self.model.lte.threshold
+        return own if self.threshold is None else float(self.threshold)
 
     def written(
         self, records: Records, batch_size: int, task: Task, tokenizer: Any

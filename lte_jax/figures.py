@@ -55,6 +55,13 @@ def loss_of_quality(entry: Results, dense: Results) -> float:
     return theirs - mine if "metrics" in entry else 100 * (mine / theirs - 1)
 
 
+def threshold_of(entry: Results) -> float:
+    """The threshold that a model was measured with."""
+    if entry.get("threshold") is not None:
+        return entry["threshold"]
+    return (entry.get("lte") or {}).get("threshold", 0.5)  # results of earlier versions
+
+
 def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None]]:
     """Each model with the dense model of its results, by sparsity and without duplicates."""
     entries: dict[tuple, tuple[Results, Results | None]] = {}
@@ -139,6 +146,9 @@ def _quality(results: Sequence[Results]):
             loss_of_quality(e, dense) if relative and dense else quality(e)[1] for e, dense in mine
         ]
         axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
+        if any(e.get("deviation") for e, _ in mine):
+            spread = _deviations(mine, relative)
+            axes.errorbar(*(x, y), **spread, fmt="none", ecolor=colour, capsize=3, zorder=1)
         if relative:
             axes.plot([0, x[0]], [0, y[0]], color=colour, linewidth=1, linestyle=_DASHES, zorder=1)
         ends[name] = y[-1]
@@ -155,6 +165,22 @@ def _quality(results: Sequence[Results]):
     axes.set_ylabel(lost if relative else name)
     axes.set_title("What sparsity costs")
     return figure
+
+
+def _deviations(
+    mine: Sequence[tuple[Results, Results | None]], relative: bool
+) -> dict[str, list[float]]:
+    """Standard deviations over the seeds, in the axes' units; of one run, 0.
+
+    Means of several runs have "deviation": of sparsity, of the quality, and ("loss_of_quality") of
+    what each run loses to its own dense model.
+    """
+    spread = [entry.get("deviation") or {} for entry, _ in mine]
+    key = "loss_of_quality" if relative else "quality"
+    return {
+        "xerr": [100 * (d.get("sparsity") or 0.0) for d in spread],
+        "yerr": [d.get(key) or 0.0 for d in spread],
+    }
 
 
 def _layers(results: Sequence[Results]):
@@ -192,7 +218,7 @@ def _scores(results: Sequence[Results]):
         centres = [(bin + 0.5) * width for bin in range(len(counts))]
         heights = [100 * count / total for count in counts]
         axes.bar(centres, heights, width * 0.9, color=colours[entry["name"]])
-        threshold = (entry.get("lte") or {}).get("threshold", 0.5)
+        threshold = threshold_of(entry)
         axes.axvline(threshold, color=_INK, linestyle=_DASHES, linewidth=1.2)
         where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axes.annotate("threshold" if i == 0 else "", (threshold, 1), (5, -4), va="top", **where)

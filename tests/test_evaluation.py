@@ -121,6 +121,7 @@ def test_evaluate_beside_the_dense_model(lte):
     assert (dense["name"], sparse["name"]) == ("dense", "LTE")
     assert sparse["token_ppl"] == pytest.approx(dense["token_ppl"], rel=1e-4)
     assert sparse["sparsity"] == 0.0 and dense["score_histogram"] is None
+    assert sparse["threshold"] == 0.0 and dense["threshold"] is None
     assert sparse["sample"] == dense["sample"] and len(dense["sample"]["text"]) > 5
     assert dense["latency_ratio"] == 1.0 and sparse["latency_ms"] > 0
     assert sparse["gflops_per_token"] > dense["gflops_per_token"]  # the router is charged

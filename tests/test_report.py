@@ -106,6 +106,26 @@ def test_quality_figure_shows_every_point(tmp_path):
     assert report.absent([{"models": [DENSE]}], tmp_path) == ["table.md", "results.json"]
 
 
+def test_the_threshold_drawn_is_the_one_of_the_measurement():
+    pytest.importorskip("matplotlib")
+    for measured, drawn in ((0.3, 0.3), (0.0, 0.0), (None, 0.47)):  # None: of an earlier version
+        entry = sparse(0.5, 4.4) | ({} if measured is None else {"threshold": measured})
+        [axes] = figures._scores([{"models": [DENSE, entry]}]).axes
+        [line] = axes.lines
+        assert list(line.get_xdata()) == [drawn, drawn]
+
+
+def test_means_of_several_runs_have_their_deviation():
+    pytest.importorskip("matplotlib")
+    deviation = {"sparsity": 0.02, "quality": 0.5, "loss_of_quality": 3.0}
+    for dense, (_, spread) in (([DENSE], (10, 3.0)), ([], (4.4, 0.5))):
+        results = [{"models": [*dense, sparse(0.5, 4.4) | {"deviation": deviation}]}]
+        [axes] = figures._quality(results).axes
+        x, y = (bars.get_segments()[0] for bars in axes.containers[0].lines[2])
+        np.testing.assert_allclose(x[:, 0], [48, 52])
+        np.testing.assert_allclose(np.ptp(y[:, 1]), 2 * spread)
+
+
 def test_environment_names_versions_and_commit():
     env = report.environment()
     json.dumps(env)
