@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools as _functools
 import logging as _logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from lte_jax.model import Output, Transformer
 from lte_jax.router_init import enough_records as _enough_records
 from lte_jax.routing import Routing
 from lte_jax.scoring import embed_texts
+from lte_jax.writers import Writer
 
 __version__ = "0.1.0"
 _log = _logging.getLogger(__name__)
@@ -215,7 +216,11 @@ def apply(
 
 
 def train(
-    experiment: Experiment, workdir: str | Path, *, profile: bool = False
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    profile: bool = False,
+    writers: Sequence[Writer] = (),
 ) -> tuple[Transformer, dict[str, Any]]:
     """Runs an experiment from dense model to LTE folder, or resumes where it stopped.
 
@@ -226,6 +231,7 @@ def train(
     Writes to `workdir` the folders dense/, experts/ and lte/, checkpoints/, metrics.jsonl,
     tensorboard/, and the report: results.json, table.md and figures. `profile` adds
     profile/<stage>/, a trace of a few steps of each stage (view with `tensorboard --logdir`).
+    `writers` receive the metrics, too: any subclass of `lte_jax.writers.Writer`.
 
     Raises:
       UserError: on bad configuration, data, models or folders, and if the loss is not finite.
@@ -234,4 +240,4 @@ def train(
     """
     from lte_jax import pipeline  # imports Orbax and Optax, which only training needs
 
-    return pipeline.train(experiment, workdir, profile=profile)
+    return pipeline.train(experiment, workdir, profile=profile, writers=writers)

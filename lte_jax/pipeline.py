@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from lte_jax import (
     sharding,
     stages,
     trainer,
-    writers,
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
@@ -48,17 +47,30 @@ from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
+from lte_jax.writers import (
+    JsonlWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    TerminalWriter,
+    WandbWriter,
+    Writer,
+)
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    experiment: Experiment, workdir: str | Path, *, profile: bool = False
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    profile: bool = False,
+    writers: Sequence[Writer] = (),
 ) -> tuple[Transformer, Any]:
     """Runs an experiment from its dense model to its LTE folder and the report.
 
     If the sparse stages have no steps, it ends with the dense model: a dense baseline.
-    With `profile`, a few steps of each stage are traced into profile/<stage>/.
+    With `profile`, a few steps of each stage are traced into profile/<stage>/. `writers` receive
+    the metrics, too, beside those that the run has by itself.
 
     Returns:
       The last model and its parameters, as stored in its folder.
@@ -76,7 +88,8 @@ def train(
     with _alone(paths):
         on_first(functools.partial(work.check_same, paths, experiment))
         on_first(functools.partial(work.put_right, paths))
-        run = _Run(experiment, paths, sharding.make_mesh(experiment.mesh), profile)
+        mesh = sharding.make_mesh(experiment.mesh)
+        run = _Run(experiment, paths, mesh, profile, tuple(writers))
         if not run.finished():
             run.prepare()
             run.train()
@@ -108,6 +121,7 @@ class _Run:
     paths: Paths
     mesh: jax.sharding.Mesh
     profile: bool = False
+    more_writers: tuple[Writer, ...] = ()
 
     @property
     def last(self) -> Path:
@@ -128,7 +142,7 @@ class _Run:
 
     def train(self) -> None:
         """Runs every step that is not done yet."""
-        self.writer = _writer(self.paths, self.experiment)
+        self.writer = MultiWriter(_writers(self.paths, self.experiment, self.more_writers))
         try:
             self.dense()
             if preflight.is_sparse(self.experiment):
@@ -325,18 +339,19 @@ def _results(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _writer(paths: Paths, experiment: Experiment) -> writers.Writer:
+def _writers(paths: Paths, experiment: Experiment, more: Sequence[Writer]) -> Iterator[Writer]:
     if jax.process_index() != 0:
-        return writers.MultiWriter(())
-    several: list[writers.Writer] = [
-        writers.TerminalWriter(experiment.data.batch_size * experiment.data.length, sys.stderr),
-        writers.JsonlWriter(paths.metrics),
-    ]
+        return
+    if experiment.wandb:
+        settings = dataclasses.asdict(experiment)
+        yield WandbWriter(experiment.wandb, paths.root, settings)
+    yield TerminalWriter(sys.stderr)
+    yield JsonlWriter(paths.metrics)
     try:
-        several.append(writers.TensorBoardWriter(paths.root / "tensorboard"))
+        yield TensorBoardWriter(paths.root / "tensorboard")
     except UserError as error:
         log.info("not writing TensorBoard metrics: %s", error)
-    return writers.MultiWriter(several)
+    yield from more
 
 
 def _verify(folder: Path) -> None:

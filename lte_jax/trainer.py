@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -104,6 +105,47 @@ def fit(
                 loop.advance(teacher)
 
 
+class _Pace:
+    """The wall-clock time of a stage, and how fast its steps are.
+
+    Told when the steps so far are done on the devices. The first step, which compiles, and pauses
+    (validation, saving) do not count as time of steps.
+    """
+
+    def __init__(self, before: float) -> None:
+        """`before`: seconds that earlier processes spent on the stage, up to its checkpoint."""
+        self._begin = time.monotonic() - before
+        self._stepping: float | None = None  # since when, pauses subtracted; None: compiling
+        self._tokens = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began, over all its processes, without lost steps."""
+        return time.monotonic() - self._begin
+
+    def done(self, tokens: float) -> None:
+        """A step of so many real tokens is done."""
+        self._tokens += tokens
+        if self._stepping is None:
+            self._stepping, self._tokens = time.monotonic(), 0.0
+
+    def read(self) -> dict[str, float]:
+        """`writers.CLOCK`; tokens per second are since the last call, if a step counts."""
+        read = {"seconds": self.seconds}
+        if self._tokens and self._stepping is not None:
+            read["tokens_per_second"] = self._tokens / (time.monotonic() - self._stepping)
+            self._stepping, self._tokens = time.monotonic(), 0.0
+        return read
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens within does not count as time of steps."""
+        begin = time.monotonic()
+        yield
+        if self._stepping is not None:
+            self._stepping += time.monotonic() - begin
+
+
 class _Loop:
     """A running stage: compiled functions, the training state, and what is due next."""
 
@@ -111,7 +153,8 @@ class _Loop:
         """Builds the step functions; restores the newest checkpoint, or takes the `start`."""
         self._stage, self._experiment, self._mesh = stage, experiment, mesh
         self._writer, self._checkpointer, self._held_out = writer, checkpointer, records[1]
-        self._unchecked: tuple[int, Any, Any] | None = None  # step, metrics, batch
+        self._running: tuple[int, Any, Any] | None = None  # step, metrics, batch
+        self._line: dict[str, float] = {}  # metrics of this step, to be written
         self.validation: dict[str, float] = {}  # of this step, if validated
         seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
         batch_size = experiment.data.batch_size
@@ -130,60 +173,85 @@ class _Loop:
         self._eval_step = jax.jit(training_step.make_eval_step(model, stage))
         placed = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
         restored = checkpointer.restore(jax.tree.map(placed, abstract, shardings))
+        seen: dict[str, Any] = {}
         if restored is None:
             self.step, self.state = 0, jax.jit(begin, out_shardings=shardings)(*start)
         else:
             self.step, self.state, seen = restored
             self._batches.set_state(seen["batches"])
             self.validation = seen["validation"]
+            self._line = seen.get("line", {})  # absent from checkpoints of earlier versions
+        self._pace = _Pace(seen.get("seconds", 0.0))
         self._saved = self.step
         writer.start(stage.name, self.step, stage.config.steps)
 
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self._stage.config.steps
+
     def validate(self) -> None:
-        """Measures the validation records if that is due; stops without a result on a signal."""
-        due = self.step % self._experiment.eval_every == 0 or self.step == self._stage.config.steps
-        if not (self.step and due) or self.validation:
-            return
+        """Measures the validation records if that is due, and writes the metrics of this step.
+
+        They are written once, together. If a signal stops the validation, they are not: they go
+        into the checkpoint, and are written when the run resumes and validates.
+        """
+        if self.step and self._due(self._experiment.eval_every) and not self.validation:
+            self._finish()
+            with self._pace.pause():
+                self.validation = self._validated()
+            if not self.validation:
+                return
+            self._line |= self.validation
+        if self._line:
+            self._writer.write(self._stage.name, self.step, self._line)
+            self._line = {}
+
+    def _validated(self) -> dict[str, float]:
+        """Loss and sparsity on the validation records; {} after a signal."""
         sums: dict[str, float] = {}
         threshold, batch_size = self.state.control.threshold, self._experiment.data.batch_size
         for batch in data.eval_batches(self._held_out, batch_size, **_share()):
             if interrupt.requested():
-                return
+                return {}
             part = self._eval_step(self.state.params, _to_mesh(batch, self._mesh), threshold)
             sums = {k: sums.get(k, 0.0) + v for k, v in _fetched(part).items()}
-        self.validation = {
+        return {
             "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
             "validation_sparsity": sums["skipped"] / max(sums["real"], 1.0),
         }
-        self._writer.write(self._stage.name, self.step, self.validation)
 
     def save(self) -> None:
         """Saves the state and the position in the data, unless already saved."""
         if self.step > self._saved:
-            self._check_finite()
+            self._finish()
             position = {"batches": self._batches.get_state(), "validation": self.validation}
-            self._checkpointer.save(self.step, self.state, position, self.validation)
+            position |= {"line": self._line, "seconds": self._pace.seconds}
+            with self._pace.pause():
+                self._checkpointer.save(self.step, self.state, position, self.validation)
 
     def advance(self, teacher: Any) -> None:
         """Takes one step; checks meanwhile that the previous one was finite, so no device waits."""
         batch, self.validation = next(self._batches), {}
         self.state, metrics = self._train_step(self.state, _to_mesh(batch, self._mesh), teacher)
         self.step += 1
-        self._check_finite()
-        self._unchecked = (self.step, metrics, batch)
-        if self.step % self._experiment.log_every == 0 or self.step == self._stage.config.steps:
-            self._writer.write(self._stage.name, self.step, _fetched(metrics))
+        self._finish()
+        self._running = (self.step, metrics, batch)
+        if self._due(self._experiment.log_every) or self._due(self._experiment.eval_every):
+            self._line = self._finish() | self._pace.read()
 
-    def _check_finite(self) -> None:
-        if self._unchecked is None:
-            return
-        step, metrics, batch = self._unchecked
+    def _finish(self) -> dict[str, float]:
+        """Waits for the running step; its metrics, after a check that they are finite."""
+        if self._running is None:
+            return {}
+        (step, metrics, batch), self._running = self._running, None
         values, name = _fetched(metrics), self._stage.name
+        self._pace.done(values["tokens"])
         if all(math.isfinite(value) for value in values.values()):
-            return
+            return values
         path = self._checkpointer.folder / f"nonfinite-{step}.npz"
-        np.savez(path, step=step, **batch, **{f"metric_{k}": v for k, v in values.items()})
-        bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
+        fetched = jax.device_get(metrics)
+        np.savez(path, step=step, **batch, **{f"metric_{k}": v for k, v in fetched.items()})
+        scalars = ((k, values[k]) for k in metrics if k in values)
+        bad = ", ".join(f"{k}={v}" for k, v in scalars if not math.isfinite(v))
         raise UserError(
             f"stage {name!r} step {step}: {bad}; its batch is in {path}. Earlier checkpoints "
             f"are intact: try a lower stages.{name}.learning_rate, or a smaller optim.clip_norm"
@@ -234,8 +302,16 @@ def settle_threshold(
 
 
 def _fetched(metrics: Mapping[str, Array]) -> dict[str, float]:
-    """Fetches scalars from the devices."""
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+    """Fetches numbers from the devices; those of layers get its number: NAME/01, NAME/02, ..."""
+    values = {}
+    for name, value in jax.device_get(metrics).items():
+        layers = enumerate(np.ravel(value), 1)
+        values |= (
+            {f"{name}/{n:02d}": float(x) for n, x in layers}
+            if np.ndim(value)
+            else {name: float(value)}
+        )
+    return values
 
 
 def _share() -> dict[str, int]:

@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from lte_jax import losses, sharding
+from lte_jax import losses, optim, sharding
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import Batch, counts_of, distilled, predicted, task_loss
 from lte_jax.routing import kind
@@ -47,7 +47,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
         real, threshold = batch["segments"] > 0, control.threshold
         out = forward(model, params, batch, routing=stage.routing, threshold=threshold)
         task = task_loss(model, out.logits, batch, counts["predicted"])
-        total, parts = stage.task_weight * task, {"task": task}
+        total, parts = stage.task_weight * task, {"loss": task}
         if stage.distill_weight:
             with jax.named_scope("teacher"):
                 dense = forward(model, teacher, batch, routing="dense")
@@ -56,7 +56,8 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             total += stage.distill_weight * parts["distill"]
         if out.scores is not None:
             count, power = counts["real"], model.lte.efficiency_power
-            parts["active_fraction"] = jnp.mean(losses.layer_means(out.active, real, count))
+            parts["active_fraction_N"] = losses.layer_means(out.active, real, count)
+            parts["active_fraction"] = jnp.mean(parts["active_fraction_N"])
             parts["efficiency"] = losses.efficiency(out.scores, real, count, power)
             if stage.efficiency:
                 total += control.efficiency_weight * parts["efficiency"]
@@ -65,16 +66,20 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
                     out.scores, real, count, threshold, model.lte.separability_eps
                 )
                 total += stage.separability_weight * parts["separability"]
-        return total, parts | {"loss": total}
+        return total, parts | {"objective": total}
 
     return loss
 
 
 def make_train_step(
     model: Transformer, stage: Stage, optimizer: optax.GradientTransformation, microbatches: int = 1
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics)."""
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
+    """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics).
+
+    The metrics are scalars, and "sparsity_per_layer" [N]; docs/metrics.md says what each is.
+    """
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
+    rate = optim.schedule(stage.config)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = counts_of(model, batch)
@@ -101,8 +106,10 @@ def make_train_step(
         elif stage.steer == "threshold":
             control = control.steer_threshold(parts["active_fraction"])
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
+        metrics["learning_rate"] = rate(state.step)
         if "active_fraction" in parts:
             metrics["sparsity"] = 1.0 - metrics.pop("active_fraction")
+            metrics["sparsity_per_layer"] = 1.0 - metrics.pop("active_fraction_N")
             metrics["efficiency_weight"] = state.control.efficiency_weight
             metrics["threshold"] = state.control.threshold
         return TrainState(state.step + 1, params, opt_state, control), metrics

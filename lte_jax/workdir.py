@@ -5,6 +5,7 @@
     dense/ experts/ lte/     models, written atomically
     checkpoints/<stage>/     training states
     metrics.jsonl tensorboard/ results.json table.md *.png
+    wandb/ wandb-run         of Weights & Biases, if requested
     profile/<stage>/         traces, if requested
     .lock                    held by the process that uses the directory
 
@@ -38,7 +39,7 @@ from lte_jax.errors import UserError
 
 # Keys of an experiment that do not affect what is trained: they may change on resuming.
 FREE = frozenset(
-    "report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint"
+    "report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint wandb"
     .split()
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

@@ -1,7 +1,8 @@
-"""Writers of metrics: terminal, JSON lines, TensorBoard.
+"""Writers of metrics: terminal, JSON lines, TensorBoard, Weights & Biases.
 
-A `Writer` is told when a stage starts or resumes, then receives named values by step. The trainer
-has one writer; `MultiWriter` combines several. Only process 0 writes.
+A `Writer` is told when a stage starts or resumes, then receives named values by step, each step
+once. The trainer has one writer; `MultiWriter` combines several. Only process 0 writes. A value has
+the same name in all of them: docs/metrics.md lists the names, and says how to add a writer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,18 @@ from lte_jax.files import atomic_write, explained
 
 log = logging.getLogger(__name__)
 
-# Shown on the terminal, in this order and under these names, if present.
-SHOWN = {
-    "task": "loss",  # nats per token; the total loss has other terms, of either sign
-    "distill": "distill",
-    "sparsity": "sparsity",
-    "validation_loss": "val",
-    "validation_sparsity": "val sparsity",
-}
+# Shown on the terminal, in this order, if present. The objective has terms of either sign.
+SHOWN = (
+    "loss",
+    "distill",
+    "sparsity",
+    "tokens_per_second",
+    "validation_loss",
+    "validation_sparsity",
+)
+# Values of the clock: all others are the same in every run of an experiment, interrupted or not.
+CLOCK = ("seconds", "tokens_per_second")
+_OLD_NAMES = {"task": "loss", "loss": "objective"}  # of the lines that have a "task"
 
 
 class Writer:
@@ -72,15 +78,13 @@ class MultiWriter(Writer):
 class TerminalWriter(Writer):
     """A progress bar per stage on a terminal; elsewhere (a file, CI) one plain line per write.
 
-    Both show loss, sparsity, speed, and the time left in the stage.
+    Both show the values of SHOWN and the time left in the stage; the bar keeps the last of each.
 
     Args:
-      tokens_per_step: of the global batch, for the speed.
       file: text stream to write to; None: standard error.
     """
 
-    def __init__(self, tokens_per_step: int = 0, file: Any = None) -> None:
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, file: Any = None) -> None:
         self._file = file or sys.stderr
         self._bar: Any = None  # tqdm's; None off a terminal
         self._shown: dict[str, float] = {}
@@ -104,21 +108,16 @@ class TerminalWriter(Writer):
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
-        self._shown |= {name: value for name, value in values.items() if name in SHOWN}
-        # Speed is measured from the first write on, to exclude compilation.
-        self._first = self._first or (step, time.monotonic())
-        seconds = time.monotonic() - self._first[1]
-        steps_a_second = (step - self._first[0]) / max(seconds, 1e-9)
-        parts = [f"{label} {self._shown[k]:.4g}" for k, label in SHOWN.items() if k in self._shown]
-        if speed := self._tokens_per_step * steps_a_second:
-            parts.append(f"{tqdm.format_sizeof(speed)} tokens/s")
+        self._shown |= values
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._bar.set_postfix_str(", ".join(_spelled(self._shown)), refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
             return
-        if steps_a_second:
-            left = (self._steps - step) / steps_a_second
+        parts, now = _spelled(values), time.monotonic()
+        self._first = self._first or (step, now)  # which compiling came before
+        if step > self._first[0]:
+            left = (self._steps - step) * (now - self._first[1]) / (step - self._first[0])
             parts.append(f"{tqdm.format_interval(left)} left")
         print(f"{stage} {step}/{self._steps}", *parts, sep="  ", file=self._file, flush=True)
 
@@ -129,12 +128,24 @@ class TerminalWriter(Writer):
             self._bar = None
 
 
+def _spelled(values: Mapping[str, float]) -> list[str]:
+    """The values of SHOWN, in words."""
+    return [
+        f"{tqdm.format_sizeof(values[name])} tokens/s"
+        if name == "tokens_per_second"
+        else f"{name} {values[name]:.4g}"
+        for name in SHOWN
+        if name in values
+    ]
+
+
 class JsonlWriter(Writer):
     """One line per write: {"stage": ..., "step": ..., name: value, ...}; null for NaN and infinity.
 
     Appends to an existing file. When a stage starts or resumes, lines after its step (and of later
-    stages) are dropped, so that a run that was killed and resumed has each step once. If lines are
-    damaged, the old file is kept as <name>.damaged.
+    stages) are dropped, so that a run that was killed and resumed has each step once; those of
+    earlier versions get the names of today. If lines are damaged, the old file is kept as
+    <name>.damaged.
 
     Raises:
       UserError: if the file cannot be written.
@@ -181,6 +192,8 @@ def _lines_before(path: Path, stage: str, step: int) -> tuple[list[str], int]:
             if number < len(lines) or line.endswith("\n"):
                 damaged = damaged or number
             continue
+        if "task" in record:
+            line = json.dumps({_OLD_NAMES.get(name, name): x for name, x in record.items()})
         kept.append(line if line.endswith("\n") else f"{line}\n")
     return kept, damaged
 
@@ -207,7 +220,9 @@ class TensorBoardWriter(Writer):
         self.close()
         with explained(self._folder):
             # From the purge step on, TensorBoard hides what an earlier process wrote.
-            self._events = self._make(str(self._folder / stage), purge_step=step + 1)
+            # The suffix: a file's name has its second, in which another process may have begun.
+            settings = {"purge_step": step + 1, "filename_suffix": f".from-{step}"}
+            self._events = self._make(str(self._folder / stage), **settings)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
@@ -221,3 +236,62 @@ class TensorBoardWriter(Writer):
         if events is not None:
             with explained(self._folder):
                 events.close()
+
+
+class WandbWriter(Writer):
+    """Weights & Biases: a W&B run per work directory, in which <stage>/step counts <stage>/<name>.
+
+    A run that resumes goes on with the same W&B run, whose id is in <folder>/wandb-run. W&B takes
+    nothing back: steps that a killed run wrote after its last checkpoint are there twice.
+
+    Args:
+      project: its name, or entity/project.
+      folder: the work directory; its name is the name of the run.
+      settings: the experiment, as JSON.
+
+    Raises:
+      UserError: if wandb is not installed or refuses to start (no login, say).
+    """
+
+    def __init__(self, project: str, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"wandb={project!r} needs wandb: pip install 'lte-jax[wandb]'"
+            ) from None
+        folder = Path(folder)
+        entity, _, name = project.rpartition("/")
+        known = folder / "wandb-run"
+        if not known.exists():
+            atomic_write(known, uuid.uuid4().hex[:12])
+        try:
+            self._run: Any = wandb.init(
+                entity=entity or None,
+                project=name,
+                id=known.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                name=folder.name,
+                dir=str(folder),
+                config=dict(settings),
+            )
+        except wandb.Error as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"wandb={project!r} cannot start ({why}): run `wandb login`, or set "
+                "WANDB_MODE=offline and send the run later with `wandb sync`"
+            ) from None
+
+    def start(self, stage: str, step: int, steps: int) -> None:
+        """See `Writer`."""
+        self._run.define_metric(f"{stage}/step")
+        self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        named = {f"{stage}/{name}": float(value) for name, value in values.items()}
+        self._run.log({f"{stage}/step": step} | named)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self._run.finish()

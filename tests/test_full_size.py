@@ -223,5 +223,5 @@ def lower(name, model, experiment, shape, tensor=2):
         lowered = step.lower(placed(state, shardings), batch, teacher)
     out_state, metrics = lowered.out_info
     assert count(out_state.params) == count(params)
-    assert metrics["loss"].shape == ()
+    assert metrics["objective"].shape == ()
     return lowered.as_text()

@@ -30,22 +30,26 @@ class Recorder(writers.MultiWriter):
 
     def __init__(self):
         super().__init__(())
-        self.losses = {}
+        self.losses, self.lines = {}, []
 
     def write(self, stage, step, values):
-        if "loss" in values:
-            self.losses[step] = values["loss"]
+        self.losses[step] = values["loss"]
+        self.lines.append((step, dict(values)))
 
 
 def fit(
-    folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None, profile=None, fill=None
-):
-    """A stage of a few steps, all of them saved: what it ends with, and the loss of each step."""
+    folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None, profile=None,
+    fill=None, lines=False, eval_every=STEPS, log_every=1,
+):  # fmt: skip
+    """A stage of a few steps, all of them saved: what it ends with, and the loss of each step.
+
+    With `lines`, in place of the losses, what the writer was told.
+    """
     steps = StageConfig(steps=STEPS, learning_rate=rate)
     made = {s.name: s for s in stages.make(StagesConfig(steps, steps, steps), lte)}
     settings = Experiment(
         seed=seed, data=DataConfig(batch_size=8), checkpoint=CheckpointConfig(1, STEPS, 0),
-        eval_every=STEPS, log_every=1,
+        eval_every=eval_every, log_every=log_every,
     )  # fmt: skip
     model, params = tiny.model_and_params(lte)
     if fill is not None:
@@ -61,7 +65,7 @@ def fit(
         teacher=params,
         profile=profile,
     )
-    return trained, recorder.losses
+    return trained, recorder.lines if lines else recorder.losses
 
 
 def records(count, seed):
@@ -104,6 +108,68 @@ def test_validation_is_the_mean_over_tokens_under_hard_routing(tmp_path):
     assert trained.validation_loss == pytest.approx(loss, rel=1e-5)
     assert trained.validation_sparsity == pytest.approx(sparsity, abs=1e-5)
     assert 0.1 < sparsity < 0.9
+
+
+def test_each_step_is_written_once_with_all_that_was_measured_after_it(tmp_path):
+    trained, lines = fit(tmp_path, lines=True, log_every=3, eval_every=2)
+    assert [step for step, _ in lines] == [2, 3, 4]  # validated, logged, last
+    for step, values in lines:
+        assert ("validation_loss" in values) == (step in (2, 4))
+        layers = [values[f"sparsity_per_layer/0{n}"] for n in (1, 2)]
+        assert values["sparsity"] == pytest.approx(np.mean(layers), abs=1e-6)
+        assert abs(layers[0] - layers[1]) > 1e-3
+        assert values["seconds"] > 0 and values["tokens_per_second"] > 0
+        assert values["objective"] != values["loss"]
+    assert lines[-1][1]["validation_loss"] == trained.validation_loss
+    rate = optim.schedule(StageConfig(steps=STEPS, learning_rate=1e-3))
+    found = [values["learning_rate"] for _, values in lines]
+    np.testing.assert_allclose(found, [rate(1), rate(2), rate(3)], rtol=1e-6)
+
+
+def test_a_step_whose_validation_was_cut_short_is_written_when_the_run_resumes(
+    tmp_path, monkeypatch
+):
+    _, whole = fit(tmp_path / "whole", lines=True, eval_every=2)
+    asked = []
+
+    def requested():
+        asked.append(True)
+        return len(asked) > 2  # after the questions of the loop at steps 0 and 1: in a validation
+
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.interrupt, "requested", requested)
+        patch.setattr(
+            Recorder, "write", lambda self, stage, step, values: lines.append((step, values))
+        )
+        with pytest.raises(SystemExit):
+            fit(tmp_path / "run", eval_every=2)
+    assert [step for step, _ in lines] == [1]
+    _, rest = fit(tmp_path / "run", lines=True, eval_every=2)
+
+    def told(lines):
+        drop = writers.CLOCK
+        return [(step, {k: v for k, v in x.items() if k not in drop}) for step, x in lines]
+
+    assert told(lines + rest) == told(whole)
+    assert dict(rest)[2]["seconds"] > dict(lines)[1]["seconds"]
+
+
+def test_the_pace_counts_steps_but_not_compiling_and_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    pace = trainer._Pace(before=50.0)
+    now[0] += 30  # compiles
+    pace.done(1000.0)
+    assert pace.read() == {"seconds": 80.0}
+    now[0] += 4
+    pace.done(600.0)
+    with pace.pause():
+        now[0] += 100
+    now[0] += 2
+    pace.done(600.0)
+    assert pace.read() == {"seconds": 186.0, "tokens_per_second": 200.0}
+    assert pace.read() == {"seconds": 186.0}
 
 
 def test_the_seed_decides_the_order_of_the_data(tmp_path):

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lte_jax.writers import CLOCK
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("finetune", "router", "adapt")
 STEPS = 6  # a stage
@@ -117,6 +119,13 @@ class Runs:
         return err
 
 
+def without_clock(line: str) -> dict:
+    """A line of metrics.jsonl without times: all else is the same in an interrupted run."""
+    record = json.loads(line)
+    assert record["seconds"] > 0, record
+    return {name: value for name, value in record.items() if name not in CLOCK}
+
+
 def remains(workdir: Path) -> dict:
     """All that a run must end in, whatever happened on the way."""
     found: dict = {
@@ -125,7 +134,7 @@ def remains(workdir: Path) -> dict:
         for file in sorted((workdir / folder).iterdir())
     }
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found["metrics"] = [json.loads(line) for line in lines]
+    found["metrics"] = [without_clock(line) for line in lines]
     found["results"] = json.loads((workdir / "results.json").read_text())
     del found["results"]["environment"]
     for model in found["results"]["models"]:

@@ -353,6 +353,9 @@ class Experiment(Checked):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval_every: Count = 100  # steps between two validations
     log_every: Count = 10  # steps between two lines of metrics
+    # Project of Weights & Biases to send metrics to, "project" or "entity/project" (needs the extra
+    # wandb); "": none.
+    wandb: str = ""
     report: bool = True  # whether to evaluate the result at the end, beside the dense baseline
     sample_prompt: str = "Once upon a time"  # prompt of the sample in the report
     sample_tokens: Whole = 100  # length of that sample in tokens; 0: no sample

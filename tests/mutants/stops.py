@@ -23,8 +23,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "10 a signal waits for the end of a validation",
         _TRAINER,
-        "            if interrupt.requested():\n                return\n",
-        "            if False:\n                return\n",
+        "            if interrupt.requested():\n                return {}\n",
+        "            if False:\n                return {}\n",
         "tests/test_interrupt.py::test_a_validation_is_cut_short",
     ),
     Mutant(
