@@ -111,8 +111,7 @@ def test_override_of_a_section_that_is_none():
 
 def test_overrides_reach_every_key():
     """Each key of an Experiment can be set to its own default, written as on a command line."""
-    keys = config.loading._keys(config.Experiment, config.Experiment())
-    written = [(key, repr(default).strip("'")) for key, _, default, _ in keys]
+    written = [(key, repr(default).strip("'")) for key, _, default, _ in config.keys()]
     written = [(key, value) for key, value in written if "rope_scaling." not in key]
     assert len(written) > 80
     overrides = [f"{key}={value}".replace("\\n", "\n") for key, value in written]
@@ -206,7 +205,7 @@ ODD = (math.nan, math.inf, -math.inf, -1, 0, 1, 2**31, 2**63 - 1, 10**400, 1e38,
 def test_no_number_is_worse_than_refused():
     """Every numeric key with every odd number: accepted and finite, or one line that names it."""
     tried = refused = 0
-    for key, hint, *_ in config.loading._keys(config.Experiment, config.Experiment()):
+    for key, hint, *_ in config.keys():
         if not any(kind in config.fields.spell(hint) for kind in ("int", "float")):
             continue
         for value in ODD:
@@ -315,7 +314,7 @@ def test_presets_survive_the_way_through_a_config_dict():
 @pytest.mark.parametrize(
     "flags, code, expected",
     [
-        (["--help"], 0, "lte.target_sparsity = 0.5  (float | None)"),
+        (["--help"], 0, "lte.target_sparsity = 0.5  (float, strictly between 0 and 1; or None)"),
         (["--workdir=w", "--config=no.py"], 2, "error: no config file 'no.py'"),
         (["--workdir=", "--config=configs/demo.py:smoke"], 2, "error: workdir is empty"),
         (["--workdir=w", "--config=~/no.py"], 2, "error: no config file '/"),
@@ -354,13 +353,39 @@ def test_sizes_that_divide_are_found_at_once():
         config.num_experts(wide, config.LTEConfig(expert_size=32))
 
 
+def _help(capsys, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        config.parse_flags(Parser(), ["--help", *flags])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
 def test_help_documents_every_key(capsys):
-    with pytest.raises(SystemExit):
-        config.parse_flags(Parser(), ["--help"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = _help(capsys)
     keys = [i for i, line in enumerate(lines) if re.match(r"  [a-z0-9_.]+ = .*\(.*\)$", line)]
     assert len(keys) > 70
     for i in keys:
-        assert lines[i + 1].startswith("      "), lines[i]
+        assert re.match(r" {6}\w", lines[i + 1]), lines[i]  # no stray blank before the meaning
     [i] = [i for i in keys if lines[i].startswith("  data.end_token")]
     assert "appended to each training document" in lines[i + 1]  # a comment above the key
+
+
+def test_help_shows_types_with_their_ranges(capsys):
+    lines = _help(capsys)
+    assert "  seed = 0  (int, zero or more)" in lines
+    assert "  lte.efficiency_weight = 0.0  (float)" in lines
+    assert "  data.max_documents = None  (int, a positive integer; or None)" in lines
+    assert "  source.scratch.eos_ids = ()  (tuple[int, ...], zero or more)" in lines
+    assert "  compute.dtype = 'float32'  (one of 'float32', 'bfloat16')" in lines
+
+
+def test_help_of_a_config_shows_the_values_of_the_file_and_flags(capsys):
+    demo = f"--config={ROOT / 'configs/demo.py'}"
+    lines = _help(capsys, demo, "--workdir=w", "--config.seed=7")
+    assert f"--config.KEY=VALUE, keys and their values in {demo[9:]} seed=7:" in lines
+    assert "  lte.expert_size = 16  (int, a positive integer)" in lines
+    assert "  seed = 7  (int, zero or more)" in lines
+    paper = _help(capsys, f"{demo}:paper")
+    assert "  lte.target_sparsity = None  (float, strictly between 0 and 1; or None)" in paper
+    with pytest.raises(config.UserError, match=r"no config file 'no.py'"):
+        config.parse_flags(Parser(), ["--help", "--config", "no.py"])

@@ -1,6 +1,7 @@
 """Configurations of models, sparsity and experiments, and how they are read.
 
-schema.py defines the keys, fields.py their types and ranges; loading.py reads files and flags.
+schema.py defines the keys, fields.py their types and ranges, reference.py shows both; loading.py
+reads files and flags.
 A file in configs/ starts from `to_config_dict(Experiment(...))` and sets what it needs:
 
     from lte_jax import config
@@ -17,6 +18,7 @@ from lte_jax.config.fields import Length as Length
 from lte_jax.config.fields import NotNegative as NotNegative
 from lte_jax.config.fields import TopShare as TopShare
 from lte_jax.config.fields import Whole as Whole
+from lte_jax.config.fields import describe as describe
 from lte_jax.config.fields import from_mapping as from_mapping
 from lte_jax.config.fields import moved as moved
 from lte_jax.config.fields import to_config_dict as to_config_dict
@@ -24,6 +26,7 @@ from lte_jax.config.loading import flag as flag
 from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
+from lte_jax.config.reference import keys as keys
 from lte_jax.config.schema import PRESETS as PRESETS
 from lte_jax.config.schema import Activation as Activation
 from lte_jax.config.schema import CheckpointConfig as CheckpointConfig

@@ -56,7 +56,8 @@ Whole = Annotated[int, Range(lambda n: n >= 0, "zero or more")]
 Length = Annotated[int, Range(lambda n: n >= 2, "2 or more: a token and its successor")]
 Layers = Annotated[int, Range(lambda n: 1 <= n <= 10_000, "a positive integer, at most 10000")]
 Axis = Annotated[int, Range(lambda n: n == -1 or n >= 1, "a positive integer, or -1: the rest")]
-Finite = Annotated[float, Range(lambda x: True, "a number")]
+_ANY = Range(lambda x: True, "a number")
+Finite = Annotated[float, _ANY]
 Positive = Annotated[float, Range(lambda x: x > 0, "a positive number")]
 NotNegative = Annotated[float, Range(lambda x: x >= 0, "zero or more")]
 TopShare = Annotated[float, Range(lambda x: 0 < x <= 1, "within (0, 1]")]
@@ -190,3 +191,16 @@ def spell(hint: Any) -> str:
     if origin is tuple:
         return f"tuple[{spell(args[0])}, ...]"
     return "None" if hint is type(None) else " | ".join(map(spell, args)) or hint.__name__
+
+
+def describe(hint: Any) -> str:
+    """An annotated type with its range, as documentation spells it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{spell(hint)}, {args[1].expected}" if args[1] is not _ANY else spell(hint)
+    if origin is tuple:
+        return f"tuple[{spell(args[0])}, ...]" + describe(args[0]).removeprefix(spell(args[0]))
+    if type(None) in args:
+        inner = " or ".join(describe(option) for option in args if option is not type(None))
+        return f"{inner.partition(', or None')[0]}; or None"
+    return spell(hint)

@@ -9,20 +9,19 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import functools
-import inspect
 import os
 import re
 import runpy
-import textwrap
+import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from lte_jax.config.fields import MOVED, convert, from_mapping, options, section_of, spell, unknown
+from lte_jax.config import reference
+from lte_jax.config.fields import MOVED, convert, from_mapping, options, unknown
 from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import Mirror, expand
@@ -103,7 +102,7 @@ def _blame(path: str, error: Exception) -> str:
 def _override(values: dict[str, Any], override: str) -> None:
     """Sets one "dotted.key=value" in the nested dict of an Experiment's values."""
     key, equals, text = override.partition("=")
-    hints = {name: hint for name, hint, *_ in _keys(Experiment, Experiment())}
+    hints = {key.name: key.hint for key in reference.keys()}
     if inside := [leaf for leaf in hints if leaf.startswith(f"{key}.") and key not in hints]:
         raise UserError(
             f"config.{key} is a section: set one of its keys, such as config.{inside[0]}"
@@ -121,29 +120,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"config.{section} is {values!r} in the file: expected a section")
     values[name] = _parse(hints[key], text)
-
-
-def _keys(cls: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """Dotted key, type, default and documentation of each value in a dataclass of dataclasses."""
-    documented = _documentation(cls)
-    for name, hint in typing.get_type_hints(cls).items():
-        value, section = getattr(default, name, None), section_of(hint)
-        if section is not hint:
-            yield prefix + name, hint, value, documented[name]
-        if section is not None:
-            yield from _keys(section, value, f"{prefix}{name}.")
-
-
-@functools.cache
-def _documentation(cls: Any) -> dict[str, str]:
-    """Key -> the comment beside it, or on the lines above it, in schema.py."""
-    found, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
-        code, _, comment = line.partition("  # ")
-        if key := re.match(r"    (\w+): ", code):
-            found[key[1]] = " ".join([*above, comment])
-        above = [*above, comment] if not code.strip() and comment else []
-    return found
 
 
 def _parse(hint: Any, text: str) -> Any:
@@ -178,11 +154,6 @@ def parse_flags(
     Raises:
       UserError: as `load_config` does. On a wrong flag, argparse ends the program.
     """
-    lines, indent = ["--config.KEY=VALUE, keys and their defaults:"], " " * 6
-    for key, hint, default, text in _keys(Experiment, Experiment()):
-        lines.append(f"  {key} = {default!r}  ({spell(hint)})")
-        lines += textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent)
-    parser.epilog = "\n".join(lines)
     parser.add_argument(
         "--config",
         required=True,
@@ -190,7 +161,23 @@ def parse_flags(
         help="a file in configs/; --config.KEY=VALUE overrides one of its values",
     )
     Mirror.add_to(parser)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        parser.epilog = _help(argv)
     flags, rest = parser.parse_known_args(argv)
     if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
         parser.error(f"unrecognized {' '.join(wrong)} (a key is set by --config.KEY=VALUE)")
     return flags, load_config(flags.config, [flag.removeprefix("--config.") for flag in rest])
+
+
+def _help(argv: Sequence[str]) -> str:
+    """The keys of an experiment, with their values in the --config of the command line, if any."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    spec, rest = parser.parse_known_args(argv)
+    if spec.config is None:
+        of = "their defaults (with --config=FILE.py, those of the file)"
+        return reference.help_text(Experiment(), of)
+    given = [flag.removeprefix("--config.") for flag in rest if flag.startswith("--config.")]
+    of = f"their values in {' '.join([spec.config, *given])}"
+    return reference.help_text(load_config(spec.config, given), of)
