@@ -110,7 +110,7 @@ def embed(config: ModelConfig, w: Slice | Stack, tokens_BL, types_BL, context) -
         x_BLD += w.embed("positions", positions_BL + config.position_offset)
     if config.token_types:
         x_BLD += w.embed("types", jnp.zeros_like(tokens_BL) if types_BL is None else types_BL)
-    return norm(config, w.vectors["embed"]["norm"], x_BLD) if config.embed_norm else x_BLD
+    return w.drop(norm(config, w.vectors["embed"]["norm"], x_BLD) if config.embed_norm else x_BLD)
 
 
 def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int | None):
@@ -124,7 +124,8 @@ def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int |
     if config.head == "none":
         return None
     own_BSL = tokens_of_texts(segments_BL, texts) if texts else (segments_BL > 0)[:, None]
-    logits_BSY = w.linear("classifier", pooled(config, w, x_BLD, own_BSL), exact=True)
+    read_BSD = w.drop(pooled(config, w, x_BLD, own_BSL))
+    logits_BSY = w.linear("classifier", read_BSD, exact=True)
     return logits_BSY if texts else logits_BSY[:, 0]
 
 
@@ -167,7 +168,7 @@ def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, 
             y_BLD = norm(config, w.vectors[f"{name}_post_norm"], y_BLD)
         if config.residual_scale != 1:
             y_BLD *= jnp.asarray(config.residual_scale, y_BLD.dtype)
-        x_BLD = x_BLD + y_BLD
+        x_BLD = x_BLD + w.drop(y_BLD)
         return sharding.constrain(first(x_BLD) if place == "post" else x_BLD), others
 
     with jax.named_scope("attention"):

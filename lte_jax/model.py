@@ -11,7 +11,7 @@ Dimension key: B batch  L length  T cache length  D model width  E experts  M ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -37,6 +37,9 @@ class Transformer(nn.Module):
     # Of the computation: float32 or bfloat16. Router scores and logits are always float32.
     dtype: str = "float32"
     remat: bool = False
+    # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,
+    # the rest scaled up, where `apply` is given rngs={"dropout": key}, as in training.
+    dropout: float = 0.0
 
     def __post_init__(self):
         checks.compute_dtype(self.dtype)
@@ -83,15 +86,16 @@ class Transformer(nn.Module):
             jnp.ones(tokens.shape, jnp.int32) if mask is None else jnp.asarray(mask, jnp.int32)
         )
         dtype = jnp.dtype(self.dtype)
-        w = reading.Slice(declare(self, config, lte, "", without="layers"), dtype)
+        drop = _dropout(self)
+        w = reading.Slice(declare(self, config, lte, "", without="layers"), dtype, drop=drop)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
-        )(config, lte, how, dtype, name="layers")
+        )(config, lte, how, dtype, self.dropout, name="layers")
         return layers.transformer(
             config, w, scanned, tokens, types, segments_BL, threshold, cache, texts
         )
@@ -105,6 +109,11 @@ def forward(model: Transformer, params: Any, batch: Mapping[str, Any], **options
     return model.apply({"params": params}, batch["tokens"], **options)
 
 
+def _dropout(module: Transformer | Block) -> Callable[[Array], Array]:
+    """The module's dropout: none without a key for it."""
+    return nn.Dropout(module.dropout, deterministic=not module.has_rng("dropout"))
+
+
 class Block(nn.Module):
     """One layer of the scan, see `layers.block`."""
 
@@ -112,13 +121,13 @@ class Block(nn.Module):
     lte: LTEConfig | None
     routing: Routing
     dtype: jnp.dtype
+    dropout: float
 
     @nn.compact
     def __call__(self, x_BLD, kv, own, context):
         """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
-        w = reading.Slice(
-            declare(self, self.config, self.lte, "layers/", without="ffn"), self.dtype
-        )
+        weights = declare(self, self.config, self.lte, "layers/", without="ffn")
+        w = reading.Slice(weights, self.dtype, drop=_dropout(self))
         ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
         x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, own, context)
         return x_BLD, (kv, outputs)

@@ -39,6 +39,7 @@ class Slice:
     vectors: Weights  # all of them, the matrices among them
     dtype: Any  # to compute in
     tap: Callable[[str, Array], Any] = lambda name, value: None  # sees the neurons
+    drop: Callable[[Array], Array] = lambda x: x  # dropout, in training
 
     def at(self, name: str) -> Slice:
         """Those of a part."""

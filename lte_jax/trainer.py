@@ -167,7 +167,7 @@ class _Loop:
         abstract = jax.eval_shape(begin, *start)
         shardings = training_step.state_shardings(abstract, mesh)
         parts = experiment.optim.microbatches
-        step = training_step.make_train_step(model, stage, optimizer, parts)
+        step = training_step.make_train_step(model, stage, optimizer, parts, seed)
         outputs = (shardings, sharding.replicated(mesh))
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
         self._eval_step = jax.jit(training_step.make_eval_step(model, stage))

@@ -36,16 +36,21 @@ class TrainState:
 
 
 def make_loss(model: Transformer, stage: Stage) -> Callable:
-    """The loss of a stage: (params, teacher, batch, control, counts) -> (loss, parts).
+    """The loss of a stage: (params, teacher, batch, control, counts, key) -> (loss, parts).
 
     `counts` are of the whole batch: what is predicted, what is distilled, and the real tokens;
     `batch` may be a microbatch.
-    `teacher` holds the dense model's parameters, in expert order, for distillation.
+    `teacher` holds the dense model's parameters, in expert order, for distillation. `key` is for
+    dropout; None: there is none.
     """
+    student = model.clone(dropout=stage.config.dropout)
 
-    def loss(params, teacher, batch, control, counts):
+    def loss(params, teacher, batch, control, counts, key=None):
         real, threshold = batch["segments"] > 0, control.threshold
-        out = forward(model, params, batch, routing=stage.routing, threshold=threshold)
+        options = {"routing": stage.routing, "threshold": threshold}
+        if key is not None and student.dropout:
+            options["rngs"] = {"dropout": key}
+        out = forward(student, params, batch, **options)
         task = task_loss(model, out.logits, batch, counts["predicted"])
         total, parts = stage.task_weight * task, {"loss": task}
         if stage.distill_weight:
@@ -72,30 +77,37 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
 
 
 def make_train_step(
-    model: Transformer, stage: Stage, optimizer: optax.GradientTransformation, microbatches: int = 1
+    model: Transformer,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
     """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics).
 
-    The metrics are scalars, and "sparsity_per_layer" [N]; docs/metrics.md says what each is.
+    `seed` is of dropout, whose random numbers depend on it and on the step alone. The metrics are
+    scalars, and "sparsity_per_layer" [N]; docs/metrics.md says what each is.
     """
     gradient = jax.grad(make_loss(model, stage), has_aux=True)
     rate = optim.schedule(stage.config)
 
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = counts_of(model, batch)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def gradient_of(part):
-            return gradient(state.params, teacher, part, state.control, counts)
+        def gradient_of(part, key):
+            return gradient(state.params, teacher, part, state.control, counts, key)
 
-        def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, gradient_of(part)), None
+        def accumulate(total, scanned):
+            return jax.tree.map(jnp.add, total, gradient_of(*scanned)), None
 
         if microbatches == 1:
-            grads, parts = gradient_of(batch)
+            grads, parts = gradient_of(batch, key)
         else:
             cut = jax.tree.map(lambda x: _interleave(x, microbatches), batch)
-            shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], cut))
-            (grads, parts), _ = jax.lax.scan(accumulate, optax.tree.zeros_like(shapes), cut)
+            scanned = cut, jax.random.split(key, microbatches)
+            shapes = jax.eval_shape(gradient_of, *jax.tree.map(lambda x: x[0], scanned))
+            (grads, parts), _ = jax.lax.scan(accumulate, optax.tree.zeros_like(shapes), scanned)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -297,6 +297,9 @@ class StageConfig(Checked):
     warmup_ratio: Share = 0.06  # share of the steps with linear warmup
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # decay after the warmup
     final_lr_ratio: Share = 0.1  # learning rate of the last step over the peak
+    # Share of what embedding, attention and FFN put out that is zeroed in training; 0.1 in the
+    # recipes of BERT and GPT-2, 0 in Llama's.
+    dropout: Decay = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
