@@ -110,7 +110,9 @@ def embed(config: ModelConfig, w: Slice | Stack, tokens_BL, types_BL, context) -
         x_BLD += w.embed("positions", positions_BL + config.position_offset)
     if config.token_types:
         x_BLD += w.embed("types", jnp.zeros_like(tokens_BL) if types_BL is None else types_BL)
-    return w.drop(norm(config, w.vectors["embed"]["norm"], x_BLD) if config.embed_norm else x_BLD)
+    if config.embed_norm:
+        x_BLD = norm(config, w.vectors["embed"]["norm"], x_BLD)
+    return w.drop(x_BLD)
 
 
 def head(config: ModelConfig, w: Slice | Stack, x_BLD, segments_BL, texts: int | None):

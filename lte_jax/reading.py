@@ -118,6 +118,10 @@ class Stack:
     live_B: Bool[Array, " B"]  # rows that still want experts
     implementation: str = "auto"
 
+    def drop(self, x: Array) -> Array:
+        """No dropout: decoding does not train."""
+        return x
+
     def at(self, name: str) -> Stack:
         """Those of a part."""
         return dataclasses.replace(
