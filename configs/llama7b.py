@@ -58,6 +58,11 @@ def get_config(arg=""):
         stage.warmup_ratio = 0.06
     c.optim.weight_decay = 0.0
 
+    # A checkpoint has 81 GB: four an epoch, and only what resuming needs stays on the disk.
+    c.checkpoint.every = EPOCH // 4
+    c.checkpoint.keep_last, c.checkpoint.keep_best = 1, 0
+    c.checkpoint.keep_finished = False
+
     if preset == "paper":  # one rate for router and model; it does not state the schedule's shape
         c.stages.router.router_lr_multiplier = 1.0
         c.optim.b2 = 0.999

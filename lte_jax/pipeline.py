@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefy import add_routers, to_experts
+from lte_jax.plan import Plan
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
@@ -93,6 +95,7 @@ def train(
         if not run.finished():
             run.prepare()
             run.train()
+        run.clear()
         return run.report()
 
 
@@ -137,14 +140,17 @@ class _Run:
         for folder in self.paths.models:
             if self.paths.has(folder):
                 on_first(functools.partial(_verify, folder))
-        inputs = self.parts.inputs
+        inputs, plan = self.parts.inputs, Plan.of(self.experiment, self.parts, self.mesh)
+        on_first(lambda: plan.check_room(self.paths))
         on_first(lambda: work.claim(self.paths, self.experiment, inputs))
+        on_first(lambda: print(plan.banner(self.paths.root), flush=True))
 
     def train(self) -> None:
         """Runs every step that is not done yet."""
         self.writer = MultiWriter(_writers(self.paths, self.experiment, self.more_writers))
         try:
             self.dense()
+            self.clear()
             if preflight.is_sparse(self.experiment):
                 self.experts()
                 self.sparse()
@@ -153,6 +159,14 @@ class _Run:
                 self.writer.close()
             raise
         self.writer.close()
+
+    def clear(self) -> None:
+        """Removes the checkpoints of finished stages, unless they are to stay."""
+        if self.experiment.checkpoint.keep_finished or jax.process_index() != 0:
+            return
+        for stage in self.stages():
+            if self.paths.has(self.paths.lte if stage.sparse else self.paths.dense):
+                shutil.rmtree(self.paths.checkpoints(stage.name), ignore_errors=True)
 
     @functools.cached_property
     def parts(self) -> preflight.Parts:

@@ -57,6 +57,7 @@ ORDER = {
     "lte_jax.report": 23,
     "lte_jax.workdir": 23.2,
     "lte_jax.preflight": 23.4,
+    "lte_jax.plan": 23.5,
     "lte_jax.pipeline": 24,
     "lte_jax": 26,
     "lte_jax.__main__": 27,

@@ -339,6 +339,8 @@ class CheckpointConfig(Checked):
     every: Count = 200  # steps between two checkpoints
     keep_last: Count = 2  # how many of the newest checkpoints to keep
     keep_best: Whole = 1  # how many checkpoints of lowest validation loss to keep
+    # Whether those of a stage stay once the model that they lead to is written: dense/ or lte/.
+    keep_finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
