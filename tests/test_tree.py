@@ -56,6 +56,7 @@ ORDER = {
     "lte_jax.figures": 22.5,
     "lte_jax.report": 23,
     "lte_jax.workdir": 23.2,
+    "lte_jax.runs": 23.3,
     "lte_jax.preflight": 23.4,
     "lte_jax.plan": 23.5,
     "lte_jax.pipeline": 24,
