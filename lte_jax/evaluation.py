@@ -78,10 +78,11 @@ def evaluate(
       latency_rounds: number of timings; their median is reported. 0: no timing.
 
     Returns:
-      JSON-serialisable {"tokens", "bytes", "models": [...]}, the baseline first; each model has
-      "name", "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and more. Latency is per
-      decoded token at batch size 1. An LTE model without a baseline is compared with itself with
-      all experts active.
+      JSON-serialisable {"tokens", "bytes", "records", "of_records", "length", "models": [...]}, the
+      baseline first. Of "of_records" (None: unknown), "records" were measured, in a task of labels
+      texts. Each model has "name", "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and
+      more. Latency is per decoded token at batch size 1. An LTE model without a baseline is
+      compared with itself with all experts active.
 
     Raises:
       UserError: on arguments that do not fit the models or each other, before anything is
@@ -110,10 +111,13 @@ def _measured(entrants, records, batch_size: int, task: Task | None, sample: tup
             entries[-1] |= e.written(records, batch_size, task, tokenizer)
         entries[-1] |= e.sample(*sample)
     results = {"tokens": _count_predicted(records), "bytes": num_bytes, "models": entries}
+    number, length = records.tokens_RL.shape
+    results |= {"records": number, "of_records": records.whole, "length": length}
     if task is not None:
         labelled = "labels" in records.more  # several texts may share a record
-        number = int(predicted(model, records[:]).sum()) if labelled else len(records)
-        results |= {"task": task.name, "records": number}
+        texts = int(predicted(model, records[:]).sum()) if labelled else number
+        whole = None if labelled else records.whole
+        results |= {"task": task.name, "records": texts, "of_records": whole}
     if records.examples:
         results["references"] = [list(example.references) for example in records.examples]
     return results

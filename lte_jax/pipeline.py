@@ -260,7 +260,8 @@ class _Run:
             baseline = None if last == self.paths.dense else self._result(self.paths.dense)
             results = self._measure(model, params, baseline)
         written = report.write([results], root, figures)
-        print("", report.table([results]), report.samples([results]), sep="\n")
+        measured = f"Measured on {report.extent(results)}."
+        print("", report.table([results]), measured, report.samples([results]), sep="\n")
         print("wrote", *(f"  {path}" for path in written), sep="\n")
         if not figures:
             print("no figures: pip install 'lte-jax[plot]', then python -m lte_jax.report")

@@ -200,7 +200,7 @@ def notes(results: Sequence[Results]) -> str:
         parts = [
             source.get("model"),
             source.get("data"),
-            f"{result['tokens']} tokens predicted" if result.get("tokens") else None,
+            extent(result),
             env.get("device"),
             versions,
             f"commit {env['commit'][:12]}" if env.get("commit") else None,
@@ -208,6 +208,19 @@ def notes(results: Sequence[Results]) -> str:
         if any(parts):
             lines.append("- " + "; ".join(str(part) for part in parts if part))
     return "\n".join(lines) + "\n"
+
+
+def extent(result: Results) -> str:
+    """How much of the data was measured: "64 of 324 records of 256 tokens, 9,213 predicted"."""
+    records, whole, tokens = (result.get(k) for k in ("records", "of_records", "tokens"))
+    words = []
+    if records:
+        share = {None: f"{records:,}", records: f"all {records:,}"}
+        length = f" of {result['length']} tokens" if result.get("length") else ""
+        words.append(f"{share.get(whole, f'{records:,} of {whole or 0:,}')} records{length}")
+    if tokens and all("token_ppl" in model for model in result["models"]):
+        words.append(f"{tokens:,} tokens predicted" if not words else f"{tokens:,} predicted")
+    return ", ".join(words)
 
 
 def samples(results: Sequence[Results]) -> str:

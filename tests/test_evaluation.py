@@ -125,6 +125,7 @@ def test_evaluate_beside_the_dense_model(lte):
     assert sparse["sample"] == dense["sample"] and len(dense["sample"]["text"]) > 5
     assert dense["latency_ratio"] == 1.0 and sparse["latency_ms"] > 0
     assert sparse["gflops_per_token"] > dense["gflops_per_token"]  # the router is charged
+    assert (results["records"], results["of_records"], results["length"]) == (4, None, 24)
     assert results["tokens"] == sum(min(len(text.encode()), 23) for text in TEXTS)
 
 

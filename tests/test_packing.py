@@ -181,7 +181,8 @@ def test_build_from_files(tmp_path):
     )
     tokenizer = data.byte_tokenizer()
     records, kept = data.build(config, tokenizer, MODEL, seed=0)
-    assert len(kept) == 7
+    everything = data.pack(data.tokenize(texts[:50], tokenizer), 32)
+    assert len(kept) == 7 and kept.whole == len(everything) > 7
     assert (records.segments_RL > 0).sum() == sum(len(t) + 1 for t in texts)
     again = data.build(config, tokenizer, MODEL, seed=0)[1]
     other = data.build(config, tokenizer, MODEL, seed=1)[1]

@@ -52,6 +52,23 @@ def test_table():
     assert report.table(bare).splitlines()[2] == "| x | 2.000 |  | 30.0% |  |  |  |"
 
 
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"records": 64, "of_records": 324, "length": 256, "tokens": 9213},
+         "64 of 324 records of 256 tokens, 9,213 predicted"),
+        ({"records": 3, "of_records": 3}, "all 3 records"),
+        ({"records": 1500, "of_records": None}, "1,500 records"),
+        ({"tokens": 9213}, "9,213 tokens predicted"),  # of an earlier version
+    ],
+)  # fmt: skip
+def test_how_much_was_measured_is_said(result, words):
+    result = result | {"models": [DENSE]}
+    assert report.extent(result) == words and words in report.notes([result])
+    labelled = {k: v for k, v in DENSE.items() if k != "token_ppl"} | {"metrics": {"accuracy": 1.0}}
+    assert "predicted" not in report.extent(result | {"models": [labelled]})
+
+
 def test_report_of_several_results(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     points = {

@@ -276,3 +276,11 @@ def test_a_mirror_comes_before_the_hub(tmp_path, monkeypatch):
     assert data.read_texts("owner/plain") == ["c"]
     with pytest.raises(UserError, match="sst2: is a folder without test.jsonl.*found train.jsonl"):
         data.read_texts("owner/glue:sst2:test")
+
+
+def test_texts_are_counted_as_they_are_read(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one", "", "two", "three")))
+    assert data.count_texts(str(path)) == len(data.read_texts(str(path))) == 3
+    assert data.count_texts(str(path), join="") == 4  # lines, empty ones too
+    assert data.count_texts(str(path), most=3) == 3 and data.count_texts(str(path), most=2) is None

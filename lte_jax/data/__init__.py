@@ -26,7 +26,7 @@ from lte_jax.data.packing import (
     pad,
     train_iterator,
 )
-from lte_jax.data.texts import local_path, read_rows, read_texts, text_of, value_of
+from lte_jax.data.texts import count_texts, local_path, read_rows, read_texts, text_of, value_of
 from lte_jax.data.tokens import byte_tokenizer, learned_tokenizer, tokenize
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "build",
     "byte_tokenizer",
     "check",
+    "count_texts",
     "digest",
     "end_probabilities",
     "end_token",

@@ -44,6 +44,7 @@ class Records:
     segments_RL: np.ndarray
     more: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     examples: tuple[Example, ...] = ()
+    whole: int | None = None  # how many there were, if these are some of them and that is known
 
     def __len__(self) -> int:
         return len(self.tokens_RL)
@@ -59,7 +60,8 @@ class Records:
 
     def some(self, most: int, rng: np.random.Generator) -> Records:
         """At most so many of these records, chosen by chance, in their order."""
-        return self.take(np.sort(rng.permutation(len(self))[:most]))
+        chosen = self.take(np.sort(rng.permutation(len(self))[:most]))
+        return dataclasses.replace(chosen, whole=len(self))
 
     def trimmed(self) -> Records:
         """These records without the columns at the end that are padding in all of them."""

@@ -81,6 +81,25 @@ def read_texts(
     return texts if join is None else [join.join(texts)]
 
 
+def count_texts(
+    source: str,
+    column: str = "text",
+    split: str | None = None,
+    join: str | None = None,
+    most: int = 100_000,
+) -> int | None:
+    """How many records `read_texts` has to read without a limit; None: more than `most`."""
+    with read_rows(source, split) as rows:
+        counted = (
+            None
+            for where, row in rows
+            if join is not None
+            or (row if isinstance(row, WholeText) else text_of(row, column, where))
+        )
+        number = sum(1 for _ in itertools.islice(counted, most + 1))
+    return number if number <= most else None
+
+
 def local_path(source: str) -> Path:
     """`source` as a path, `~` replaced by the home folder."""
     return Path(os.path.expanduser(source))  # unlike Path.expanduser, leaves an unknown ~user
