@@ -35,7 +35,7 @@ import lte_jax
 from lte_jax import kernels
 from lte_jax.config import LTEConfig, load_config
 from lte_jax.errors import UserError, cli_errors
-from lte_jax.generate.decoding import Decoder, DecodeState
+from lte_jax.generation.decoding import Decoder, DecodeState
 from lte_jax.model import Transformer, abstract_params, init_cache
 from lte_jax.sparsity import bytes_per_token
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from lte_jax.clustering import inertia, normalize
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError, cli_errors
-from lte_jax.moefy import group_neurons
+from lte_jax.moefication import group_neurons
 
 
 def structured(rows: int, width: int, seed: int = 0) -> np.ndarray:

@@ -26,10 +26,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lte_jax import checks as _checks
 from lte_jax import hf as _hf
-from lte_jax import moefy as _moefy
+from lte_jax import moefication as _moefication
 from lte_jax.config import Experiment, LTEConfig, ModelConfig, UserError, from_mapping
 from lte_jax.evaluation import evaluate
-from lte_jax.generate import generate, generate_text
+from lte_jax.generation import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
 from lte_jax.router_init import enough_records as _enough_records
@@ -170,8 +170,8 @@ def moefy(
             chosen = _enough_records(np.asarray(calibration), d_model, asked, rng)
             calibration, mask = calibration[chosen], None if mask is None else mask[chosen]
     _checks.finite_params(params, "to be moefied")
-    sparse, params, _ = _moefy.to_experts(model, params, lte, calibration, mask, seed=seed)
-    return sparse, _moefy.add_routers(sparse, params, calibration, mask, seed=seed)
+    sparse, params, _ = _moefication.to_experts(model, params, lte, calibration, mask, seed=seed)
+    return sparse, _moefication.add_routers(sparse, params, calibration, mask, seed=seed)
 
 
 def apply(

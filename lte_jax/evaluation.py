@@ -21,9 +21,9 @@ import numpy as np
 from lte_jax import checks, interrupt
 from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import complete, decode, generate_text
-from lte_jax.generate.decoding import Decoder
-from lte_jax.generate.latency import decode_latency
+from lte_jax.generation import complete, decode, generate_text
+from lte_jax.generation.decoding import Decoder
+from lte_jax.generation.latency import decode_latency
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import predicted, task_loss

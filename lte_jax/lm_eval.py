@@ -18,7 +18,7 @@ from typing import Any
 
 from lte_jax import checks
 from lte_jax.errors import UserError
-from lte_jax.generate import generate
+from lte_jax.generation import generate
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
 from lte_jax.scoring import loglikelihoods

@@ -43,7 +43,7 @@ from lte_jax.checkpoint import on_first, quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
-from lte_jax.moefy import add_routers, to_experts
+from lte_jax.moefication import add_routers, to_experts
 from lte_jax.plan import Plan
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind

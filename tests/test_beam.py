@@ -12,7 +12,7 @@ from random_models import PROMPTS, make
 
 import lte_jax
 from lte_jax.errors import UserError
-from lte_jax.generate import beam, generate
+from lte_jax.generation import beam, generate
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"beams": 3},

@@ -14,8 +14,8 @@ from lte_jax import clustering
 from lte_jax.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# Inertia of k-means-constrained 0.9.1, as in test_moefy.py, of the rows that --layer 2816x1024
-# makes, experts of 32.
+# Inertia of k-means-constrained 0.9.1, as in test_moefication.py, of the rows that --layer
+# 2816x1024 makes, experts of 32.
 PACKAGE_STRUCTURED = 2086.9305
 
 

@@ -10,8 +10,8 @@ import pytest
 from random_models import PROMPTS, make
 
 from lte_jax.errors import UserError
-from lte_jax.generate import generate
-from lte_jax.generate.decoding import Decoder
+from lte_jax.generation import generate
+from lte_jax.generation.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
 

@@ -12,7 +12,7 @@ import tiny
 
 import lte_jax
 from lte_jax import data
-from lte_jax.__main__ import main
+from lte_jax.cli import main
 from lte_jax.errors import MAX_LENGTH, UserError, argument, cli_errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -109,12 +109,12 @@ def folder(tmp_path_factory):
 
 
 def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["lte_jax", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["lte-jax", "generate", *map(str, flags)])
     main()
 
 
 def test_what_is_chosen_is_said_once(folder):
-    command = [sys.executable, "-m", "lte_jax", folder, "abc", "--max-new-tokens=3"]
+    command = [sys.executable, "-m", "lte_jax", "generate", folder, "abc", "--max-new-tokens=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("abc")
     assert sum(line.startswith("kernels: ") for line in done.stderr.splitlines()) == 1, done.stderr

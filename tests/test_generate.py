@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lte_jax import hf
-from lte_jax.__main__ import main
+from lte_jax.cli import main
 from lte_jax.data import byte_tokenizer, tokenize
-from lte_jax.generate import decode, generate, generate_text
+from lte_jax.generation import decode, generate, generate_text
 from lte_jax.model import Transformer
 
 
@@ -185,7 +185,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     model, params = make(vocab_size=259)
     hf.save(tmp_path / "model", model.config, model.lte, params)
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["lte_jax", str(tmp_path / "model"), "Hello", "--max-new-tokens", "30"]
+    flags = ["lte-jax", "generate", str(tmp_path / "model"), "Hello", "--max-new-tokens", "30"]
     monkeypatch.setattr(sys, "argv", flags)
     main()
     settings = {"write": lambda text: None, "max_new_tokens": 30}
@@ -194,7 +194,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_command_line_of_a_folder_that_is_absent(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lte_jax", str(tmp_path / "absent"), "Hello"])
+    monkeypatch.setattr(sys, "argv", ["lte-jax", "generate", str(tmp_path / "absent"), "Hello"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

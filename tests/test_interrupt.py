@@ -1,6 +1,5 @@
 """Signals end a program at a safe point, with the code of the signal and one line."""
 
-import importlib
 import os
 import signal
 import subprocess
@@ -12,11 +11,19 @@ import numpy as np
 import pytest
 import tiny
 
-from lte_jax import checkpoint, clustering, data, evaluation, interrupt, sharding, trainer, writers
+from lte_jax import (
+    checkpoint,
+    clustering,
+    data,
+    evaluation,
+    interrupt,
+    moefication,
+    sharding,
+    trainer,
+    writers,
+)
 from lte_jax.config import CheckpointConfig, MeshConfig, StageConfig
-from lte_jax.generate.decoding import Decoder
-
-moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
+from lte_jax.generation.decoding import Decoder
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -126,9 +133,11 @@ LOOPS = {
     "tokenising": lambda: data.tokenize(["a", "b"], data.byte_tokenizer()),
     "grouping": lambda: clustering.balanced_kmeans(np.eye(8, dtype=np.float32), 2),
     "reading for grouping": lambda: next(
-        moefy.coactivations(*tiny.model_and_params(None), rows(2).tokens_RL)
+        moefication.coactivations(*tiny.model_and_params(None), rows(2).tokens_RL)
     ),
-    "starting routers": lambda: moefy.add_routers(*tiny.model_and_params(), rows(2).tokens_RL),
+    "starting routers": lambda: moefication.add_routers(
+        *tiny.model_and_params(), rows(2).tokens_RL
+    ),
     "measuring": lambda: evaluation.perplexity(*tiny.model_and_params(), rows(2)),
     "setting the threshold": lambda: trainer.settle_threshold(
         *(*tiny.model_and_params(), tiny.control(), rows(8), 8),

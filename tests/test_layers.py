@@ -11,7 +11,7 @@ import tiny
 
 from lte_jax import generate, layers, params
 from lte_jax.config import RopeScaling
-from lte_jax.generate.decoding import Decoder
+from lte_jax.generation.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing

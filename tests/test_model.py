@@ -14,7 +14,7 @@ import tiny
 import lte_jax
 from lte_jax import data, kernels
 from lte_jax.config import LTEConfig, RopeScaling, UserError
-from lte_jax.generate.decoding import Decoder, DecodeState, computed
+from lte_jax.generation.decoding import Decoder, DecodeState, computed
 from lte_jax.model import Transformer, init_cache
 from lte_jax.routing import TopK
 

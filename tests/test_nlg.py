@@ -12,7 +12,7 @@ import tiny
 import lte_jax
 from lte_jax import config, data, losses, pipeline, tasks
 from lte_jax.config import DataConfig, ModelConfig, SourceConfig, StageConfig, UserError
-from lte_jax.generate import complete, generate
+from lte_jax.generation import complete, generate
 from lte_jax.model import Transformer
 from lte_jax.objective import predicted, task_loss
 from lte_jax.tasks import generation, nlg

@@ -1,7 +1,6 @@
 """Routers that start from data: the right ones, from any number of tokens, in bounded memory."""
 
 import dataclasses
-import importlib
 import logging
 
 import flax.linen as nn
@@ -12,14 +11,13 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import router_init
+from lte_jax import moefication, router_init
 from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
 from lte_jax.reading import Slice
 from lte_jax.router_init import contribution
 
-moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 D, E = tiny.CONFIG.d_model, tiny.CONFIG.d_ff // tiny.LTE.expert_size
 
 
@@ -192,7 +190,7 @@ def test_bad_input_calibration_of_padding_alone():
     model, params = tiny.model_and_params()
     tokens = np.zeros((2, 9), np.int32)
     with pytest.raises(UserError, match="all calibration tokens are padding") as error:
-        moefy.add_routers(model, params, tokens, np.zeros((2, 9), bool))
+        moefication.add_routers(model, params, tokens, np.zeros((2, 9), bool))
     assert "\n" not in str(error.value)
 
 
@@ -245,10 +243,10 @@ def test_too_little_training_text_is_all_taken_and_said(caplog):
 def test_few_tokens_are_warned_of_once(caplog):
     model, params = tiny.model_and_params()
     tokens = np.asarray(tiny.batch(8)["tokens"])
-    moefy.add_routers(model, params, tokens)
+    moefication.add_routers(model, params, tokens)
     [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert record.getMessage().startswith("calibration: 128 tokens are 3.9 for each of the")
     assert "use 1056 tokens" in record.getMessage()
     caplog.clear()
-    moefy.add_routers(model, params, np.tile(tokens, (9, 1)))
+    moefication.add_routers(model, params, np.tile(tokens, (9, 1)))
     assert not caplog.records

@@ -40,13 +40,13 @@ ORDER = {
     "lte_jax.objective": 13.5,
     "lte_jax.router_init": 14,
     "lte_jax.clustering": 14.5,
-    "lte_jax.moefy": 15,
+    "lte_jax.moefication": 15,
     "lte_jax.sparsity": 16,
     "lte_jax.optim": 17,
     "lte_jax.stages": 17.5,
     "lte_jax.data": 17.8,  # asks a model where texts end
     "lte_jax.scoring": 17.9,
-    "lte_jax.generate": 17.95,
+    "lte_jax.generation": 17.95,
     "lte_jax.tasks": 18,
     "lte_jax.writers": 19,
     "lte_jax.training_step": 19.5,
@@ -61,7 +61,8 @@ ORDER = {
     "lte_jax.plan": 23.5,
     "lte_jax.pipeline": 24,
     "lte_jax": 26,
-    "lte_jax.__main__": 27,
+    "lte_jax.cli": 27,
+    "lte_jax.__main__": 28,
 }
 # Their own folder or script of that name must not be found in place of the packages they shadow.
 SHADOWING = {"kernels", "configs", "train", "evaluate", "tests", "benchmarks"}

@@ -1,19 +1,17 @@
 """What training must not unlearn: where a text ends."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from lte_jax import data, hf, sharding, stages, trainer, writers
+from lte_jax import data, hf, moefication, sharding, stages, trainer, writers
 from lte_jax.config import Experiment, LTEConfig, MeshConfig, StageConfig, StagesConfig
 from lte_jax.model import Transformer
 from lte_jax.sparsity import SparsityController
 
-moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 LENGTH = 512
 SETTINGS = Experiment(
     data=dataclasses.replace(Experiment().data, length=LENGTH, batch_size=4),
@@ -92,8 +90,8 @@ def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path
     after_dense, loss_dense = of_the_end(model, dense.params, told, end)
 
     calibration = rows.tokens_RL[:32], rows.segments_RL[:32]
-    lte, teacher, _ = moefy.to_experts(model, params, SETTINGS.lte, *calibration)
-    teacher = moefy.add_routers(lte, teacher, *calibration)
+    lte, teacher, _ = moefication.to_experts(model, params, SETTINGS.lte, *calibration)
+    teacher = moefication.add_routers(lte, teacher, *calibration)
     trained = fit(lte, "router", teacher, start, teacher)
     trained = fit(lte, "adapt", trained.params, trained.control, teacher)
     threshold = float(trained.control.threshold)

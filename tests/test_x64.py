@@ -102,7 +102,7 @@ SUBSET = {
     "test_generate.py": "ragged_batch",
     "test_decoding.py": "seed_and_place or eos_ends",
     "test_evaluation.py": "bytes_of_the_scored_text or by_hand",
-    "test_moefy.py": "seed_and_layer_decide or to_dense_undoes",
+    "test_moefication.py": "seed_and_layer_decide or to_dense_undoes",
     "test_roundtrip.py": "mixed_dtypes or stays_float32",
     "test_checkpoint.py": "restores_the_newest_step",
     "test_packing.py": "packing_has_every_token",

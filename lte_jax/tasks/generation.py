@@ -20,7 +20,7 @@ from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data import Example, Records, pack, pad, read_rows, tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import complete
+from lte_jax.generation import complete
 from lte_jax.scoring import loglikelihoods
 from lte_jax.tasks.measurement import Measured, Run, mean, place
 from lte_jax.tasks.task import Task, library

@@ -111,17 +111,17 @@ def script(name: str) -> Callable[[], Any]:
 
 
 def flags(rng: random.Random, box: pathlib.Path) -> Case:
-    """The flags of python -m lte_jax, evaluate.py and train.py."""
-    from lte_jax import __main__ as program
+    """The flags of `lte-jax generate`, evaluate.py and train.py."""
+    from lte_jax.cli import generate
 
     folder = copied("float32 in 1", box / "model")
     (box / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    which = rng.choice(("lte_jax", "evaluate.py", "train.py"))
-    if which == "lte_jax":
+    which = rng.choice(("generate", "evaluate.py", "train.py"))
+    if which == "generate":
         given = {"": str(folder), " ": "def", "--max-new-tokens": "4", "--temperature": "0",
                  "--top-k": "5", "--top-p": "0.9", "--seed": "3", "--routing": "dense",
                  "--implementation": "auto", "--dtype": "float32"}  # fmt: skip
-        keep, main = {"", " ", "--max-new-tokens"}, program.main
+        keep, main = {"", " ", "--max-new-tokens"}, generate.main
     elif which == "evaluate.py":
         given = {"--model": str(folder), "--data": "texts.jsonl", "--out": "out",
                  "--length": "16", "--records": "3", "--batch-size": "2", "--column": "text",

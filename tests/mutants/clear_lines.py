@@ -3,7 +3,7 @@
 from mutant import Mutant
 
 _CHECKS, _TOKENS, _TEXTS = "lte_jax/checks.py", "lte_jax/data/tokens.py", "lte_jax/data/texts.py"
-_GENERATE, _ERRORS = "lte_jax/generate/__init__.py", "lte_jax/errors.py"
+_GENERATE, _ERRORS = "lte_jax/generation/__init__.py", "lte_jax/errors.py"
 _OF_GENERATE = "tests/test_checks.py::test_settings_of_generate"
 
 MUTANTS: list[Mutant] = [
@@ -65,7 +65,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "24 an argument that is not UTF-8 is not text",
-        "lte_jax/__main__.py",
+        "lte_jax/cli/generate.py",
         'add("prompt", type=argument)',
         'add("prompt")',
         "tests/test_errors.py::test_a_continuation[float32]",
@@ -114,7 +114,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "27 evaluate.py knows no work directory",
-        "evaluate.py",
+        "lte_jax/cli/evaluate.py",
         "            return pipeline.report_again(flags.workdir)",
         "            pass",
         "tests/test_workdir.py::test_the_report_alone_on_the_command_line",
@@ -191,7 +191,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "29 an error is glued to the prompt",
-        "lte_jax/__main__.py",
+        "lte_jax/cli/generate.py",
         "            print()  # so that",
         "            pass  # so that",
         "tests/test_errors.py::test_an_error_begins_on_a_line_of_its_own",

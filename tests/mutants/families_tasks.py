@@ -94,7 +94,7 @@ MUTANTS: list[Mutant] = [
          "limit = None"),
     ),
     *of(
-        "lte_jax/generate/beam.py", "tests/test_beam.py",
+        "lte_jax/generation/beam.py", "tests/test_beam.py",
         ("finished beams have no length penalty", "test_parity_of_beam_search",
          "scores_BC / new_length**penalty + out", "scores_BC + out"),
         ("running beams have no length penalty", "test_parity_of_beam_search",

@@ -254,7 +254,7 @@ MUTANTS = [
          "if True:"),
     ),
     *of(
-        "lte_jax/moefy.py", "tests/test_moefy.py",
+        "lte_jax/moefication.py", "tests/test_moefication.py",
         ("expert order inverted", "test_permutation_moves_neurons_and_nothing_else",
          "lambda w_FD, order_EM: w_FD[order_EM]",
          "lambda w_FD, order_EM: w_FD[jnp.argsort(order_EM.ravel()).reshape(order_EM.shape)]"),

@@ -10,7 +10,7 @@ MUTANTS: list[Mutant] = [
         "lte_jax/clustering.py",
         "shorter_F = _shortening(np.sqrt(np.maximum(np.diag(gram_FF), 0.0))).astype(np.float32)",
         "shorter_F = np.ones(len(gram_FF), np.float32)",
-        "tests/test_moefy.py::test_a_massive_neuron_disturbs_no_grouping[500]",
+        "tests/test_moefication.py::test_a_massive_neuron_disturbs_no_grouping[500]",
     ),
     Mutant(
         "A the longest row is the yardstick of quantising",
@@ -107,7 +107,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "D sampling keeps ties",
-        "lte_jax/generate/decoding.py",
+        "lte_jax/generation/decoding.py",
         "kept_BV = first_largest(logits_BV, least_B1, count_B1)",
         "kept_BV = logits_BV >= least_B1",
         "tests/test_model.py::test_exactly_k_tokens",

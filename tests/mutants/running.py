@@ -140,7 +140,7 @@ MUTANTS = [
          'summary["bits_per_byte"] = per_byte'),
     ),
     *of(
-        "lte_jax/generate/decoding.py", "tests/test_decoding.py",
+        "lte_jax/generation/decoding.py", "tests/test_decoding.py",
         ("temperature ignored", "test_sampling_frequencies_follow_the_softmax",
          "logits_BV = logits_BV / self.temperature",
          "logits_BV = logits_BV * 1.0"),

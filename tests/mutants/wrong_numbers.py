@@ -35,7 +35,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "1 --dtype on the command line does nothing",
-        "lte_jax/__main__.py",
+        "lte_jax/cli/generate.py",
         "lte_jax.load(path, dtype)",
         "lte_jax.load(path)",
         "tests/test_errors.py::test_a_continuation[bfloat16]",
@@ -149,7 +149,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "5 generate looks at no id",
-        "lte_jax/generate/__init__.py",
+        "lte_jax/generation/__init__.py",
         'checks.token_ids(row, vocab_size, f"prompt {i}")',
         "pass",
         "tests/test_checks.py::test_settings_of_generate",
@@ -206,7 +206,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "5 NaN logits are sampled from",
-        "lte_jax/generate/__init__.py",
+        "lte_jax/generation/__init__.py",
         "if not state.finite:",
         "if False:",
         "tests/test_decoding.py::test_logits_that_are_not_finite_are_named_and_not_chosen_from",

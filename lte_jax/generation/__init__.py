@@ -20,8 +20,8 @@ from lte_jax import checks, interrupt
 from lte_jax.config import ModelConfig
 from lte_jax.data import tokenize
 from lte_jax.errors import UserError
-from lte_jax.generate import beam
-from lte_jax.generate.decoding import Decoder, DecodeState, round_up
+from lte_jax.generation import beam
+from lte_jax.generation.decoding import Decoder, DecodeState, round_up
 from lte_jax.model import Transformer
 from lte_jax.routing import Routing
 

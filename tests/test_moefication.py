@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import pathlib
 
 import jax
@@ -12,11 +11,10 @@ import pytest
 from tiny import assert_order
 
 import lte_jax
-from lte_jax import clustering, hf
+from lte_jax import clustering, hf, moefication
 from lte_jax.config import LTEConfig, ModelConfig, UserError
 from lte_jax.model import Transformer
 
-moefy = importlib.import_module("lte_jax.moefy")  # lte_jax.moefy is the function
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 TINY = ModelConfig(vocab_size=31, d_model=16, d_ff=48, num_layers=3, mlp_bias=True)
 
@@ -76,11 +74,11 @@ def test_inertia_of_real_layers(shared, name, layer, size):
     gate_FD = real_gate(shared, name, layer)
     x_FD = clustering.normalize(gate_FD)
     lte = kmeans(size)
-    order_EM = moefy.group_neurons(gate_FD, lte)
+    order_EM = moefication.group_neurons(gate_FD, lte)
     assert_order(order_EM, len(gate_FD), size)
     found = clustering.inertia(x_FD, order_EM)
     assert found <= 1.01 * PACKAGE[name, layer, size]
-    random_EM = moefy.group_neurons(gate_FD, dataclasses.replace(lte, grouping="random"))
+    random_EM = moefication.group_neurons(gate_FD, dataclasses.replace(lte, grouping="random"))
     assert found < 0.95 * clustering.inertia(x_FD, random_EM)
 
 
@@ -97,7 +95,7 @@ def test_seed_and_layer_decide(grouping):
 
     def group(layer=0, **kwargs):
         lte = LTEConfig(expert_size=8, grouping=grouping)
-        return moefy.group_neurons(x_FD, lte, layer, **kwargs)
+        return moefication.group_neurons(x_FD, lte, layer, **kwargs)
 
     np.testing.assert_array_equal(group(), group())
     assert not np.array_equal(group(), group(seed=1))
@@ -109,7 +107,8 @@ def test_bfloat16_weights_are_taken_as_they_are():
     x_FD = np.random.default_rng(0).standard_normal((96, 16)).astype(jnp.bfloat16)
     lte = kmeans()
     np.testing.assert_array_equal(
-        moefy.group_neurons(x_FD, lte), moefy.group_neurons(x_FD.astype(np.float32), lte)
+        moefication.group_neurons(x_FD, lte),
+        moefication.group_neurons(x_FD.astype(np.float32), lte),
     )
 
 
@@ -125,7 +124,7 @@ def test_all_experts_on_is_the_dense_model(grouping, gated):
     model, params = make(config)
     tokens = jax.random.randint(jax.random.key(7), (2, 20), 0, config.vocab_size)
     lte = LTEConfig(expert_size=8, grouping=grouping)
-    experts, new, order_NEM = moefy.to_experts(model, params, lte, np.asarray(tokens))
+    experts, new, order_NEM = moefication.to_experts(model, params, lte, np.asarray(tokens))
     assert experts.lte == lte
     for order_EM in order_NEM:
         assert_order(order_EM, config.d_ff, 8)
@@ -141,7 +140,7 @@ def test_all_experts_on_is_the_dense_model_on_real_weights(shared):
     tokens = jax.random.randint(jax.random.key(0), (2, 128), 0, config.vocab_size)
     dense = logits(model, params, tokens)
     for size in (8, 32):
-        experts, new, _ = moefy.to_experts(model, params, kmeans(size))
+        experts, new, _ = moefication.to_experts(model, params, kmeans(size))
         found, all_ran = all_on(experts, new, tokens)
         assert all_ran
         assert relative_error(found, dense) < 1e-5
@@ -150,9 +149,9 @@ def test_all_experts_on_is_the_dense_model_on_real_weights(shared):
 def test_permutation_moves_neurons_and_nothing_else():
     model, params = make()
     before = jax.tree.map(np.array, params)
-    _, new, order_NEM = moefy.to_experts(model, params, kmeans())
+    _, new, order_NEM = moefication.to_experts(model, params, kmeans())
     for n, order_EM in enumerate(order_NEM):
-        for name in moefy.NEURON_MATRICES:
+        for name in moefication.NEURON_MATRICES:
             expected = before["layers"]["ffn"][name][n, 0][order_EM]
             np.testing.assert_array_equal(new["layers"]["ffn"][name][n], expected)
     jax.tree.map(np.testing.assert_array_equal, params, before)  # the input is left alone
@@ -164,9 +163,9 @@ def test_permutation_moves_neurons_and_nothing_else():
 
 def test_to_dense_undoes_to_experts_to_the_bit():
     model, params = make()
-    experts, new, order_NEM = moefy.to_experts(model, params, kmeans())
+    experts, new, order_NEM = moefication.to_experts(model, params, kmeans())
     new["layers"]["ffn"]["router"] = {"kernel": jnp.zeros((3, 16, 6))}
-    back, old = moefy.to_dense(experts, new, order_NEM)
+    back, old = moefication.to_dense(experts, new, order_NEM)
     assert back == model
     assert jax.tree.structure(old) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, old, params)
@@ -183,14 +182,14 @@ def test_coactivation_is_the_covariance_of_magnitudes(monkeypatch):
     forward = functools.partial(model.apply, mutable=["intermediates"])
     _, state = jax.jit(forward)({"params": params}, tokens, mask=mask)
     h_NBLF = np.asarray(state["intermediates"]["layers"]["ffn"]["hidden"][0])[..., 0, :]
-    found = list(moefy.coactivations(model, params, tokens, mask))
+    found = list(moefication.coactivations(model, params, tokens, mask))
     assert len(found) == TINY.num_layers
     for covariance_FF, h_BLF in zip(found, h_NBLF, strict=True):
         expected_FF = np.cov(np.abs(h_BLF[mask]), rowvar=False, bias=True)
         np.testing.assert_allclose(covariance_FF, expected_FF, atol=1e-5)
     padded = np.where(mask, tokens, 5)
-    monkeypatch.setattr(moefy, "COACTIVATION_BYTES", 1)  # one layer a pass
-    again = list(moefy.coactivations(model, params, padded, mask))
+    monkeypatch.setattr(moefication, "COACTIVATION_BYTES", 1)  # one layer a pass
+    again = list(moefication.coactivations(model, params, padded, mask))
     np.testing.assert_allclose(again, found, rtol=1e-5, atol=1e-7)
 
 
@@ -203,7 +202,7 @@ def test_coactivation_brings_together_what_fires_together():
     covariance_FF = np.cov(np.abs(h_TF), rowvar=False).astype(np.float32)
     lte = LTEConfig(expert_size=8, grouping="coactivation")
     unrelated_FD = rng.standard_normal((48, 16)).astype(np.float32)
-    order_EM = moefy.group_neurons(unrelated_FD, lte, 0, covariance_FF)
+    order_EM = moefication.group_neurons(unrelated_FD, lte, 0, covariance_FF)
     assert (group_F[order_EM] == group_F[order_EM[:, :1]]).all()
 
 
@@ -217,7 +216,7 @@ def test_a_massive_neuron_disturbs_no_grouping(size):
     h_TF[:, 0] = size * (rng.random(2000) < 0.01) if size else h_TF[:, 0]
     covariance_FF = np.cov(h_TF, rowvar=False).astype(np.float32)
     lte = LTEConfig(expert_size=32, grouping="coactivation")
-    order_EM = moefy.group_neurons(np.zeros((1024, 1), np.float32), lte, 0, covariance_FF)
+    order_EM = moefication.group_neurons(np.zeros((1024, 1), np.float32), lte, 0, covariance_FF)
     together = [np.bincount(planted_F[expert_M[expert_M > 0]]).max() for expert_M in order_EM]
     assert sum(together) / 1023 >= 0.95
 
@@ -248,7 +247,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 def test_bad_input_expert_size_names_divisors_near_it(size):
     model, params = make()
     with pytest.raises(UserError) as error:
-        moefy.to_experts(model, params, kmeans(size))
+        moefication.to_experts(model, params, kmeans(size))
     message = one_line(error)
     assert f"expert_size={size}" in message and "48" in message
     near = {5: "4, 6", 7: "6, 8", 32: "24", 47: "48", 49: "48", 1000: "48"}[size]
@@ -257,7 +256,7 @@ def test_bad_input_expert_size_names_divisors_near_it(size):
 
 def test_bad_input_neurons_that_do_not_divide():
     with pytest.raises(UserError, match="expert_size=32 does not divide F=48"):
-        moefy.group_neurons(np.ones((48, 3), np.float32), kmeans(32))
+        moefication.group_neurons(np.ones((48, 3), np.float32), kmeans(32))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -267,7 +266,7 @@ def test_bad_input_weights_that_are_not_finite_name_the_layer(value):
     ffn = ffn | {"gate": ffn["gate"].at[1, 0, 3, 4].set(value)}
     params = params | {"layers": params["layers"] | {"ffn": ffn}}
     with pytest.raises(UserError, match="layer 1 has values that are not finite") as error:
-        moefy.to_experts(model, params, kmeans())
+        moefication.to_experts(model, params, kmeans())
     one_line(error)
 
 
@@ -278,7 +277,7 @@ def test_bad_input_coactivation_without_tokens(calibration):
     model, params = make()
     lte = LTEConfig(expert_size=8, grouping="coactivation")
     with pytest.raises(UserError, match="calibration has shape .* expected token ids") as error:
-        moefy.to_experts(model, params, lte, calibration)
+        moefication.to_experts(model, params, lte, calibration)
     one_line(error)
 
 
@@ -287,23 +286,23 @@ def test_bad_input_coactivation_of_padding_alone():
     lte = LTEConfig(expert_size=8, grouping="coactivation")
     tokens = np.zeros((2, 9), np.int32)
     with pytest.raises(UserError, match="all calibration tokens are padding"):
-        moefy.to_experts(model, params, lte, tokens, np.zeros((2, 9), bool))
+        moefication.to_experts(model, params, lte, tokens, np.zeros((2, 9), bool))
 
 
 def test_bad_input_expert_model_where_a_dense_one_is_wanted():
     model, params = make()
-    experts, new, _ = moefy.to_experts(model, params, kmeans())
+    experts, new, _ = moefication.to_experts(model, params, kmeans())
     with pytest.raises(UserError, match="expected a dense model"):
-        moefy.to_experts(experts, new, kmeans())
+        moefication.to_experts(experts, new, kmeans())
 
 
 def test_bad_input_order_of_other_neurons():
     _, params = make()
     order_NEM = np.broadcast_to(np.arange(48).reshape(6, 8), (3, 6, 8)).copy()
-    moefy.permute(params, order_NEM)
+    moefication.permute(params, order_NEM)
     twice = order_NEM.copy()
     twice[2, 5, 7] = 0
     for bad in (order_NEM[:2], order_NEM[:, :5], order_NEM + 1, twice):
         with pytest.raises(UserError, match="a permutation of its 48 neurons") as error:
-            moefy.permute(params, bad)
+            moefication.permute(params, bad)
         one_line(error)

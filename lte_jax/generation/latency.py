@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import interrupt
-from lte_jax.generate.decoding import Decoder
+from lte_jax.generation.decoding import Decoder
 
 _LATENCY_TOKENS = 32  # length of the prompt, and of the timed continuation
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from lte_jax.attention import Cache
-from lte_jax.generate.decoding import Decoder, DecodeState, pad_left, round_up
+from lte_jax.generation.decoding import Decoder, DecodeState, pad_left, round_up
 from lte_jax.model import init_cache
 
 _LOW = -1e9  # added to scores that are out of the running: transformers' number

@@ -1,0 +1,25 @@
+"""Runs the experiment of a config file, from the dense model to the last training stage.
+
+    python train.py --config=configs/demo.py --workdir=runs/demo
+    python train.py --config=configs/llama7b.py:paper --config.lte.expert_size=64 --workdir=runs/7b
+
+Run the same command again to resume where it stopped. `lte-jax train` is the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lte_jax
+from lte_jax import config, errors
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Turns the flags into an experiment and runs it."""
+    parser = errors.Parser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder for checkpoints and results")
+    add("--profile", action="store_true", help="trace steps of each stage into WORKDIR/profile")
+    with errors.cli_errors():
+        flags, experiment = config.parse_flags(parser, argv)
+        lte_jax.train(experiment, flags.workdir, profile=flags.profile)
