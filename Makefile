@@ -14,7 +14,7 @@ READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 OPTIMISED := $(patsubst %,tests/test_%.py,kernels model decoding)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check test-optimised test-sources lint format bench tinystories thousand \
+.PHONY: help env demo test check test-optimised test-sources lint docs format bench tinystories thousand \
   resume fuzz mutants clean
 
 help:  ## this list
@@ -58,6 +58,14 @@ lint: $(READY)  ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
+
+$(VENV)/docs: $(READY)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	  --no-build-isolation --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs  ## build the documentation as a site, strictly: runs/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir runs/site
 
 format: $(READY)  ## fix what lint can fix by itself
 	$(BIN)/ruff check --fix
