@@ -119,6 +119,11 @@ class _Pace:
         self._tokens = 0.0
 
     @property
+    def compiling(self) -> bool:
+        """Whether no step is done yet."""
+        return self._stepping is None
+
+    @property
     def seconds(self) -> float:
         """Since the stage began, over all its processes, without lost steps."""
         return time.monotonic() - self._begin
@@ -154,6 +159,7 @@ class _Loop:
         self._stage, self._experiment, self._mesh = stage, experiment, mesh
         self._writer, self._checkpointer, self._held_out = writer, checkpointer, records[1]
         self._running: tuple[int, Any, Any] | None = None  # step, metrics, batch
+        self._finished: dict[str, float] = {}  # metrics of the last step that is done
         self._line: dict[str, float] = {}  # metrics of this step, to be written
         self.validation: dict[str, float] = {}  # of this step, if validated
         seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
@@ -235,17 +241,24 @@ class _Loop:
         self.step += 1
         self._finish()
         self._running = (self.step, metrics, batch)
+        if self._pace.compiling:
+            self._finish()
         if self._due(self._experiment.log_every) or self._due(self._experiment.eval_every):
             self._line = self._finish() | self._pace.read()
 
     def _finish(self) -> dict[str, float]:
-        """Waits for the running step; its metrics, after a check that they are finite."""
+        """Waits for the running step, if there is one, and checks that its metrics are finite.
+
+        Returns:
+          The metrics of the last step.
+        """
         if self._running is None:
-            return {}
+            return self._finished
         (step, metrics, batch), self._running = self._running, None
         values, name = _fetched(metrics), self._stage.name
         self._pace.done(values["tokens"])
         if all(math.isfinite(value) for value in values.values()):
+            self._finished = values
             return values
         path = self._checkpointer.folder / f"nonfinite-{step}.npz"
         fetched = jax.device_get(metrics)
