@@ -24,6 +24,7 @@ from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.figures import Results, draw, drawable, label, with_dense
 from lte_jax.files import atomic_write, expand, explained, read_json
 
+NO_FIGURES = "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
 _PACKAGES = ("lte-jax", "jax", "jaxlib", "flax", "numpy")
 
 
@@ -100,9 +101,7 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
         made.append(out / "results.json")
         atomic_write(made[-1], as_json(results[0]))
     if figures and not drawn:
-        raise UserError(
-            "figures need matplotlib, which is not installed: pip install 'lte-jax[plot]'"
-        )
+        raise UserError(NO_FIGURES)
     return made
 
 
@@ -215,12 +214,21 @@ def extent(result: Results) -> str:
     records, whole, tokens = (result.get(k) for k in ("records", "of_records", "tokens"))
     words = []
     if records:
-        share = {None: f"{records:,}", records: f"all {records:,}"}
         length = f" of {result['length']} tokens" if result.get("length") else ""
-        words.append(f"{share.get(whole, f'{records:,} of {whole or 0:,}')} records{length}")
+        words.append(f"{_some(records, whole)} records{length}")
     if tokens and all("token_ppl" in model for model in result["models"]):
         words.append(f"{tokens:,} tokens predicted" if not words else f"{tokens:,} predicted")
+    if "lines" in result:  # joined into one text
+        lines, of_lines = result["lines"], result["of_lines"]
+        words.append(f"from {_some(lines, of_lines)} lines" if lines else "from all lines")
     return ", ".join(words)
+
+
+def _some(number: int, whole: int | None) -> str:
+    """Such as "64 of 324", "all 324" or, of an unknown whole, "64"."""
+    if whole is None or number > whole:
+        return f"{number:,}"
+    return f"all {number:,}" if number == whole else f"{number:,} of {whole:,}"
 
 
 def samples(results: Sequence[Results]) -> str:

@@ -9,6 +9,7 @@ else differs, the target sparsity aside, becomes a part of the model's name.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -219,8 +220,11 @@ def write(
     out = expand(out, "--out")
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    made = [out / "table.md", *(draw(results, out) if figures else ()), out / "runs.json"]
+    drawn = figures and importlib.util.find_spec("matplotlib") is not None
+    made = [out / "table.md", *(draw(results, out) if drawn else ()), out / "runs.json"]
     atomic_write(made[0], table(results) + "\n" + notes(folders))
     whole = {"runs": [str(folder) for folder in folders], "results": list(results)}
     atomic_write(made[-1], report.as_json(whole))
+    if figures and not drawn:
+        raise UserError(report.NO_FIGURES)
     return made

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import evaluation, hf, report
+from lte_jax import config, evaluation, hf, report
 from lte_jax.data import Records, byte_tokenizer, pack, pad, read_texts, tokenize
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
@@ -185,6 +185,46 @@ def test_script_from_folders_to_table_and_figures(lte, tmp_path, monkeypatch, ca
         }
     )
     assert sparse_one["lte"]["expert_size"] == 8
+
+
+def test_script_without_a_folder_says_how_much_it_measured(lte, tmp_path, monkeypatch, capsys):
+    lte_jax.save(tmp_path / "lte", *lte)
+    TOKENIZER.save_pretrained(tmp_path / "lte")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""])
+    (tmp_path / "texts.jsonl").write_text(rows)
+    before = sorted(tmp_path.rglob("*"))
+    flags = f"--model={tmp_path / 'lte'}", f"--data={tmp_path / 'texts.jsonl'}", "--prompt=def"
+    for more, words in {
+        ("--records=3",): "Measured on 3 of 4 records of 19 tokens, ",
+        ("--records=all", "--length=9"): "Measured on all 4 records of 9 tokens, ",
+        ("--join=", "--length=9", "--records=3"): "Measured on 4 records of 9 tokens, 25 predicted",
+    }.items():
+        run_script(monkeypatch, *flags, *more)
+        assert words in (out := capsys.readouterr().out), out
+    assert "from 3 of 5 lines." in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_script_of_several_runs(tmp_path, monkeypatch, capsys):
+    made = config.Experiment()
+    for seed, ppl in enumerate((4.4, 4.6)):
+        (tmp_path / str(seed)).mkdir()
+        models = [
+            {"name": "dense", "token_ppl": 4.0, "sparsity": 0.0},
+            {"name": "LTE", "token_ppl": ppl, "sparsity": 0.5},
+        ]
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps({"models": models}))
+        experiment = dataclasses.asdict(dataclasses.replace(made, seed=seed))
+        (tmp_path / str(seed) / "experiment.json").write_text(json.dumps(experiment))
+    run_script(monkeypatch, "--runs", tmp_path / "0", tmp_path / "1")
+    out = capsys.readouterr().out
+    assert "| LTE | 50% | 0, 1 | 50.0% | 4.500 ± 0.141 | +12.5 ± 3.5% |  |" in out
+    assert "± the standard deviation" in out
+    run_script(
+        *(monkeypatch, "--runs", tmp_path / "0", tmp_path / "1"),
+        *("--out", tmp_path / "both", "--no-figures"),
+    )
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"table.md", "runs.json"}
 
 
 def test_script_joins_records_into_one_text(lte, tmp_path, monkeypatch):

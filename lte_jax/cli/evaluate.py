@@ -1,25 +1,59 @@
 """Measures a model on text or on tasks, next to its dense model.
 
-    python evaluate.py --model=runs/demo/lte --dense=runs/demo/dense --data=FILE --out=runs/eval
+    python evaluate.py --model=runs/demo/lte --dense=runs/demo/dense --data=FILE
     python evaluate.py --model=runs/demo/lte --tasks=wikitext,mmlu    # see docs/tasks.md
     python evaluate.py --workdir=runs/demo    # redo the report of a finished train.py run
+    python evaluate.py --runs runs/a runs/b runs/c --out=runs/abc    # means over their seeds
 Prints a table and, of a text, a sample; writes results.json, table.md and figures to --out.
 `lte-jax evaluate` is the same program.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import lte_jax
-from lte_jax import config, data, errors, files, interrupt, pipeline, report, tasks
+from lte_jax import config, data, errors, files, interrupt, pipeline, report, runs, tasks
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Turns the flags into records and models, and evaluates them."""
+    parser = _parser(prog)
+    with errors.cli_errors(), interrupt.handled("measurements so far are lost"):
+        flags = parser.parse_args(argv)
+        out = files.expand(flags.out, "--out") if flags.out is not None else None
+        if flags.workdir is not None:
+            return pipeline.report_again(flags.workdir)
+        if flags.runs is not None:
+            return _together(flags, out)
+        if flags.model is None or not (flags.tasks or flags.data):
+            parser.error("give --model and --data; or --model and --tasks; or --workdir; or --runs")
+        model, params = lte_jax.load(flags.model, flags.dtype)
+        chosen = {k: getattr(flags, k) for k in ("name", "routing", "threshold", "batch_size")}
+        chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
+        chosen["tokenizer"] = lte_jax.load_tokenizer(flags.model)
+        if flags.tasks:
+            flags.records = None if flags.records == "all" else flags.records
+            what = flags.tasks, model, params, *(getattr(flags, k) for k in tasks.SETTINGS)
+            return report.write_tasks(tasks.measure(*what, **chosen), out, vars(flags))
+        records, extent = _records(flags, chosen["tokenizer"])
+        results = lte_jax.evaluate(model, params, records, prompt=flags.prompt, **chosen) | extent
+        results |= {"environment": report.environment(), "source": vars(flags)}
+        if out is not None:
+            report.write([results], out, figures=not flags.no_figures)
+        measured = f"\nMeasured on {report.extent(results)}.\n"
+        print(report.table([results]) + measured + report.samples([results]))
+
+
+def _parser(prog: str | None) -> errors.Parser:
     parser = files.Mirror.add_to(errors.Parser(prog=prog, description=__doc__))
     add, flag = parser.add_argument, config.flag
     add("--workdir", help="a finished train.py run: redo its report; no other flags")
+    several = "finished train.py runs: a table of means over their seeds, figures to --out"
+    add("--runs", nargs="+", metavar="WORKDIR", help=several)
     add("--model", help="HF or LTE folder, or hub id")
     add("--dense", help="the dense model to compare with: folder or hub id")
     add("--data", help="JSON-lines file, hub dataset, or python-stdlib; of tasks, a folder")
@@ -27,7 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     add("--newline", default="\n", help="replaces newlines in the text")
     add("--join", help="joins all records of --data into one text, with this between them")
     add("--length", type=flag(config.Length), help="tokens per record; default: 256, or the task's")
-    add("--records", type=flag(config.Count), help="to read of --data; default: 64, of tasks all")
+    add("--records", type=_number, help="to read of --data, or 'all'; default: 64, of tasks all")
     add("--batch-size", type=flag(config.Count), default=8)
     tasks.add_to(parser)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
@@ -37,25 +71,32 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     add("--name", help="name of the model in the table and figures")
     add("--out", help="output folder")
     add("--no-figures", action="store_true")
-    with errors.cli_errors(), interrupt.handled("measurements so far are lost"):
-        flags = parser.parse_args(argv)
-        if flags.workdir is not None:
-            return pipeline.report_again(flags.workdir)
-        if flags.model is None or not flags.tasks and None in (flags.data, flags.out):
-            parser.error("give --model, --data and --out; or --model and --tasks; or --workdir")
-        out = files.expand(flags.out, "--out") if flags.out is not None else None
-        model, params = lte_jax.load(flags.model, flags.dtype)
-        chosen = {k: getattr(flags, k) for k in ("name", "routing", "threshold", "batch_size")}
-        chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
-        chosen["tokenizer"] = lte_jax.load_tokenizer(flags.model)
-        if flags.tasks:
-            what = flags.tasks, model, params, *(getattr(flags, k) for k in tasks.SETTINGS)
-            return report.write_tasks(tasks.measure(*what, **chosen), out, vars(flags))
-        source = (flags.data, flags.column, flags.newline, flags.records or 64, "validation")
-        documents = data.tokenize(data.read_texts(*source, flags.join), chosen["tokenizer"])
-        fill = data.pad if flags.join is None else data.pack  # padding would cut off one long text
-        records = fill(documents, min(flags.length or 256, max(map(len, documents))))
-        results = lte_jax.evaluate(model, params, records, prompt=flags.prompt, **chosen)
-        results |= {"environment": report.environment(), "source": vars(flags)}
-        report.write([results], out, figures=not flags.no_figures)
-        print(report.table([results]) + report.samples([results]))
+    return parser
+
+
+def _number(text: str) -> int | str:
+    """The value of --records."""
+    return text if text == "all" else config.flag(config.Count)(text)
+
+
+def _records(flags: Namespace, tokenizer: Any) -> tuple[data.Records, dict[str, int | None]]:
+    """The records of --data, and how much of it they are."""
+    limit = {None: 64, "all": None}.get(flags.records, flags.records)
+    texts = data.read_texts(
+        *(flags.data, flags.column, flags.newline, limit, "validation", flags.join)
+    )
+    whole = data.count_texts(flags.data, flags.column, "validation", flags.join)
+    documents = data.tokenize(texts, tokenizer)
+    length = min(flags.length or 256, max(map(len, documents)))
+    if flags.join is None:
+        return data.pad(documents, length), {"of_records": whole}
+    # Padding would cut off one long text.
+    lines = whole if limit is None else min(limit, whole or limit)
+    return data.pack(documents, length), {"lines": lines, "of_lines": whole}
+
+
+def _together(flags: Namespace, out: Path | None) -> None:
+    results = runs.together(flags.runs)
+    print(runs.table(results) + "\n" + runs.notes(flags.runs))
+    if out is not None:
+        print(*runs.write(results, flags.runs, out, figures=not flags.no_figures), sep="\n")
