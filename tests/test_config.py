@@ -286,6 +286,9 @@ def test_bad_input_file(text, tmp_path):
     [
         ("configs/llama7.py", "no config file 'configs/llama7.py': did you mean"),
         ("configs", "no config file 'configs': expected FILE.py or FILE.py:VARIANT"),
+        ("dem", "no config file 'dem': did you mean 'demo'? (or one of demo, "),
+        ("elsewhere/demo.py", "no config file 'elsewhere/demo.py'"),
+        ("demo:smok", "unknown variant 'smok': did you mean 'smoke'?"),
         ("configs/llama7b.py:smok", "unknown variant 'smok': did you mean 'smoke'?"),
         ("configs/llama7b.py:paper,smok", "unknown variant 'smok': did you mean 'smoke'?"),
     ],
@@ -293,6 +296,17 @@ def test_bad_input_file(text, tmp_path):
 def test_bad_input_spec(spec, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert expected in _complaint(spec)
+
+
+@pytest.mark.parametrize("spec", ["demo:smoke", "demo.py:smoke", "configs/demo.py:smoke"])
+def test_the_packages_configs_are_found_from_anywhere(spec, tmp_path, monkeypatch):
+    own = config.load_config(str(ROOT / "configs" / "demo.py:smoke"))
+    monkeypatch.chdir(tmp_path)
+    assert config.load_config(spec) == own
+    (tmp_path / "configs").mkdir()
+    for folder in (tmp_path, tmp_path / "configs"):  # a file that exists goes before
+        (folder / "demo.py").write_text(START + "    c.seed = 123\n    return c\n")
+    assert spec.startswith("demo:") or config.load_config(spec).seed == 123
 
 
 def test_config_file_may_use_its_own_names(tmp_path):

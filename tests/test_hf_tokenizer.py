@@ -77,3 +77,14 @@ def test_bad_input_tokenizer_that_needs_code(tmp_path):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     assert_complains(lambda: hf.load_tokenizer(folder), folder, "auto_map", "never run")
     assert not (tmp_path / "marker").exists()
+
+
+def test_no_advice_to_install_pytorch():
+    """What transformers says where there is no PyTorch; all else that it says is heard."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from lte_jax import data\ndata.byte_tokenizer()\n"
+        "import transformers\ntransformers.logging.get_logger('transformers').warning('heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "PyTorch" not in done.stderr and "heard" in done.stderr

@@ -43,6 +43,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         f for f in (ROOT / "kernels").rglob("*") if f.is_file() and "__pycache__" not in f.parts
     ]
     assert kernels
+    kernels += [*(ROOT / "configs").glob("*.py")]
+    assert "lte_jax/py.typed" in names
     for file in kernels:  # sources in C++ and tuned sizes as well as modules
         assert f"lte_jax/{file.relative_to(ROOT)}" in names
 
@@ -57,14 +59,39 @@ def test_wheel_imports_without_the_repository(python, tmp_path):
         f"for name in {modules}:\n"
         "    print(importlib.import_module(name).__file__)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(
-        [str(python), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = _run(python, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     files = done.stdout.split()
     assert len(files) == len(modules)
     assert all(str(python.parents[1]) in file for file in files)
+
+
+def test_wheel_brings_the_command_and_its_configs(python, tmp_path):
+    command = python.with_name("lte-jax")
+    assert _run(command, "--version", cwd=tmp_path).stdout.startswith("lte-jax 0.1.0 (jax ")
+    done = _run(command, "train", "--config=demo:smok", "--workdir=w", cwd=tmp_path)
+    own = next(python.parents[1].glob("lib/*/site-packages/lte_jax/configs/demo.py"))
+    assert done.stderr == f"error: {own}: unknown variant 'smok': did you mean 'smoke'?\n"
+    done = _run(command, "train", "--config=no_such", "--workdir=w", cwd=tmp_path)
+    assert done.returncode == 2 and "(or one of demo, " in done.stderr
+
+
+@pytest.mark.slow
+def test_wheel_trains_and_generates(python, tmp_path):
+    """The packaged experiment, then the kernels of the wheel, built where it is installed."""
+    command = python.with_name("lte-jax")
+    flags = ("--config=demo:smoke", "--workdir=w", "--config.report=false")
+    assert _run(command, "train", *flags, cwd=tmp_path).returncode == 0
+    done = _run(command, "generate", "w/lte", "import", "--max-new-tokens=5", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("import"), done.stderr
+    assert "kernels: cpu on cpu" in done.stderr
+
+
+def _run(*command, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+    """A command outside the repository, which no variable leads back to it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    settings = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
+    return subprocess.run(list(map(str, command)), **settings)
 
 
 def _pip(*args: str) -> None:

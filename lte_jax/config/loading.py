@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import os
 import re
 import runpy
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -34,7 +34,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
     `to_config_dict(Experiment())` makes it. It is run by path, not imported, so it may be anywhere.
 
     Args:
-      spec: path of the file; after a colon the argument of get_config: "configs/demo.py:smoke".
+      spec: path of the file; after a colon the argument of get_config: "configs/demo.py:smoke". If
+        there is no such file, one of the package's own by its name: "demo", "demo:smoke".
       overrides: "dotted.key=value" each, such as "lte.target_sparsity=0.7". None, numbers, true
         and false are written as in Python; a tuple is written 1,2 and the empty one ().
 
@@ -42,8 +43,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
       UserError: if the file is missing, fails (with the line) or returns something else; on an
         unknown key, naming the nearest valid one; on a value of the wrong type or out of range.
     """
-    path, colon, arg = spec.partition(".py:")
-    values = _run_config(path + ".py" if colon else path, arg)
+    path, arg = _split(spec)
+    values = _run_config(path, arg)
     for override in overrides:
         _override(values, override)
     return from_mapping(Experiment, values)
@@ -61,14 +62,40 @@ def variants(arg: str, *valid: str) -> frozenset[str]:
     return words
 
 
+def _split(spec: str) -> tuple[str, str]:
+    """The file or name of a config, and the argument of its get_config."""
+    path, colon, arg = spec.partition(".py:")
+    if colon or spec.endswith(".py"):
+        return (path + ".py", arg) if colon else (spec, "")
+    path, _, arg = spec.partition(":")
+    return path, arg
+
+
+def packaged() -> dict[str, Path]:
+    """The configs that come with the package: beside it in a checkout, in it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def _find(path: str) -> str:
+    """The file itself or, if there is none, the package's own of that name."""
+    file, own = expand(path), packaged()
+    if file.is_file():
+        return str(file)
+    name = file.stem if file.suffix == ".py" else file.name
+    if name in own and str(file.parent) in (".", "configs"):
+        return str(own[name])
+    others = [str(other) for other in file.parent.glob("*.py") if file.suffix == ".py"]
+    near = difflib.get_close_matches(str(file), [*others, *own], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "expected FILE.py or FILE.py:VARIANT"
+    raise UserError(f"no config file {str(file)!r}: {hint} (or one of {', '.join(own)})")
+
+
 def _run_config(path: str, arg: str) -> dict[str, Any]:
     """What get_config(arg) of the file returns, as a plain nested dict."""
-    file = expand(path)
-    path = str(file)
-    if not os.path.isfile(path):
-        others = [str(other) for other in file.parent.glob("*.py") if file.suffix == ".py"]
-        hint = nearest(path, others) if others else "expected FILE.py or FILE.py:VARIANT"
-        raise UserError(f"no config file {path!r}: {hint}")
+    path = _find(path)
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -158,7 +185,7 @@ def parse_flags(
         "--config",
         required=True,
         metavar="FILE.py[:VARIANT]",
-        help="a file in configs/; --config.KEY=VALUE overrides one of its values",
+        help=f"a file, or the package's {', '.join(packaged())}; --config.KEY=VALUE overrides",
     )
     Mirror.add_to(parser)
     argv = list(sys.argv[1:] if argv is None else argv)

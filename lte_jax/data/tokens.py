@@ -19,6 +19,7 @@ import numpy as np
 from lte_jax import interrupt
 from lte_jax.data.texts import SURROGATE
 from lte_jax.errors import UserError
+from lte_jax.hf.tokenizer import import_transformers
 
 BATCH_TEXTS = 256  # at most, in a call to the tokenizer
 BATCH_CHARACTERS = 2**17  # likewise; a longer text is tokenised in windows
@@ -41,6 +42,7 @@ def byte_tokenizer() -> Any:
     in front, and decodes whatever it encoded. "<s>" within a text is three characters, never the
     token.
     """
+    import_transformers()
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -85,13 +87,12 @@ def learned_tokenizer(texts: Sequence[str], size: int) -> Any:
 def _fast(tokenizer: Any) -> Any:
     """A byte-level tokenizer with the special tokens, as transformers has it."""
     from tokenizers import decoders, processors
-    from transformers import PreTrainedTokenizerFast
 
     begin, end, pad = _SPECIAL
     tokenizer.decoder = decoders.ByteLevel()
     front = [(begin, tokenizer.token_to_id(begin))]
     tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", None, front)
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=begin,
         eos_token=end,

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lte_jax.errors import UserError, one_line
@@ -49,12 +50,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     for name in _READ:
         if (folder / name).exists():
             check_regular(folder / name)
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "tokenizers are read by transformers, which is not installed: pip install transformers"
-        ) from None
+    transformers = import_transformers()
     try:
         tokenizer = _read(transformers.AutoTokenizer, folder)
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit or math.inf)
@@ -69,6 +65,26 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         )
     log.warning("%s: the code that auto_map names is not run: tokenizer.json is read", folder)
     return _read(transformers.PreTrainedTokenizerFast, folder)
+
+
+def import_transformers() -> ModuleType:
+    """The module transformers, without its advice to install PyTorch, which tokenizers do not need.
+
+    Raises:
+      UserError: if it is not installed.
+    """
+    logging.getLogger("transformers").addFilter(_not_about_pytorch)
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "tokenizers are read by transformers, which is not installed: pip install transformers"
+        ) from None
+    return transformers
+
+
+def _not_about_pytorch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")
 
 
 def _read(reader: Any, folder: Path) -> Any:
