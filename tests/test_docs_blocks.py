@@ -1,0 +1,231 @@
+"""Every block of code in README, CONTRIBUTING and docs/ is run, or parsed by the real program.
+
+Python blocks run in order, in one namespace a page, with small random models and made-up texts in
+place of those they name. Of shell blocks every line is parsed by the program it calls, so that
+flags, configuration keys and files exist; those in RUN are run. What is only parsed has its reason
+in PARSED_ONLY, by program, and a program that is in neither fails: say here how it is checked.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+import lte_jax
+from lte_jax import cli, data
+from lte_jax.config import LTEConfig, ModelConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = ["README.md", "CONTRIBUTING.md", "kernels/README.md"]
+PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+HUB = ("HuggingFaceTB/SmolLM-135M",)  # ids whose place a small random Llama takes
+SLOW = {"docs/metrics.md": "trains a run of configs/demo.py:smoke"}
+
+# Lines that are run, by how they begin.
+RUN = (
+    "lte-jax generate runs/mine/lte",
+    "python evaluate.py --model=runs/mine/lte --dense=runs/mine/dense --data=",
+)
+PARSED_ONLY = {
+    "make": "builds environments, or runs for minutes; targets are looked up in the Makefile",
+    "pip": "needs the network; its extras are looked up in pyproject.toml",
+    "git": "needs the network, or changes this checkout",
+    "pytest": "would run tests within tests; its files are looked up",
+    "pre-commit": "would install hooks into this checkout",
+    "train": "runs for minutes and needs models; tests/test_pipeline.py and others run train.py",
+    "evaluate": "needs a task's data; tests/test_measured_tasks.py runs them",
+    "generate": "needs a model of its own",
+    "benchmark": "runs for minutes; tests/test_benchmarks.py runs them small",
+}
+
+
+def _blocks(page, *languages):
+    """Line and text of the page's blocks in one of the languages."""
+    text = (ROOT / page).read_text()
+    return [
+        (text.count("\n", 0, found.start()) + 2, found[3])
+        for found in FENCE.finditer(text)
+        if found[2] in languages
+    ]
+
+
+def _commands():
+    """Page and words of each line of the shell blocks; lines that end in a backslash are joined."""
+    for page in PAGES:
+        for _, block in _blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)  # a variable of the environment
+                if words:
+                    yield page, words
+
+
+COMMANDS = list(_commands())
+WRITTEN = [f"{page}: {' '.join(words)}" for page, words in COMMANDS]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkout with a finished run, texts, and a folder of models by hub id."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "benchmarks", "docs", "tests", "train.py", "evaluate.py"):
+        (folder / name).symlink_to(ROOT / name)
+    texts = [f"{i} times upon a time. " * 4 for i in range(40)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    config = ModelConfig(d_model=32, d_ff=64, num_heads=2, num_kv_heads=2, max_length=512)
+    dense = tiny.model_and_params(None, config)
+    sparse = tiny.model_and_params(LTEConfig(expert_size=8), config)
+    for hub_id in HUB:
+        lte_jax.save(folder / "hub" / hub_id, *dense)
+        data.byte_tokenizer().save_pretrained(folder / "hub" / hub_id)
+    for name, made in (("dense", dense), ("lte", sparse)):
+        lte_jax.save(folder / "runs/mine" / name, *made, source=folder / "hub" / HUB[0])
+    return folder
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("LTE_JAX_MIRROR", str(world / "hub"))
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    return world
+
+
+def test_every_block_says_its_language():
+    for page in PAGES:
+        for language in {found[2] for found in FENCE.finditer((ROOT / page).read_text())}:
+            assert language in ("python", "sh", "text"), f"{page}: ```{language}"
+        outside = FENCE.sub("", (ROOT / page).read_text())
+        code = re.search(r"^\n {4}(python|import|from|pip|make) .*", outside, re.MULTILINE)
+        assert not code, f"{page}: code without a fence, which no test sees: {code[0]}"
+    assert _blocks("README.md", "python") and len(COMMANDS) > 20
+
+
+def _kernels():
+    """What the operands of docs/kernels.md may be."""
+    shapes = {
+        "x_BD": (2, 16), "x_BK": (2, 16), "w": (4, 16, 8), "q_BHC": (2, 4, 8), "k_BKC": (2, 2, 8),
+        "v_BKC": (2, 2, 8), "keys": (4, 2, 64, 2, 8), "values": (4, 2, 64, 2, 8),
+    }  # fmt: skip
+    key = jax.random.key(0)
+    weights = {name: jax.random.normal(key, (4, 3, 8, 16)) for name in ("gate", "up", "down")}
+    made = {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+    made |= {"active_BE": jnp.ones((2, 3), bool), "seen": jnp.ones((2, 64), bool)}
+    return made | {"weights": weights}
+
+
+GIVEN = {"docs/kernels.md": _kernels}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+        for page in PAGES
+        if _blocks(page, "python")
+    ],
+)
+def test_python_blocks_run(page, here, monkeypatch):
+    if page == "docs/tasks.md":  # all but lm-eval's own work, whose data sets are on the hub
+        lm_eval = pytest.importorskip(
+            "lm_eval", reason="no lm-eval: pip install 'lte-jax[lm-eval]'"
+        )
+        monkeypatch.setattr(lm_eval, "simple_evaluate", lambda model, tasks: {"results": tasks})
+        monkeypatch.setattr(lm_eval.utils, "make_table", str)
+    namespace = {"__name__": "__main__"} | GIVEN.get(page, dict)()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for line, block in _blocks(page, "python"):
+            exec(compile("\n" * (line - 1) + block, ROOT / page, "exec"), namespace)
+
+
+class _Parsed(BaseException):
+    """Raised once a program has its flags."""
+
+
+def _stop(*_, **__):
+    raise _Parsed
+
+
+def _program(words):
+    """Which of PARSED_ONLY a command calls, its arguments, and a function that calls it."""
+    name, *args = words
+    if name == "python" and args[:1] == ["-m"]:
+        name, *args = args[1:]
+        if name == "lte_jax":
+            name = "lte-jax"
+    elif name == "python":
+        script, *args = args
+        assert (ROOT / script).is_file(), f"no script {script}"
+        kind = "benchmark" if script.startswith("benchmarks/") else script.removesuffix(".py")
+        return kind, args, lambda: runpy.run_path(str(ROOT / script), run_name="__main__")
+    name = name.removeprefix(".venv/bin/")
+    if name == "lte-jax":
+        assert name in PROJECT["scripts"]
+        command, *args = args
+        assert command in cli.COMMANDS, f"no command {command}"
+        return command, args, importlib.import_module(f"lte_jax.cli.{command}").main
+    return name, args, None
+
+
+def _look_up(name, args):
+    """Whether what a program of others is asked for exists."""
+    if name == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {arg for arg in args if "=" not in arg} <= targets
+    elif name == "pytest":
+        files = [arg.partition("::")[0] for arg in args if arg.startswith("tests/")]
+        assert all((ROOT / file).exists() for file in files)
+    elif name == "pip":
+        for arg in args:
+            for extra in re.sub(r".*\[(.*)\]|.*", r"\1", arg).split(","):
+                assert not extra or extra in PROJECT["optional-dependencies"], extra
+
+
+@pytest.mark.parametrize("command", range(len(COMMANDS)), ids=WRITTEN)
+def test_commands_are_parsed(command, here, monkeypatch, record_property):
+    _, words = COMMANDS[command]
+    name, args, call = _program(words)
+    assert name in PARSED_ONLY, f"say in {__name__} how {name} is checked"
+    if not " ".join(words).startswith(RUN):
+        record_property("only parsed", PARSED_ONLY[name])
+    if call is None:
+        return _look_up(name, args)
+    monkeypatch.setattr(sys, "argv", [words[0], *args])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given: _stop(parse(*given)))
+    before = dict(os.environ)
+    try:
+        with pytest.raises(_Parsed):
+            call()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.mark.parametrize("start", RUN)
+def test_commands_run(start, here, monkeypatch, capsys):
+    chosen = [words for _, words in COMMANDS if " ".join(words).startswith(start)]
+    assert chosen, f"no page says {start} any more"
+    for words in chosen:
+        _, args, call = _program(words)
+        monkeypatch.setattr(sys, "argv", [words[0], *args])
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            call()
+        assert capsys.readouterr().out.strip()
