@@ -188,6 +188,8 @@ def check_same(paths: Paths, experiment: Experiment) -> None:
         return
     old = traverse_util.flatten_dict(moved(files.read_json(paths.experiment, _DAMAGED)))
     new = traverse_util.flatten_dict(_plain(experiment))
+    # A run of an earlier version has no keys that came later, whose defaults are what it did.
+    old = traverse_util.flatten_dict(_plain(Experiment())) | old
     different = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
     if named := sorted(".".join(("config", *key)) for key in different if key[0] not in FREE):
         raise UserError(

@@ -190,6 +190,13 @@ def test_a_run_begun_with_keys_of_an_earlier_version_goes_on(experiment, tmp_pat
     paths.experiment.write_text(json.dumps(values))
     workdir.check_same(paths, experiment)
     assert workdir.read_experiment(paths) == experiment
+    absent = values["stages"]["router"].pop("dropout")  # which came later
+    paths.experiment.write_text(json.dumps(values))
+    workdir.check_same(paths, experiment)
+    router = dataclasses.replace(experiment.stages.router, dropout=absent + 0.1)
+    other = dataclasses.replace(experiment.stages, router=router)
+    with pytest.raises(UserError, match=r"differs in config\.stages\.router\.dropout"):
+        workdir.check_same(paths, dataclasses.replace(experiment, stages=other))
     values["source"]["compute_dtype"] = "bfloat16"
     paths.experiment.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"differs in config\.compute\.dtype"):
