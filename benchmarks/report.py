@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import decode
 import ffn
 
+from lte_jax import style
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import atomic_write
 
@@ -97,37 +98,41 @@ def summary(results: pathlib.Path, whole: bool) -> str:
 
 
 def figure(results: pathlib.Path, path: pathlib.Path) -> None:
-    """Time over dense against sparsity at batch size 1: a panel per device, a line per type."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Time against sparsity at batch size 1: a panel per device, a line per number format."""
     files = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
-    _, axes = plt.subplots(1, len(files), figsize=(4.4 * len(files), 3.6), layout="constrained")
-    for axis, parts in zip([axes] if len(files) == 1 else axes, files, strict=True):
-        record = parts["ffn"]
-        axis.plot([0, 100], [1, 0], color="0.7", linestyle="--", label="the share of experts")
-        for dtype in sorted({r["dtype"] for r in record["rows"]}):
-            points = [r for r in record["rows"] if (r["dtype"], r["batch"]) == (dtype, 1)]
-            axis.plot(
-                [100 * r["sparsity"] for r in points],
-                [r["ratio_to_dense"] for r in points],
-                "o-",
-                label=f"FFN, {dtype}",
+    with style.applied():
+        made, panels = style.panels(len(files))
+        for axes, parts in zip(panels, files, strict=True):
+            _draw_device(axes, parts)
+        style.labels(made, "FFN sparsity, %", "time per token, % of dense")
+        style.legend(made)
+        style.save(made, path)
+
+
+def _draw_device(axes, parts: dict) -> None:
+    """Filled marks and lines: bfloat16; hollow and dashed: float32, as they lie close together."""
+    decoding = [r for r in parts.get("decode", {"rows": []})["rows"] if r["batch"] == 1]
+    decoding = [r for r in decoding if r["prompt"] == min(p["prompt"] for p in decoding)]
+    layer = [r for r in parts["ffn"]["rows"] if r["batch"] == 1]
+    axes.plot([0, 100], [100, 0], color=style.GREY, linewidth=1, label="share of experts run")
+    for what, rows in (("FFN layer", layer), ("whole model", decoding)):
+        for dtype in sorted({r["dtype"] for r in rows}):
+            mine = sorted((r for r in rows if r["dtype"] == dtype), key=lambda r: r["sparsity"])
+            mark = dict(style.MARKS[0 if what == "FFN layer" else 1])
+            if dtype == "float32":
+                mark |= {"markerfacecolor": "white", "markeredgecolor": mark["color"]}
+                mark |= {"linestyle": style.DASHES, "markersize": 11, "linewidth": 1.2, "zorder": 1}
+            axes.plot(
+                [100 * r["sparsity"] for r in mine],
+                [100 * r["ratio_to_dense"] for r in mine],
+                label=f"{what}, {dtype} (dense {mine[0]['dense_ms']:.3g} ms)",
+                clip_on=False,
+                **mark,
             )
-        points = [r for r in parts.get("decode", {"rows": []})["rows"] if r["batch"] == 1]
-        points = [r for r in points if r["prompt"] == min(p["prompt"] for p in points)]
-        if points:
-            x, y = [100 * r["sparsity"] for r in points], [r["ratio_to_dense"] for r in points]
-            axis.plot(x, y, "s-", label="LLaMA2-7B, end to end")
-        axis.set(
-            title=record["rows"][0]["device"], xlabel="FFN sparsity, %", ylabel="time over dense"
-        )
-        axis.set_ylim(0)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    plt.savefig(path, dpi=150)
+    axes.plot(0, 100, "o", color=style.GREY, markersize=9, clip_on=False, zorder=3, label="dense")
+    axes.set_title(f"LLaMA2-7B's shapes on {layer[0]['device']}, one token at a time")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0)
 
 
 @cli_errors()

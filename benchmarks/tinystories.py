@@ -165,31 +165,40 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows(text: str) -> list[dict]:
+    """The rows of `table`, read from a text that holds it, to the digits that it shows."""
+    found = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[0] in MODELS:
+            row = dict(zip(("model", "method"), cells, strict=False))
+            row["expert_size"] = int(cells[2]) if cells[2] else None
+            row["target"] = float(cells[3].rstrip("%")) / 100 if cells[3] else None
+            row["sparsity"] = float(cells[4].rstrip("%")) / 100
+            found.append(row | {"perplexity": float(cells[5])})
+    return found
+
+
 def figure(results: list[dict], path: Path) -> None:
     """Perplexity against sparsity: a panel per model and expert size, a line per method."""
-    import matplotlib
+    from lte_jax import figures, style
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = sorted({(r["model"], r["expert_size"]) for r in results if r["target"]}, reverse=True)
-    _, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
-    for axis, (model, size) in zip(axes, panels, strict=True):
-        mine = [r for r in results if r["model"] == model]
-        baseline = next(r["perplexity"] for r in mine if r["target"] is None)
-        axis.axhline(baseline, color="0.6", linestyle="--", label="dense baseline")
-        for method, style in (("LTE", "o-"), ("ridge, frozen", "s:"), ("random, frozen", "^:")):
-            points = [r for r in mine if r["method"] == method and r["expert_size"] == size]
-            axis.plot(
-                [100 * r["sparsity"] for r in points],
-                [r["perplexity"] for r in points],
-                style,
-                label=method,
-            )
-        axis.set(title=f"{model}, experts of {size}", xlabel="FFN sparsity, %", ylabel="perplexity")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    plt.savefig(path, dpi=150)
+    panels = {}
+    for model, size in dict.fromkeys(
+        (r["model"], r["expert_size"]) for r in results if r["target"]
+    ):
+        mine = [r for r in results if r["model"] == model and r["expert_size"] in (None, size)]
+        models = [
+            {
+                "name": r["method"] if r["target"] else "dense",
+                "sparsity": r["sparsity"],
+                "token_ppl": r["perplexity"],
+            }
+            for r in mine
+        ]
+        panels[f"{model}, experts of {size}"] = [{"models": models}]
+    with style.applied():
+        style.save(figures.quality_panels(panels, log=True), path)
 
 
 @cli_errors()

@@ -1,41 +1,24 @@
-"""Figures of evaluation results, drawn with matplotlib: quality against sparsity, layers, scores.
+"""Figures of results, drawn with matplotlib: quality against sparsity, layers, scores, experts.
 
-Results are what `evaluation.evaluate` returns, as in report.py.
+Results are what `evaluation.evaluate` returns, as in report.py. style.py has sizes and colours.
+
+Dimension key: L length  E experts
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lte_jax.files import atomic_write
+import numpy as np
+from jaxtyping import Bool
+
+from lte_jax import style
 
 Results = Mapping[str, Any]
-_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
-_INK, _FAINT, _DASHES = "#333333", "#8a8a8a", (0, (4, 3))
-_STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-    "lines.markersize": 6,
-}
 
 
 def label(entry: Results) -> str:
@@ -76,21 +59,17 @@ def with_dense(results: Sequence[Results]) -> list[tuple[Results, Results | None
     return sorted(entries.values(), key=lambda pair: pair[0]["sparsity"])
 
 
-def draw(results: Sequence[Results], out: Path) -> list[Path]:
+def draw(results: Sequence[Results], out: Path, log: bool = False) -> list[Path]:
     """Draws the figures that the results have numbers for; returns their paths.
 
     quality.png: perplexity against sparsity. layers.png: sparsity of each layer. scores.png:
-    histograms of router scores.
+    histograms of router scores. `log`: see `quality_panels`.
     """
-    import matplotlib
-
     made = []
-    with matplotlib.rc_context(_STYLE):
+    with style.applied():
         for name in drawable(results):
-            image = io.BytesIO()
-            figure = _FIGURES[name][0](results)
-            figure.savefig(image, format="png", dpi=160, bbox_inches="tight", facecolor="white")
-            atomic_write(out / name, image.getvalue())
+            figure = _quality(results, log) if name == "quality.png" else _FIGURES[name][0](results)
+            style.save(figure, out / name)
             made.append(out / name)
     return made
 
@@ -105,131 +84,214 @@ def _sparse_entries(results: Sequence[Results], key: str) -> list[Results]:
     return [entry for entry, _ in with_dense(results) if entry["sparsity"] and entry.get(key)]
 
 
-def _panels(count: int, columns: int = 3, height: float = 2.4):
-    """A figure of `count` panels with shared axes, and the panels; a single one is larger."""
-    from matplotlib.figure import Figure
-
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    size = (7.0, 4.2) if count == 1 else (4.0 * columns, height * rows + 1.0)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for unused in grid[count:]:
-        unused.remove()
-    return figure, grid[:count]
+def _marks(entries: Sequence[Results]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each name of a sparse model, the same in every figure."""
+    return style.marks([entry["name"] for entry in entries if entry["sparsity"]])
 
 
-def _colours(entries: Sequence[Results]) -> dict[str, str]:
-    """A colour for each name, the same in every figure."""
-    names = dict.fromkeys(entry["name"] for entry in entries if entry["sparsity"])
-    return dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+def _quality(results: Sequence[Results], log: bool = False):
+    """What sparsity costs, in one panel."""
+    return quality_panels({"What sparsity costs": results}, log)
 
 
-def _label_right(axes, places: Mapping[str, float], colours: Mapping[str, str], x: float) -> None:
-    """Names at the right ends of lines, moved apart, at the fraction `x` of the axes' width."""
-    low, high = axes.get_ylim()
-    names, gap = sorted(places, key=lambda name: places[name]), 0.065 * (high - low)
-    spread = itertools.accumulate(sorted(places.values()), lambda last, y: max(y, last + gap))
-    for name, y in zip(names, spread, strict=True):
-        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(name, (x, y), (8, 0), va="center", color=colours[name], **where)
+def quality_panels(panels: Mapping[str, Sequence[Results]], log: bool = False) -> Any:
+    """A figure of perplexity, or a task's metric, against FFN sparsity: a line for each name.
 
+    Each is relative to the dense model of its results where there is one. Panels share their axes.
 
-def _quality(results: Sequence[Results]):
-    """Perplexity, or a task's metric, against FFN sparsity, one line for each name."""
-    entries = [(e, dense) for e, dense in with_dense(results) if e["sparsity"]]
-    relative = all(dense is not None for _, dense in entries)
-    figure, [axes] = _panels(1)
-    colours, ends = _colours([entry for entry, _ in entries]), {}
-    for name, colour in colours.items():
-        mine = [(e, dense) for e, dense in entries if e["name"] == name]
-        x = [100 * e["sparsity"] for e, _ in mine]
-        y = [
-            loss_of_quality(e, dense) if relative and dense else quality(e)[1] for e, dense in mine
-        ]
-        axes.plot(x, y, "o-", color=colour, markeredgecolor="white", markersize=8)
-        if any(e.get("deviation") for e, _ in mine):
-            spread = _deviations(mine, relative)
-            axes.errorbar(*(x, y), **spread, fmt="none", ecolor=colour, capsize=3, zorder=1)
-        if relative:
-            axes.plot([0, x[0]], [0, y[0]], color=colour, linewidth=1, linestyle=_DASHES, zorder=1)
-        ends[name] = y[-1]
-    if relative:
-        axes.plot(0, 0, "o", color=_FAINT, markersize=8, clip_on=False, zorder=3)
-        axes.annotate("dense", (0, 0), (9, -12), textcoords="offset points", color=_FAINT)
-    axes.set_xlim(0, 100)
-    axes.margins(y=0.15)
-    _label_right(axes, ends, colours, max(e["sparsity"] for e, _ in entries))
-    axes.set_xlabel("FFN sparsity, %")
-    name = quality(entries[0][0])[0]
-    points = "metrics" in entries[0][0]
-    lost = f"{name} below dense, points" if points else "perplexity over dense, %"
-    axes.set_ylabel(lost if relative else name)
-    axes.set_title("What sparsity costs")
+    Args:
+      panels: title -> results.
+      log: perplexities as a ratio to dense, on a logarithmic axis: for ranges of more than a
+        factor of two. Metrics in points stay as they are.
+    """
+    entries = [
+        pair for results in panels.values() for pair in with_dense(results) if pair[0]["sparsity"]
+    ]
+    scale = _Scale.of(entries, log)
+    marks = _marks([entry for entry, _ in entries])
+    figure, grid = style.panels(len(panels))
+    for (title, results), axes in zip(panels.items(), grid, strict=True):
+        if scale.dense is not None:
+            point = {"color": style.GREY, "markersize": 9, "clip_on": False, "zorder": 3}
+            axes.plot(0, scale.dense, "o", label="dense", **point)
+        for name, mark in marks.items():
+            mine = [
+                pair
+                for pair in with_dense(results)
+                if pair[0]["name"] == name and pair[0]["sparsity"]
+            ]
+            if mine:
+                _draw_line(axes, mine, scale, mark, name)
+        axes.set_title(title)
+    scale.fit(grid[0], [scale.of_entry(*pair) for pair in entries])
+    style.labels(figure, "FFN sparsity, %", scale.label)
+    style.legend(figure)
     return figure
 
 
-def _deviations(
-    mine: Sequence[tuple[Results, Results | None]], relative: bool
-) -> dict[str, list[float]]:
+def _draw_line(
+    axes, mine: Sequence[tuple], scale: _Scale, mark: Mapping[str, Any], name: str
+) -> None:
+    """The models of one name, their deviations, and thin dashes to the dense model."""
+    x = [100 * entry["sparsity"] for entry, _ in mine]
+    y = [scale.of_entry(*pair) for pair in mine]
+    axes.plot(x, y, label=name, clip_on=False, **mark)
+    if any(entry.get("deviation") for entry, _ in mine):
+        spread = _deviations(mine, scale)
+        axes.errorbar(x, y, **spread, fmt="none", ecolor=mark["color"], capsize=3, zorder=1)
+    if scale.dense is not None:
+        start = {"color": mark["color"], "linewidth": 1, "linestyle": style.DASHES, "zorder": 1}
+        axes.plot([0, x[0]], [scale.dense, y[0]], **start)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """What the vertical axis of a quality figure shows."""
+
+    label: str
+    dense: float | None  # where the dense model is; None: not shown, numbers are their own
+    log: bool
+    ratio: bool  # of perplexities, in place of percent
+
+    @classmethod
+    def of(cls, entries: Sequence[tuple[Results, Results | None]], log: bool) -> _Scale:
+        name, points = quality(entries[0][0])[0], "metrics" in entries[0][0]
+        if any(dense is None for _, dense in entries):
+            return cls(name, None, log and not points, False)
+        if points:
+            return cls(f"{name} below dense, points", 0.0, False, False)
+        if log:
+            return cls("perplexity, times dense (log)", 1.0, True, True)
+        return cls("perplexity over dense, %", 0.0, False, False)
+
+    def of_entry(self, entry: Results, dense: Results | None) -> float:
+        """The height of a model."""
+        if self.dense is None or dense is None:
+            return quality(entry)[1]
+        loss = loss_of_quality(entry, dense)
+        return 1 + loss / 100 if self.ratio else loss
+
+    def fit(self, axes: Any, heights: Sequence[float]) -> None:
+        """Limits of the shared axes: shares from 0 to 100%, what is lost from nothing on."""
+        axes.set_xlim(0, 100)
+        if self.log:
+            _log_axis(axes, heights)
+        elif self.dense is None:
+            axes.margins(y=0.15)
+        else:
+            low, high = min(0.0, *heights), max(0.0, *heights)
+            axes.set_ylim(1.1 * low, 1.1 * high or 1.0)
+
+
+def _log_axis(axes, heights: Sequence[float]) -> None:
+    """A logarithmic vertical axis, with ticks that read as numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.set_ylim(min(1.0, *heights) * 0.98, max(heights) * 1.15)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _deviations(mine: Sequence[tuple], scale: _Scale) -> dict[str, list[float]]:
     """Standard deviations over the seeds, in the axes' units; of one run, 0.
 
     Means of several runs have "deviation": of sparsity, of the quality, and ("loss_of_quality") of
     what each run loses to its own dense model.
     """
     spread = [entry.get("deviation") or {} for entry, _ in mine]
-    key = "loss_of_quality" if relative else "quality"
+    key = "quality" if scale.dense is None else "loss_of_quality"
+    unit = 0.01 if scale.ratio else 1.0
     return {
         "xerr": [100 * (d.get("sparsity") or 0.0) for d in spread],
-        "yerr": [d.get(key) or 0.0 for d in spread],
+        "yerr": [unit * (d.get(key) or 0.0) for d in spread],
     }
+
+
+def _label_right(axes, places: Mapping[str, float]) -> None:
+    """Names at heights of the axes, to their right, moved apart."""
+    low, high = axes.get_ylim()
+    names, gap = sorted(places, key=lambda name: places[name]), 0.08 * (high - low)
+    spread = itertools.accumulate(sorted(places.values()), lambda last, y: max(y, last + gap))
+    for name, y in zip(names, spread, strict=True):
+        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(name, (1, y), (6, 0), va="center", color=style.INK, **where)
 
 
 def _layers(results: Sequence[Results]):
     """Sparsity of each layer: a panel per name, a line per model of that name."""
     entries = _sparse_entries(results, "sparsity_per_layer")
-    colours = _colours(entries)
-    figure, panels = _panels(len(colours), height=3.4)
-    for (name, colour), axes in zip(colours.items(), panels, strict=True):
+    marks = _marks(entries)
+    figure, panels = style.panels(len(marks))
+    for (name, mark), axes in zip(marks.items(), panels, strict=True):
         means = {}
         for entry in (entry for entry in entries if entry["name"] == name):
             share = [100 * value for value in entry["sparsity_per_layer"]]
-            style = {"color": colour, "markeredgecolor": "white", "clip_on": False}
-            axes.plot(range(1, len(share) + 1), share, "o-", **style)
+            axes.plot(range(1, len(share) + 1), share, clip_on=False, **mark)
             mean = 100 * entry["sparsity"]
-            axes.axhline(mean, color=colour, linestyle=_DASHES, linewidth=1, alpha=0.7)
-            means[f"mean {mean:.0f}%"] = mean
+            axes.axhline(mean, color=mark["color"], linestyle=style.DASHES, linewidth=1)
+            means[f"mean {mean:.0f}%" if len(marks) == 1 else f"{mean:.0f}%"] = mean
         axes.set_ylim(0, 100)
-        _label_right(axes, means, dict.fromkeys(means, colour), 1.0)
+        _label_right(axes, means)
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("layer")
         axes.set_title(f"Sparsity of each layer: {name}" if len(panels) == 1 else name)
-    panels[0].set_ylabel("experts skipped, %")
+    style.labels(figure, "layer", "experts skipped, %")
     return figure
 
 
 def _scores(results: Sequence[Results]):
     """Histograms of router scores, one panel per model."""
     entries = _sparse_entries(results, "score_histogram")
-    colours = _colours(entries)
-    figure, panels = _panels(len(entries), columns=len(colours) if len(colours) > 1 else 3)
-    for i, (entry, axes) in enumerate(zip(entries, panels, strict=True)):
+    marks = _marks(entries)
+    figure, panels = style.panels(len(entries), min(len(marks), 3) if len(marks) > 1 else 3)
+    for entry, axes in zip(entries, panels, strict=True):
         counts = entry["score_histogram"]
         total, width = sum(counts), 1 / len(counts)
         centres = [(bin + 0.5) * width for bin in range(len(counts))]
         heights = [100 * count / total for count in counts]
-        axes.bar(centres, heights, width * 0.9, color=colours[entry["name"]])
-        threshold = threshold_of(entry)
-        axes.axvline(threshold, color=_INK, linestyle=_DASHES, linewidth=1.2)
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate("threshold" if i == 0 else "", (threshold, 1), (5, -4), va="top", **where)
+        axes.bar(centres, heights, width * 0.9, color=marks[entry["name"]]["color"])
+        line = {"color": style.INK, "linestyle": style.DASHES, "linewidth": 1.2}
+        axes.axvline(threshold_of(entry), label="threshold: experts to its right run", **line)
         axes.grid(axis="x", visible=False)
         axes.set_xlim(0, 1)
         axes.set_title(label(entry) if len(panels) > 1 else f"Router scores: {label(entry)}")
-    figure.supxlabel("router score", size="medium")
-    figure.supylabel("share of scores, %", size="medium")
+    style.labels(figure, "router score", "share of scores, %")
+    style.legend(figure)
     return figure
+
+
+def draw_experts(axes: Any, run_EL: Bool[np.ndarray, "E L"], pieces: Sequence[str]) -> None:
+    """A map of which experts run for each token: dark where one runs.
+
+        out = lte_jax.apply(model, params, tokens)
+        figures.draw_experts(axes, np.asarray(out.scores[layer, 0] > model.lte.threshold).T, pieces)
+
+    Args:
+      axes: of matplotlib.
+      run_EL: whether an expert runs.
+      pieces: the text of each token.
+    """
+    from matplotlib.colors import ListedColormap
+
+    num_experts, length = run_EL.shape
+    colours = ListedColormap([style.PALE, style.COLOURS[0]])
+    cells = {"cmap": colours, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.8}
+    axes.pcolormesh(run_EL, **cells)
+    shown = [_visible(piece) for piece in pieces]
+    rotation = 90 if max(map(len, shown)) > 2 else 0
+    axes.set_xticks(np.arange(length) + 0.5, shown, family="monospace", rotation=rotation)
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel(f"{num_experts} experts")
+    axes.set_ylim(num_experts, 0)
+
+
+def _visible(piece: str) -> str:
+    return piece.replace("\n", "↵").replace(" ", "␣") if not piece.strip() else piece.strip()
 
 
 # File -> what draws it, and the numbers that a model must have to be in it.

@@ -77,7 +77,9 @@ def read(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> list[Path]:
+def write(
+    results: Sequence[Results], out: str | Path, figures: bool = True, log: bool = False
+) -> list[Path]:
     """Writes table.md, the figures and, last, results.json (of a single result) to a folder.
 
     Each file is written atomically, so a folder with a results.json is complete.
@@ -96,7 +98,7 @@ def write(results: Sequence[Results], out: str | Path, figures: bool = True) -> 
     atomic_write(made[0], table(results) + "\n" + notes(results) + samples(results))
     drawn = figures and importlib.util.find_spec("matplotlib") is not None
     if drawn:
-        made += draw(results, out)
+        made += draw(results, out, log)
     if len(results) == 1:
         made.append(out / "results.json")
         atomic_write(made[-1], as_json(results[0]))
@@ -257,10 +259,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--out", required=True, help="folder for table.md and the figures")
     parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--log", action="store_true", help="perplexity on a logarithmic axis")
     with cli_errors():
         flags = parser.parse_args(argv)
         results = [read(path) for path in flags.results]
-        made = write(results, flags.out, figures=not flags.no_figures)
+        made = write(results, flags.out, not flags.no_figures, flags.log)
         print(table(results), *made, sep="\n")
 
 

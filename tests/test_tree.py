@@ -53,6 +53,7 @@ ORDER = {
     "lte_jax.trainer": 20,
     "lte_jax.evaluation": 22,
     "lte_jax.lm_eval": 22.2,
+    "lte_jax.style": 22.4,
     "lte_jax.figures": 22.5,
     "lte_jax.report": 23,
     "lte_jax.workdir": 23.2,
