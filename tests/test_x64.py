@@ -94,7 +94,8 @@ def _python(code, tmp_path):
     run = [sys.executable, "-c", code, str(tmp_path / "found.npz")]
     done = subprocess.run(run, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    return np.load(tmp_path / "found.npz")
+    with np.load(tmp_path / "found.npz") as found:
+        return dict(found)
 
 
 # Of the suite: quick ones, of each module that draws numbers or mixes index types.
