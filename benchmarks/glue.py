@@ -6,7 +6,7 @@
 For each task and seed the encoder is fine-tuned (configs/glue.py:TASK,minilm). From there on, with
 the same number of further steps, go on:
 
-  dense control   the dense model
+  dense control   the dense model, at the learning rate of LTE's last stage
   LTE             the preset `ours`, at each target: router stage, then adapt
 
 Metrics are of the validation split, under hard routing. "against control" is the mean difference to
@@ -61,8 +61,13 @@ class Run:
 
 def overrides(run: Run, flags: argparse.Namespace, stages) -> Iterator[str]:
     """What a run changes of configs/glue.py; `stages` are the config's own."""
-    yield f"seed={run.seed}"
+    # Going on, the data come in another order: a control that saw them again in the order of the
+    # start would know the first ones by heart.
+    yield f"seed={run.seed if run.start else run.seed + 1000}"
     yield "report=False"
+    yield "checkpoint.keep_last=1"  # 45 runs would fill a disk
+    yield "checkpoint.keep_best=0"
+    yield "checkpoint.keep_finished=False"
     yield f"source.path={flags.model if run.start else flags.out.absolute() / start(run) / 'dense'}"
     if flags.data is not None:
         task = tasks.find(run.task)
@@ -75,6 +80,7 @@ def overrides(run: Run, flags: argparse.Namespace, stages) -> Iterator[str]:
     yield "stages.adapt.steps=0"
     if not run.start:
         yield f"stages.finetune.steps={stages.router.steps + stages.adapt.steps}"
+        yield f"stages.finetune.learning_rate={stages.adapt.learning_rate}"
 
 
 def start(run: Run) -> str:
