@@ -58,16 +58,6 @@ def on_page_markdown(markdown: str, page, config, **_) -> str:
     return "".join(parts)
 
 
-def on_page_content(html: str, **_) -> str:
-    """Shows a module's dimension key, which mkdocstrings takes for a note that folds, as text."""
-    return re.sub(
-        r'<details class="dimension-key".*?<summary>(.*?)</summary>\s*<p>(.*?)</p>\s*</details>',
-        r"<p>Dimension key: \1 \2</p>",
-        html,
-        flags=re.DOTALL,
-    )
-
-
 def _link(found: re.Match, source: str, here: str, repository: str | None) -> str:
     """One link or image; only its label where it leads to a file without an address."""
     label, target = (found[1], found[2]) if found[1] else (found[3], found[4])
