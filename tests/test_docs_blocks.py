@@ -208,8 +208,10 @@ def test_commands_are_parsed(command, here, monkeypatch, record_property):
     monkeypatch.setattr(sys, "argv", [words[0], *args])
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
-    parse = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given: _stop(parse(*given)))
+    for way in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, way)
+        stop = lambda *given, parse=parse: _stop(parse(*given))  # noqa: E731
+        monkeypatch.setattr(argparse.ArgumentParser, way, stop)
     before = dict(os.environ)
     try:
         with pytest.raises(_Parsed):

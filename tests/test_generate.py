@@ -1,12 +1,14 @@
 """Generation: the cache changes nothing, sampling follows the distribution, streaming adds up."""
 
 import functools
+import inspect
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from random_models import PROMPTS, make
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from lte_jax import hf
 from lte_jax.cli import main
 from lte_jax.data import byte_tokenizer, tokenize
-from lte_jax.generation import decode, generate, generate_text
+from lte_jax.errors import UserError
+from lte_jax.generation import STREAM_CHUNK, Settings, decode, generate, generate_text
 from lte_jax.model import Transformer
 
 
@@ -125,7 +128,7 @@ def test_no_half_character_is_streamed(monkeypatch):
             stream([[byte]])
         return [list(said.encode())]
 
-    monkeypatch.setattr(sys.modules[generate.__module__], "generate", one_byte_at_a_time)
+    monkeypatch.setattr(sys.modules[generate_text.__module__], "generate", one_byte_at_a_time)
     pieces = []
     assert generate_text(*make(), tokenizer, "Zoë ", write=pieces.append) == said
     assert "".join(pieces) == said
@@ -172,13 +175,73 @@ def test_pieces_of_any_tokens_add_up(vocabulary, monkeypatch, request):
                 stream([ids[start : start + size]])
             return [ids]
 
-        monkeypatch.setattr(sys.modules[generate.__module__], "generate", by_chunks)
+        monkeypatch.setattr(sys.modules[generate_text.__module__], "generate", by_chunks)
         pieces = []
         text = generate_text(*make(), tokenizer, "Zoë ", write=pieces.append)
         assert "".join(pieces) == text
         assert decode(tokenizer, prompt) + text == decode(tokenizer, prompt + ids)
         ends += text.endswith("\ufffd")
     assert 10 < ends < 190
+
+
+def test_a_list_of_texts_gives_a_list_of_those_they_get_alone():
+    """Whatever their lengths: the batch is padded on the left."""
+    model, params = make(vocab_size=259)
+    text = functools.partial(generate_text, model, params, byte_tokenizer(), max_new_tokens=12)
+    prompts = ["Once upon a time there was", "x", "Zoë and"]
+    alone = [text(prompt) for prompt in prompts]
+    assert text(prompts) == text(tuple(prompts)) == alone and len(set(alone)) == 3
+    assert text(prompts[:1]) == alone[:1]
+
+
+def test_a_chat_puts_the_prompt_in_the_template_and_ends_with_the_tokenizers_end():
+    pytest.importorskip("jinja2")
+    model, params = make(vocab_size=259)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<{{ messages[0].role }}>{{ messages[0].content }}<answer>"
+    said = generate_text(model, params, tokenizer, "Why?", chat=True, max_new_tokens=12, eos_ids=())
+    ids = list(b"<user>Why?<answer>")  # and no token in front: the template says what is there
+    [new] = generate(model, params, [ids], max_new_tokens=12, eos_ids=())
+    assert said == decode(tokenizer, new) and len(new) == 12
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(new[4])
+    stop = new.index(new[4])
+    said = generate_text(model, params, tokenizer, ["Why?"], chat=True, max_new_tokens=12)
+    assert said == [decode(tokenizer, ids + new[: stop + 1])[len(ids) :]] and stop < 11
+    tokenizer.chat_template = "{{ raise_exception('no roles') }}"
+    with pytest.raises(UserError, match="the chat template refuses it .*no roles"):
+        generate_text(model, params, tokenizer, "Why?", chat=True, max_new_tokens=2)
+
+
+def test_a_chat_without_jinja2_is_one_line(monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "x"
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "is_jinja_available", lambda: False)
+    with pytest.raises(UserError, match="jinja2, which is not installed: pip install jinja2"):
+        generate_text(*make(vocab_size=259), tokenizer, "Why?", chat=True, max_new_tokens=2)
+
+
+def test_what_is_passed_on_is_what_generate_takes():
+    """All but what is of token ids, or of `generate_text` itself."""
+    keywords = inspect.signature(generate).parameters.values()
+    taken = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
+    assert Settings.__annotations__.keys() == taken - {"mask", "stream"}
+
+
+def test_what_it_took_is_measured():
+    model, params = make()
+    told = []
+    new = generate(model, params, PROMPTS, max_new_tokens=20, measured=told.append)
+    [measured] = told
+    assert measured.tokens == sum(map(len, new)) and measured.kernels == "cpu"
+    assert measured.later == (0, 0.0) and measured.seconds > 0  # in one piece: no time of its own
+    generate(model, params, PROMPTS[:1], max_new_tokens=20, measured=told.append, threshold=0.0)
+    assert abs(told[-1].sparsity) < 1e-6 and 0 < measured.sparsity < 1
+    generate(model, params, PROMPTS, max_new_tokens=20, measured=told.append, routing="soft")
+    assert told[-1].sparsity is None
+    streamed = {"stream": lambda fresh: None, "measured": told.append}
+    generate(model, params, PROMPTS[:1], max_new_tokens=20, eos_ids=(), **streamed)
+    assert told[-1].later[0] == 20 - 1 - STREAM_CHUNK and 0 < told[-1].later[1] < told[-1].seconds
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

@@ -3,7 +3,8 @@
 from mutant import Mutant
 
 _CHECKS, _TOKENS, _TEXTS = "lte_jax/checks.py", "lte_jax/data/tokens.py", "lte_jax/data/texts.py"
-_GENERATE, _ERRORS = "lte_jax/generation/__init__.py", "lte_jax/errors.py"
+_GENERATE, _STREAMED = "lte_jax/generation/tokens.py", "lte_jax/generation/texts.py"
+_ERRORS = "lte_jax/errors.py"
 _OF_GENERATE = "tests/test_checks.py::test_settings_of_generate"
 
 MUTANTS: list[Mutant] = [
@@ -37,14 +38,14 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "23 runs of byte fallback are shown before their end",
-        _GENERATE,
+        _STREAMED,
         'or _BYTE.fullmatch(tokenizer.convert_ids_to_tokens(ids[end - 1]) or "")',
         "or False",
         "tests/test_generate.py::test_pieces_of_any_tokens_add_up[fallback]",
     ),
     Mutant(
         "23 half a character is shown",
-        _GENERATE,
+        _STREAMED,
         'return decode(tokenizer, ids[:end]).rstrip("\\ufffd")',
         "return decode(tokenizer, ids[:end])",
         "tests/test_generate.py::test_no_half_character_is_streamed",
@@ -66,8 +67,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "24 an argument that is not UTF-8 is not text",
         "lte_jax/cli/generate.py",
-        'add("prompt", type=argument)',
-        'add("prompt")',
+        'add("prompt", type=argument,',
+        'add("prompt",',
         "tests/test_errors.py::test_a_continuation[float32]",
     ),
     Mutant(

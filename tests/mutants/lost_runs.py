@@ -190,7 +190,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "9 eos given to generate may lie outside the vocabulary",
-        "lte_jax/generation/__init__.py",
+        "lte_jax/generation/tokens.py",
         "number, 0, config.vocab_size - 1,",
         "number, 0, None,",
         "tests/test_checks.py::test_settings_of_generate",

@@ -149,7 +149,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "5 generate looks at no id",
-        "lte_jax/generation/__init__.py",
+        "lte_jax/generation/tokens.py",
         'checks.token_ids(row, vocab_size, f"prompt {i}")',
         "pass",
         "tests/test_checks.py::test_settings_of_generate",
@@ -206,7 +206,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "5 NaN logits are sampled from",
-        "lte_jax/generation/__init__.py",
+        "lte_jax/generation/tokens.py",
         "if not state.finite:",
         "if False:",
         "tests/test_decoding.py::test_logits_that_are_not_finite_are_named_and_not_chosen_from",
