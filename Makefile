@@ -65,7 +65,8 @@ $(VENV)/docs: $(READY)
 	@touch $@
 
 docs: $(VENV)/docs  ## build the documentation as a site, strictly: runs/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir runs/site
+	@# Not --quiet, which would also keep --strict from seeing the warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir runs/site
 
 format: $(READY)  ## fix what lint can fix by itself
 	$(BIN)/ruff check --fix

@@ -83,8 +83,10 @@ WRITTEN = [f"{page}: {' '.join(words)}" for page, words in COMMANDS]
 def world(tmp_path_factory):
     """A checkout with a finished run, texts, and a folder of models by hub id."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "benchmarks", "docs", "tests", "train.py", "evaluate.py"):
+    for name in ("configs", "benchmarks", "tests", "train.py", "evaluate.py"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "docs").mkdir()  # README takes it for texts: one page is enough
+    (folder / "docs" / "flops.md").symlink_to(ROOT / "docs" / "flops.md")
     texts = [f"{i} times upon a time. " * 4 for i in range(40)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     config = ModelConfig(d_model=32, d_ff=64, num_heads=2, num_kv_heads=2, max_length=512)
