@@ -5,6 +5,9 @@ led to where they are on the site. The configuration's page is made from the dat
 """
 
 import ast
+import contextlib
+import io
+import os
 import pathlib
 import posixpath
 import re
@@ -13,8 +16,9 @@ import typing
 
 from mkdocs.structure.files import File, Files
 
-from lte_jax import config
+from lte_jax import cli, config
 
+os.environ["COLUMNS"] = "96"  # of the help of commands
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = {  # file of the repository -> page of the site
     "README.md": "index.md",
@@ -40,7 +44,7 @@ def on_config(config, **_):
 def on_files(files: Files, config, **_) -> Files:
     """Adds the pages that are not files of docs/."""
     made = {page: (ROOT / source).read_text() for source, page in PAGES.items()}
-    made["configuration.md"] = configuration()
+    made |= {"configuration.md": configuration(), "commands.md": commands()}
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -75,6 +79,25 @@ def _link(found: re.Match, source: str, here: str, repository: str | None) -> st
     elif found[1]:
         return label.strip("!")[1:-1]
     return f"{label}({target})" if found[1] else f"{label}{target}{found[5]}"
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def commands() -> str:
+    """The page of what each command's --help says; the keys of train have their own page."""
+    text = ["# Commands", "What `lte-jax COMMAND --help` says.", _help()]
+    for name in cli.COMMANDS:
+        said = _help(name).replace("\n\n--config.KEY=VALUE, keys", "\0").partition("\0")[0]
+        text.append(f"## `lte-jax {name}`\n\n{said.removesuffix('```').rstrip()}\n```")
+    text.append("[All keys](configuration.md) of `train` have a page of their own.")
+    return "\n\n".join(text) + "\n"
+
+
+def _help(*words: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        cli.main([*words, "--help"])
+    return f"```text\n{said.getvalue().strip()}\n```"
 
 
 # ----------------------------------------------------------------------------------- configuration
