@@ -123,7 +123,9 @@ def quality_panels(panels: Mapping[str, Sequence[Results]], log: bool = False) -
             if mine:
                 _draw_line(axes, mine, scale, mark, name)
         axes.set_title(title)
-    scale.fit(grid[0], [scale.of_entry(*pair) for pair in entries])
+    heights, spread = [scale.of_entry(*pair) for pair in entries], _deviations(entries, scale)
+    ends = [y + sign * d for y, d in zip(heights, spread["yerr"], strict=True) for sign in (-1, 1)]
+    scale.fit(grid[0], ends)
     style.labels(figure, "FFN sparsity, %", scale.label)
     style.legend(figure)
     return figure

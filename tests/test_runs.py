@@ -115,6 +115,8 @@ def test_a_table_figures_and_numbers_are_written(four, tmp_path):
     up_and_down = bars.lines[2][1].get_segments()
     np.testing.assert_allclose(np.ptp(up_and_down[0][:, 1]), 2 * statistics.stdev([10, 5]))
     np.testing.assert_allclose(up_and_down[1][:, 1].mean(), 27.5)
+    low, high = axes.get_ylim()
+    assert all(low <= y <= high for bar in up_and_down for y in bar[:, 1])
 
 
 def test_bad_input_of_runs(four, tmp_path):

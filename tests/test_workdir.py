@@ -24,6 +24,7 @@ from lte_jax import (
     pipeline,
     preflight,
     report,
+    runs,
     workdir,
 )
 from lte_jax.config import UserError
@@ -370,6 +371,15 @@ def test_the_report_alone(copy):
         pipeline.report_again(copy)
     with pytest.raises(UserError, match="not a work directory"):
         pipeline.report_again(copy / "nothing")
+
+
+def test_finished_runs_make_one_table(finished, copy):
+    changed = json.loads((copy / "experiment.json").read_text()) | {"seed": 1}
+    (copy / "experiment.json").write_text(json.dumps(changed))
+    together, alone = (runs.together(x)[0]["models"] for x in ([finished, copy], [finished]))
+    for both, one in zip(together, alone, strict=True):
+        assert both["seeds"] == [0, 1] and both["token_ppl"] == one["token_ppl"]
+        assert set(both["deviation"].values()) == {0.0}
 
 
 def evaluate(monkeypatch, *flags):

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         flags = parser.parse_args(argv)
         out = files.expand(flags.out, "--out") if flags.out is not None else None
         if flags.workdir is not None:
-            return pipeline.report_again(flags.workdir)
+            pipeline.report_again(flags.workdir)
+            return
         if flags.runs is not None:
             return _together(flags, out)
         if flags.model is None or not (flags.tasks or flags.data):
