@@ -183,7 +183,9 @@ def test_bad_input_of_generation(tmp_path):
     file = tmp_path / "e2e" / "train.jsonl"
     folder = write(file, meanings(2))
     one_file = dataclasses.replace(SETTINGS, train=str(file))
-    with pytest.raises(UserError, match="train.jsonl is one file: name a validation file"):
+    with pytest.raises(
+        UserError, match="train.jsonl has no validation part: name a validation file"
+    ):
         e2e().build(one_file, BYTES, MODEL)
     short = dataclasses.replace(SETTINGS, length=24)
     with pytest.raises(UserError, match="data.length=24 leaves no room"):

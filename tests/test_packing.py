@@ -201,8 +201,10 @@ def test_build_holds_out_whole_documents_where_no_validation_is_named(tmp_path):
 
 
 def test_build_from_the_standard_library(monkeypatch):
-    texts = {part: data.read_texts("python-stdlib", split=part)[:30] for part in data.texts.SPLITS}
-    monkeypatch.setattr(data.packing, "read_texts", lambda *args: texts[args[4]])
+    texts = {
+        part: data.read_texts("python-stdlib", split=part)[:30] for part in data.sources.SPLITS
+    }
+    monkeypatch.setattr(data.packing, "read_each", lambda *args: [texts[args[4]]])
     config = DataConfig(train="python-stdlib", validation="python-stdlib", max_validation_records=8)
     records, kept = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
     assert len(records) > 100 and len(kept) == 8

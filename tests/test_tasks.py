@@ -193,7 +193,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_records(case, tokenizer, tmp_path):
     row, message = BAD[case]
-    folder = write(tmp_path / "sst2" / "train.jsonl", [{"sentence": "fine", "label": 1}, row])
+    good = {"sentence": "fine", "label": 1}
+    folder = write(tmp_path / "sst2" / "train.jsonl", [good, row])
+    write(tmp_path / "sst2" / "validation.jsonl", [good])
     settings = DataConfig(train=str(folder), batch_size=1, length=8)
     with pytest.raises(UserError) as error:
         tasks.find("sst2").build(settings, tokenizer, ENCODER)

@@ -82,7 +82,7 @@ def test_hub_datasets(monkeypatch):
 def test_standard_library_is_deterministic_and_split():
     everything = data.read_texts("python-stdlib")
     assert everything == data.read_texts("python-stdlib")
-    train, validation = (data.read_texts(f"python-stdlib:{part}") for part in data.texts.SPLITS)
+    train, validation = (data.read_texts(f"python-stdlib:{part}") for part in data.sources.SPLITS)
     assert sorted(train + validation) == sorted(everything)
     assert 0.01 < len(validation) / len(everything) < 0.1
     assert data.read_texts("python-stdlib", split="validation") == validation
@@ -150,7 +150,7 @@ FILES = {
     ),
     "only a byte order mark": ("a.txt", b"\xef\xbb\xbf", "text", ["a.txt: no rows with text"]),
     "UTF-16": ("a.txt", "one".encode("utf-16"), "text", ["a.txt: not UTF-8", "convert"]),
-    "unknown kind": ("a.parquet", b"PAR1", "text", ["a.parquet: unknown kind", ".jsonl"]),
+    "unknown kind": ("a.log", b"one", "text", ["a.log: unknown kind", ".jsonl"]),
 }
 
 
@@ -174,7 +174,7 @@ def test_file(tmp_path, case):
 @pytest.mark.parametrize(
     ("source", "settings", "parts"),
     [
-        ("", {}, ["source is ''", "expected a JSON-lines file"]),
+        ("", {}, ["source is ''", "expected a file, a folder"]),
         ("python-stdlib", {"limit": -1}, ["limit=-1", "at least 1, or None"]),
         ("python-stdlib", {"newline": "\ud800"}, ["newline=", "ud800", ": expected characters"]),
         ("python-stdlib", {"join": "\ud800"}, ["join=", "ud800", ": expected characters"]),
@@ -203,7 +203,11 @@ def absent(*args, **kwargs):
 @pytest.mark.parametrize(
     ("source", "load_dataset", "parts"),
     [
-        ("no/such", absent, ["no/such: the hub dataset cannot be loaded", "doesn't exist"]),
+        (
+            "no/such",
+            absent,
+            ["no/such: no such file, and the hub dataset", "doesn't exist", "MIRROR"],
+        ),
         ("a/b:c:d:e", absent, ["a/b:c:d:e", "expected name, name:config or name:config:split"]),
         ("a/b", lambda *_, **__: [{"story": "a"}], ["a/b: row 0: no column 'text'", "story"]),
         ("a/b", None, ["a/b: no such file", "pip install 'lte-jax[data]'"]),

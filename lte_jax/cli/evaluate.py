@@ -57,7 +57,7 @@ def _parser(prog: str | None) -> errors.Parser:
     add("--runs", nargs="+", metavar="WORKDIR", help=several)
     add("--model", help="HF or LTE folder, or hub id")
     add("--dense", help="the dense model to compare with: folder or hub id")
-    add("--data", help="JSON-lines file, hub dataset, or python-stdlib; of tasks, a folder")
+    add("--data", help="texts, as data.train of a config (docs/data.md); of tasks, a folder")
     add("--column", default="text", help="column of --data that holds the text")
     add("--newline", default="\n", help="replaces newlines in the text")
     add("--join", help="joins all records of --data into one text, with this between them")

@@ -259,8 +259,14 @@ class ComputeConfig(Checked):
 class DataConfig(Checked):
     """Text in, batches of token ids out."""
 
-    train: str = ""  # training text: .jsonl or .txt file, hub id ("name:config") or "python-stdlib"
-    validation: str = ""  # validation text, likewise; "": hold out a part of the training text
+    # Training text: a file (.jsonl, .json, .csv, .tsv, .txt, .md, each also .gz; .parquet), a glob
+    # or folder of those, a hub id ("name:config:split") or "python-stdlib". Several: "a + b" is all
+    # of both, "0.7 * a + 0.3 * b" shares of the characters, until one ends. A .txt or .md of more
+    # than 16,000 characters is cut into documents of 8,000 or more, at blank lines or line ends.
+    train: str = ""
+    # Validation text, likewise; "": hold out documents of each source of the training text (blocks
+    # of data.length tokens where most text is in a few long ones), a tenth at most.
+    validation: str = ""
     # Name of a task of lte_jax/tasks/, such as "sst2"; "": language modelling. A task reads its own
     # columns from data.train and data.validation (or the hub's splits of data.train).
     task: str = ""
@@ -276,7 +282,8 @@ class DataConfig(Checked):
     batch_size: Count = 16  # B: records per step, over all hosts and microbatches
     pack: bool = True  # True: several documents per record, attention within each; False: pad
     newline: str = "\n"  # replacement for newlines, which some character models never saw
-    max_documents: Count | None = None  # documents to read from each source; None: all
+    # Documents to read from each source, from the first; of the hub no more is loaded. None: all.
+    max_documents: Count | None = None
     max_validation_records: Count = 64  # validation records to keep, of data.length tokens each
 
     def _check_together(self):

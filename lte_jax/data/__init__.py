@@ -26,7 +26,8 @@ from lte_jax.data.packing import (
     pad,
     train_iterator,
 )
-from lte_jax.data.texts import count_texts, local_path, read_rows, read_texts, text_of, value_of
+from lte_jax.data.sources import local_path, overlap, read_rows
+from lte_jax.data.texts import count_texts, read_each, read_texts, text_of, value_of
 from lte_jax.data.tokens import byte_tokenizer, learned_tokenizer, tokenize
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
     "eval_batches",
     "learned_tokenizer",
     "local_path",
+    "overlap",
     "pack",
     "pad",
+    "read_each",
     "read_rows",
     "read_texts",
     "text_of",

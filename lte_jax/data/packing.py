@@ -8,8 +8,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import itertools
 import logging
-import os
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
-from lte_jax.data.texts import STDLIB, local_path, read_texts
+from lte_jax.data.sources import overlap, parts
+from lte_jax.data.texts import read_each
 from lte_jax.data.tokens import tokenize
 from lte_jax.errors import UserError
 
@@ -182,9 +184,11 @@ def build(
 ) -> tuple[Records, Records]:
     """Training and validation records as `data` describes them.
 
-    If data.validation is "", a seeded choice of the training documents (or of the blocks of a
-    single one) is held out: enough for `max_validation_records`, at most a tenth. If there are more
-    validation records than that, a seeded choice is kept.
+    If data.validation is "", a seeded choice of the training documents of each source is held out:
+    enough for `max_validation_records` in all, at most a tenth of the source's tokens. Where most
+    of them are in documents longer than a tenth, blocks of a record's length are held out, wherever
+    they are. If there are more validation records than `max_validation_records`, a seeded choice is
+    kept.
 
     Args:
       data: sources, and how they are laid into records.
@@ -198,15 +202,18 @@ def build(
       UserError: if data, tokenizer and model do not fit together.
     """
     check(data, tokenizer, model_config)
-    documents = _documents(data, data.train, "train", tokenizer, model_config)
-    train = documents if end is None else [_with_end(d, end, data.length) for d in documents]
+    sources = _documents(data, data.train, "train", tokenizer, model_config)
     rng = np.random.default_rng(seed)
     if data.validation:
-        validation = _documents(data, data.validation, "validation", tokenizer, model_config)
-    elif len(documents) > 1:
-        train, validation = _hold_out(documents, train, data, rng)
+        validation = _flat(_documents(data, data.validation, "validation", tokenizer, model_config))
+        train = [_with_end(ids, end, data.length) for ids in _flat(sources)]
     else:
-        train, validation = _hold_out_blocks(documents[0], train[0], data, rng)
+        train, validation, whole = [], [], sum(map(len, _flat(sources)))
+        for (_, name), documents in zip(parts(data.train), sources, strict=True):
+            share = sum(map(len, documents)) / whole
+            most = math.ceil(share * data.max_validation_records)
+            rest, held = _hold_out(name, documents, most, data.length, end, rng)
+            train, validation = train + rest, validation + held
     lay = pack if data.pack else pad
     train_rows, validation_rows = lay(train, data.length), lay(validation, data.length)
     if len(train_rows) < data.batch_size:
@@ -221,7 +228,7 @@ def check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
     """Refuses sources and lengths that do not fit the model, before anything is read."""
     if not data.train:
         raise UserError(
-            "data.train is empty: expected a JSON-lines file, a hub dataset or 'python-stdlib'"
+            "data.train is empty: expected a file, a folder, a hub dataset or 'python-stdlib'"
         )
     if data.length > model_config.max_length:
         raise UserError(
@@ -234,65 +241,98 @@ def check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
             len(tokenizer),
             model_config.vocab_size,
         )
-    train, validation = map(local_path, (data.train, data.validation))
-    one_part = data.train.startswith(f"{STDLIB}:") or os.path.exists(train)
-    both = os.path.exists(train) and os.path.exists(validation)
-    if one_part and (train == validation or both and os.path.samefile(train, validation)):
+    if data.validation and (both := overlap(data.train, data.validation)):
         raise UserError(
-            f"data.validation={data.validation!r} is the training text: name another, or '' to "
-            "hold out a part of it"
+            f"data.validation={data.validation!r}: {both} is the training text, too: name another, "
+            "or '' to hold out a part of it"
         )
 
 
 def _documents(
     data: DataConfig, source: str, split: str, tokenizer: Any, model_config: ModelConfig
-) -> list[np.ndarray]:
-    """The token ids of each document of a source, all within the model's vocabulary."""
-    texts = read_texts(source, data.column, data.newline, data.max_documents, split, data.join)
-    documents = tokenize(texts, tokenizer)
-    for number, ids in enumerate(documents, 1):
-        checks.token_ids(
-            ids,
-            model_config.vocab_size,
-            f"{source}: text {number}",
-            f"the tokenizer has {len(tokenizer)} tokens: use the one the model was trained with "
-            "(source.tokenizer), or widen source.scratch.vocab_size",
-        )
-    return documents
+) -> list[list[np.ndarray]]:
+    """Of each source the token ids of each document, all within the model's vocabulary."""
+    how = data.column, data.newline, data.max_documents, split, data.join
+    names, groups = [name for _, name in parts(source)], []
+    for name, texts in zip(names, read_each(source, *how), strict=True):
+        groups.append(tokenize(texts, tokenizer))
+        for number, ids in enumerate(groups[-1], 1):
+            checks.token_ids(
+                ids,
+                model_config.vocab_size,
+                f"{name}: text {number}",
+                f"the tokenizer has {len(tokenizer)} tokens: use the one the model was trained "
+                "with (source.tokenizer), or widen source.scratch.vocab_size",
+            )
+    if len(groups) > 1:
+        sizes = [sum(map(len, group)) for group in groups]
+        for name, group, size in zip(names, groups, sizes, strict=True):
+            share = size / sum(sizes)
+            log.info("%s: %d texts, %d tokens, %.1f%%", name, len(group), size, 100 * share)
+    return groups
 
 
-def _with_end(ids: np.ndarray, end: int, length: int) -> np.ndarray:
+def _with_end(ids: np.ndarray, end: int | None, length: int) -> np.ndarray:
     """The document and its end token; none where it would begin a record, unpredicted."""
-    return np.append(ids, np.int32(end)) if len(ids) % length else ids
+    return ids if end is None or len(ids) % length == 0 else np.append(ids, np.int32(end))
 
 
 def _hold_out(
-    documents: list[np.ndarray], train: list[np.ndarray], data: DataConfig, rng: np.random.Generator
+    name: str,
+    documents: list[np.ndarray],
+    most: int,
+    length: int,
+    end: int | None,
+    rng: np.random.Generator,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(The rest of `train` in order, a random choice of `documents`)."""
-    order = rng.permutation(len(documents))
-    sizes = np.cumsum([len(documents[i]) for i in order])
-    enough = int(np.searchsorted(sizes, data.max_validation_records * data.length)) + 1
-    held = set(order[: max(1, min(enough, len(documents) // 10))].tolist())
-    rest = [ids for i, ids in enumerate(train) if i not in held]
-    return rest, [documents[i] for i in sorted(held)]
+    """(The rest in order, with end tokens; a random choice of documents, or of blocks within them).
 
-
-def _hold_out_blocks(
-    document: np.ndarray, train: np.ndarray, data: DataConfig, rng: np.random.Generator
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(The rest of one document in pieces, a random choice of its blocks of a record's length).
-
-    The last block, with the end of the text, stays in training.
+    Args:
+      name: of the source.
+      documents: its token ids.
+      most: records of `length` tokens to hold out.
+      length: of a block.
+      end: token of a document's end.
+      rng: of the choice.
     """
-    length, count = data.length, (len(document) - 1) // data.length
-    if count < 2:
-        raise UserError(
-            f"data.validation is '' and {data.train} is one document of {len(document)} tokens, "
-            f"too short to hold any records of {length} out: name a validation source"
-        )
-    held = max(1, min(data.max_validation_records, count // 10))
-    chosen = np.sort(rng.permutation(count)[:held])
-    starts, ends = [0, *((chosen + 1) * length)], [*(chosen * length), len(train)]
-    rest = [train[a:b] for a, b in zip(starts, ends, strict=True) if a < b]
-    return rest, [document[a : a + length] for a in chosen * length]
+    order, whole = rng.permutation(len(documents)), sum(map(len, documents))
+    small = [i for i in order if 10 * len(documents[i]) <= whole]
+    sizes = np.cumsum([len(documents[i]) for i in small])
+    enough = int(np.searchsorted(sizes, most * length)) + 1
+    held = set()
+    if 2 * sizes[-1:].sum() >= whole:
+        held = {*small[: min(enough, int(np.searchsorted(sizes, whole / 10, side="right")))]}
+    # The last block of a document, with its end, stays in training.
+    blocks = [
+        (i, a) for i, ids in enumerate(documents) for a in range(0, len(ids) - length, length)
+    ]
+    if not held and len(blocks) < 2:
+        if len(documents) < 2:
+            raise UserError(
+                f"data.validation is '' and {name} is one document of {whole} tokens, too short to "
+                f"hold any records of {length} out: name a validation source"
+            )
+        held = {min(order, key=lambda i: len(documents[i]))}
+    ended = [_with_end(ids, end, length) for ids in documents]
+    if held:
+        rest = [ids for i, ids in enumerate(ended) if i not in held]
+        return rest, [documents[i] for i in sorted(held)]
+    chosen = rng.permutation(len(blocks))[: max(1, min(most, len(blocks) // 10))]
+    cut = sorted(blocks[k] for k in chosen)
+    return _without(ended, cut, length), [documents[i][a : a + length] for i, a in cut]
+
+
+def _without(
+    documents: list[np.ndarray], blocks: list[tuple[int, int]], length: int
+) -> list[np.ndarray]:
+    """The documents in pieces, without blocks, each named by its document and where it starts."""
+    pieces = []
+    for i, ids in enumerate(documents):
+        cuts = [a for j, a in blocks if j == i]
+        starts, ends = [0, *(a + length for a in cuts)], [*cuts, len(ids)]
+        pieces += [ids[a:b] for a, b in zip(starts, ends, strict=True) if a < b]
+    return pieces
+
+
+def _flat(groups: Iterable[list[np.ndarray]]) -> list[np.ndarray]:
+    return list(itertools.chain(*groups))

@@ -98,7 +98,7 @@ class Generation(Task):
 
     def texts(self, data: DataConfig) -> list[str]:
         """Prompts and answers of the training rows."""
-        with read_rows(data.train, "train") as found:
+        with read_rows(data.train, "train", data.max_documents is not None) as found:
             first = itertools.islice(found, data.max_documents)
             rows = [self.pieces(row, where, None) for where, row in first]
         return ["".join(piece.text for piece in pieces) for pieces in rows]
@@ -178,7 +178,7 @@ class Generation(Task):
                 f"data.length={data.length} leaves no room for a prompt: expected more than the "
                 f"data.max_new_tokens={new} of task {self.name!r}"
             )
-        with read_rows(source, split) as found:
+        with read_rows(source, split, data.max_documents is not None) as found:
             first = itertools.islice(found, data.max_documents)
             texts = {where: self.pieces(row, where, tokenizer) for where, row in first}
         if not texts:

@@ -23,7 +23,7 @@ import numpy as np
 
 from lte_jax import checks
 from lte_jax.config import DataConfig, ModelConfig
-from lte_jax.data import Records, check, local_path, pack, pad, read_rows, text_of, value_of
+from lte_jax.data import Records, check, overlap, pack, pad, read_rows, text_of, value_of
 from lte_jax.errors import UserError
 from lte_jax.objective import predicted
 from lte_jax.scoring import class_logits
@@ -126,14 +126,15 @@ class Task(abc.ABC):
         return train, validation
 
     def _both(self, data, tokenizer, config) -> tuple[Records, Records]:
-        if not data.validation and local_path(data.train).is_file():
+        split = (self.validation or ("validation",))[0]
+        if not data.validation and overlap(data.train, data.train, split):
             raise UserError(
-                f"data.validation is '' and {data.train} is one file: name a validation file, or a "
-                "folder with a file for each split"
+                f"data.validation is '' and {data.train} has no validation part: name a validation "
+                "file, or a folder with a file for each split"
             )
         train = self.records(data.train, "train", data, tokenizer, config)
         held_out = data.validation or data.train
-        return train, self.records(held_out, self.validation[0], data, tokenizer, config)
+        return train, self.records(held_out, split, data, tokenizer, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Classification(Task):
         """Texts or pairs, several a record if `data.pack`; long ones are cut, and that is said."""
         texts: list[list[str]] = []
         labels = []
-        with read_rows(source, split) as rows:
+        with read_rows(source, split, data.max_documents is not None) as rows:
             for where, row in itertools.islice(rows, data.max_documents):
                 texts.append([text_of(row, column, where) for column in self.columns])
                 labels.append(self._label(row, where))

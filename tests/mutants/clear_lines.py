@@ -2,7 +2,7 @@
 
 from mutant import Mutant
 
-_CHECKS, _TOKENS, _TEXTS = "lte_jax/checks.py", "lte_jax/data/tokens.py", "lte_jax/data/texts.py"
+_CHECKS, _TOKENS, _TEXTS = "lte_jax/checks.py", "lte_jax/data/tokens.py", "lte_jax/data/formats.py"
 _GENERATE, _STREAMED = "lte_jax/generation/tokens.py", "lte_jax/generation/texts.py"
 _ERRORS = "lte_jax/errors.py"
 _OF_GENERATE = "tests/test_checks.py::test_settings_of_generate"

@@ -170,7 +170,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "19 records nested deeply are a RecursionError",
-        "lte_jax/data/texts.py",
+        "lte_jax/data/formats.py",
         "    except RecursionError:",
         "    except ZeroDivisionError:",
         "tests/test_texts.py::test_file[nested]",
