@@ -281,7 +281,7 @@ def draw_experts(axes: Any, run_EL: Bool[np.ndarray, "E L"], pieces: Sequence[st
     colours = ListedColormap([style.PALE, style.COLOURS[0]])
     cells = {"cmap": colours, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 0.8}
     axes.pcolormesh(run_EL, **cells)
-    shown = [_visible(piece) for piece in pieces]
+    shown = [visible(piece) for piece in pieces]
     rotation = 90 if max(map(len, shown)) > 2 else 0
     axes.set_xticks(np.arange(length) + 0.5, shown, family="monospace", rotation=rotation)
     axes.set_yticks([])
@@ -292,7 +292,8 @@ def draw_experts(axes: Any, run_EL: Bool[np.ndarray, "E L"], pieces: Sequence[st
     axes.set_ylim(num_experts, 0)
 
 
-def _visible(piece: str) -> str:
+def visible(piece: str) -> str:
+    """A token's text, without the spaces around it; a space alone as a sign, as is a new line."""
     return piece.replace("\n", "↵").replace(" ", "␣") if not piece.strip() else piece.strip()
 
 
