@@ -27,7 +27,7 @@ def cells(notebook, kind="code"):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """What a notebook needs of a checkout, and a mirror of the hub with a random model and texts."""
+    """What a notebook needs of a checkout; a mirror of the hub with a random model and texts."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("lte_jax", "kernels", "configs"):
         (folder / name).symlink_to(ROOT / name)
@@ -115,7 +115,8 @@ def test_notebook_begins_with_its_badge_and_installs(notebook):
     """From one address; in a checkout nothing is installed."""
     badge, install = cells(notebook, "markdown")[0], cells(notebook)[0]
     [address] = re.findall(r'^REPOSITORY = "https://github.com/(.*)"$', install, re.MULTILINE)
-    assert f"colab.research.google.com/github/{address}/blob/main/notebooks/{notebook.name}" in badge
+    place = f"colab.research.google.com/github/{address}/blob/main/notebooks/{notebook.name}"
+    assert place in badge
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
     known = {u for u in urls.values() if u.startswith("https://github.com/")}
     assert all(url.startswith(f"https://github.com/{address}") for url in known)
