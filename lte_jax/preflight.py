@@ -20,6 +20,7 @@ from lte_jax.hf.config_json import write_config
 from lte_jax.hf.folder import COMPANIONS
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.routing import make as make_routing
+from lte_jax.writers import wandb_for
 
 LEARNED = "bpe"  # as source.tokenizer
 _MODEL_FILES = (
@@ -56,6 +57,8 @@ def prepare(
     Raises:
       UserError: on anything that would fail later.
     """
+    if experiment.wandb:
+        wandb_for(experiment.wandb)
     source = None if dense is not None else _source(experiment)
     folder = dense or source
     config = hf.read_config(folder)[0] if folder else experiment.source.scratch

@@ -111,12 +111,15 @@ def write_tasks(
     rows: Sequence[Mapping[str, Any]], out: Path | None, source: Mapping[str, Any]
 ) -> None:
     """Prints the rows of `tasks.measure`; writes table.md and results.json to `out`, if given."""
-    print(task_table(rows))
+    limit = source.get("records")
+    most = f"At most {limit:,} records (--records) of each task" if limit else "All records"
+    text = f"{task_table(rows)}\n{most} were measured{', of MMLU of each subject' * bool(limit)}.\n"
+    print(text)
     if out is None:
         return
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "table.md", task_table(rows))
+    atomic_write(out / "table.md", text)
     results = {"tasks": list(rows), "environment": environment(), "source": dict(source)}
     atomic_write(out / "results.json", as_json(results))
 

@@ -238,6 +238,19 @@ class TensorBoardWriter(Writer):
                 events.close()
 
 
+def wandb_for(project: str) -> Any:
+    """The package wandb.
+
+    Raises:
+      UserError: if it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"wandb={project!r} needs wandb: pip install 'lte-jax[wandb]'") from None
+    return wandb
+
+
 class WandbWriter(Writer):
     """Weights & Biases: a W&B run per work directory, in which <stage>/step counts <stage>/<name>.
 
@@ -254,13 +267,7 @@ class WandbWriter(Writer):
     """
 
     def __init__(self, project: str, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                f"wandb={project!r} needs wandb: pip install 'lte-jax[wandb]'"
-            ) from None
-        folder = Path(folder)
+        wandb, folder = wandb_for(project), Path(folder)
         entity, _, name = project.rpartition("/")
         known = folder / "wandb-run"
         if not known.exists():

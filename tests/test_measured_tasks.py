@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import hf, tasks
+from lte_jax import hf, report, tasks
 from lte_jax.data import byte_tokenizer
 from lte_jax.errors import UserError
 from lte_jax.scoring import Likelihood
@@ -159,8 +159,12 @@ def test_the_script(lte, data, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     table = capsys.readouterr().out
     assert "| wikitext | perplexity / token, context and stride 16 | LTE |" in table
+    assert table.endswith("\nAll records were measured.\n\n")
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [row["task"] for row in results["tasks"]] == ["wikitext"] + ["mmlu"] * 3
+    report.write_tasks([], None, {"records": 1200})
+    said = "At most 1,200 records (--records) of each task were measured, of MMLU of each subject."
+    assert said in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model=/no/model", "--tasks=mmul"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")

@@ -1,6 +1,7 @@
 """What is wrong with a run is found before its first step, and before a directory is claimed."""
 
 import dataclasses
+import sys
 
 import pytest
 import tiny
@@ -45,6 +46,11 @@ WRONG = {
     "no-model": ({"stages": {"finetune": StageConfig()}}, ["source.path", "finetune.steps"]),
     "prompt": ({"sample_prompt": "x" * 40}, ["sample_prompt", "41 tokens", "32"]),
 }
+
+
+def test_bad_input_wandb_absent(experiment, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(changed(experiment, {"wandb": "mine"}), tmp_path, monkeypatch, "lte-jax[wandb]")
 
 
 @pytest.mark.parametrize("case", WRONG)
