@@ -18,7 +18,7 @@ import functools as _functools
 import logging as _logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, Unpack
 
 import jax as _jax
 import numpy as np
@@ -27,7 +27,16 @@ from jaxtyping import Array, Bool, Float, Int
 from lte_jax import checks as _checks
 from lte_jax import hf as _hf
 from lte_jax import moefication as _moefication
-from lte_jax.config import Experiment, LTEConfig, ModelConfig, UserError, from_mapping
+from lte_jax.config import (
+    Experiment,
+    LTEConfig,
+    LTESettings,
+    ModelConfig,
+    RoutingName,
+    UserError,
+    from_mapping,
+)
+from lte_jax.errors import Given
 from lte_jax.evaluation import evaluate
 from lte_jax.generation import generate, generate_text
 from lte_jax.hf import load_tokenizer
@@ -39,6 +48,11 @@ from lte_jax.writers import Writer
 
 __version__ = "0.1.0"
 _log = _logging.getLogger(__name__)
+# Rows of R or B texts, L tokens each, as arrays or lists.
+Tokens: TypeAlias = Int[Array | np.ndarray, "R L"] | Sequence[Sequence[int]]
+Mask: TypeAlias = (
+    Bool[Array | np.ndarray, "R L"] | Int[Array | np.ndarray, "R L"] | Sequence[Sequence[int]]
+)
 __all__ = [
     "Experiment",
     "LTEConfig",
@@ -60,7 +74,10 @@ __all__ = [
 
 
 def load(
-    path_or_hub_id: str | Path, dtype: str | None = None, *, verify: bool = False
+    path_or_hub_id: Given[str | Path],
+    dtype: Given[Literal["float32", "bfloat16"] | None] = None,
+    *,
+    verify: bool = False,
 ) -> tuple[Transformer, dict[str, Any]]:
     """Loads a model and its parameters from a folder or the Hugging Face hub.
 
@@ -107,7 +124,7 @@ def save(
     params: Mapping[str, Any],
     *,
     source: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: Given[Literal["float32", "bfloat16", "float16", "source"] | None] = None,
 ) -> None:
     """Writes an HF folder (dense model) or an LTE folder, atomically.
 
@@ -131,11 +148,11 @@ def save(
 def moefy(
     model: Transformer,
     params: Mapping[str, Any],
-    calibration: Int[np.ndarray, "R L"] | Any = None,
-    mask: Bool[np.ndarray, "R L"] | Int[np.ndarray, "R L"] | Any = None,
+    calibration: Given[Tokens | None] = None,
+    mask: Given[Mask | None] = None,
     *,
-    seed: int | Any = 0,
-    **settings: Any,
+    seed: Given[int] = 0,
+    **settings: Unpack[LTESettings],
 ) -> tuple[Transformer, dict[str, Any]]:
     """Groups the neurons of each FFN into experts and gives each FFN a router.
 
@@ -151,7 +168,7 @@ def moefy(
         settings grouping="coactivation" and router_init="ridge".
       mask: True (or > 0) where `calibration` is not padding; None: no padding.
       seed: for grouping, random router initialisation, and the choice of `calibration_records`.
-      settings: fields of `LTEConfig`.
+      **settings: fields of `LTEConfig`.
 
     Raises:
       UserError: on unknown settings, settings that do not fit the model, and bad calibration data.
@@ -160,29 +177,30 @@ def moefy(
     _checks.seed(seed)
     seed = int(seed)
     lte = from_mapping(LTEConfig, settings, "moefy")
+    rows = masked = None
     if calibration is not None:
-        calibration = _checks.array(calibration, "calibration")
-        mask = None if mask is None else _checks.array(mask, "mask")
-        _checks.batch(model.config, calibration, mask, name="calibration")
+        rows = _checks.array(calibration, "calibration")
+        masked = None if mask is None else _checks.array(mask, "mask")
+        _checks.batch(model.config, rows, masked, name="calibration")
         if lte.calibration_records is not None:
             rng = np.random.default_rng(seed)
             asked, d_model = lte.calibration_records, model.config.d_model
-            chosen = _enough_records(np.asarray(calibration), d_model, asked, rng)
-            calibration, mask = calibration[chosen], None if mask is None else mask[chosen]
+            chosen = _enough_records(np.asarray(rows), d_model, asked, rng)
+            rows, masked = rows[chosen], None if masked is None else masked[chosen]
     _checks.finite_params(params, "to be moefied")
-    sparse, params, _ = _moefication.to_experts(model, params, lte, calibration, mask, seed=seed)
-    return sparse, _moefication.add_routers(sparse, params, calibration, mask, seed=seed)
+    sparse, params, _ = _moefication.to_experts(model, params, lte, rows, masked, seed=seed)
+    return sparse, _moefication.add_routers(sparse, params, rows, masked, seed=seed)
 
 
 def apply(
     model: Transformer,
     params: Mapping[str, Any],
-    tokens: Int[Array | np.ndarray, "B L"] | Any,
+    tokens: Given[Tokens],
     *,
-    routing: Routing | str | None = None,
-    mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
-    types: Int[Array | np.ndarray, "B L"] | Any = None,
-    threshold: Float[Array, ""] | float | Any = None,
+    routing: Given[Routing | RoutingName | None] = None,
+    mask: Given[Mask | None] = None,
+    types: Given[Tokens | None] = None,
+    threshold: Given[Float[Array, ""] | float | None] = None,
 ) -> Output:
     """The forward pass; works under `jax.jit` (model and routing static) and `jax.grad`.
 

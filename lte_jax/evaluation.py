@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks, interrupt
+from lte_jax.config import RoutingName
 from lte_jax.data import Records, eval_batches, tokenize
-from lte_jax.errors import UserError
+from lte_jax.errors import Given, UserError
 from lte_jax.generation import complete, decode, generate_text
 from lte_jax.generation.decoding import Decoder
 from lte_jax.generation.latency import decode_latency
@@ -40,17 +41,17 @@ _GIGA = 2**30  # of FLOPs, as in the paper's Table 1, and of bytes of weights
 def evaluate(
     model: Transformer,
     params: Mapping[str, Any],
-    records: Records | Any,
+    records: Given[Records],
     *,
     baseline: tuple[Transformer, Mapping[str, Any]] | None = None,
     task: Task | None = None,
     tokenizer: Any = None,
-    routing: Routing | str | None = None,
-    threshold: float | Any = None,
-    name: str | None = None,
-    batch_size: int | Any = 8,
-    prompt: str | Any = "Once upon a time",
-    sample_tokens: int | Any = 100,
+    routing: Given[Routing | RoutingName | None] = None,
+    threshold: Given[float | None] = None,
+    name: Given[str | None] = None,
+    batch_size: Given[int] = 8,
+    prompt: Given[str] = "Once upon a time",
+    sample_tokens: Given[int] = 100,
     sample_temperature: float = 0.0,
     latency_rounds: int = 9,
 ) -> dict[str, Any]:
@@ -213,11 +214,11 @@ def _add_latency(entries, entrants: Sequence[_Entrant], records: Records, rounds
 def perplexity(
     model: Transformer,
     params: Mapping[str, Any],
-    records: Records | Any,
+    records: Given[Records],
     *,
-    routing: Routing | str | None = None,
-    threshold: float | Any = None,
-    batch_size: int | Any = 8,
+    routing: Given[Routing | RoutingName | None] = None,
+    threshold: Given[float | None] = None,
+    batch_size: Given[int] = 8,
     num_bytes: int | None = None,
     task: Task | None = None,
     label: str = "evaluating",

@@ -10,6 +10,7 @@ import pathlib
 import re
 import runpy
 import sys
+import typing
 
 import pytest
 
@@ -403,3 +404,9 @@ def test_help_of_a_config_shows_the_values_of_the_file_and_flags(capsys):
     assert "  lte.target_sparsity = None  (float, strictly between 0 and 1; or None)" in paper
     with pytest.raises(config.UserError, match=r"no config file 'no.py'"):
         config.parse_flags(Parser(), ["--help", "--config", "no.py"])
+
+
+def test_the_settings_of_moefy_are_the_keys_of_its_config():
+    """With their types, ranges aside, for type checkers."""
+    declared = typing.get_type_hints(config.LTESettings)
+    assert declared == typing.get_type_hints(config.LTEConfig)

@@ -1,5 +1,6 @@
 """The wheel: built offline, it carries the kernels and imports without the repository."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -74,6 +75,42 @@ def test_wheel_brings_the_command_and_its_configs(python, tmp_path):
     assert done.stderr == f"error: {own}: unknown variant 'smok': did you mean 'smoke'?\n"
     done = _run(command, "train", "--config=no_such", "--workdir=w", cwd=tmp_path)
     assert done.returncode == 2 and "(or one of demo, " in done.stderr
+
+
+USER = """import lte_jax
+model, params = lte_jax.load("runs/demo/lte", "float32")
+tokenizer = lte_jax.load_tokenizer("runs/demo/lte")
+sparse = lte_jax.moefy(model, params, [[1, 2]], expert_size=16, target_sparsity=0.5)
+out = lte_jax.apply(model, params, [[1, 2]], routing="hard", threshold=0.4).logits
+ids = lte_jax.generate(model, params, [[1, 2]], max_new_tokens=9, top_k=3)
+text = lte_jax.generate_text(model, params, tokenizer, "Once", max_new_tokens=9).upper()
+texts = lte_jax.generate_text(model, params, tokenizer, ["Once"], max_new_tokens=9)[0].upper()
+lte_jax.save("mine", model, params, source="runs/demo/lte", dtype="float16")
+"""
+WRONG = {  # of a line above, a mistake in it
+    2: ('"float32"', '"float23"'),
+    4: ("expert_size", "expert_sise"),
+    5: ('"hard"', '"hart"'),
+    6: ("max_new_tokens=9", 'max_new_tokens="9"'),
+    7: ("max_new_tokens", "max_tokens"),
+    8: ("[0].upper", ".upper"),
+    9: ("params, source", "source"),
+}
+
+
+def test_wheel_tells_type_checkers_what_its_functions_take(python, tmp_path):
+    lines = USER.splitlines()
+    (tmp_path / "right.py").write_text(USER)
+    for number, (right, wrong) in WRONG.items():
+        assert right in lines[number - 1]
+        lines[number - 1] = lines[number - 1].replace(right, wrong)
+    (tmp_path / "wrong.py").write_text("\n".join(lines))
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
+    pyright = [sys.executable, "-m", "basedpyright", "--pythonpath", python, "--outputjson"]
+    told = json.loads(_run(*pyright, "right.py", "wrong.py", cwd=tmp_path).stdout)
+    errors = [e for e in told["generalDiagnostics"] if e["severity"] == "error"]
+    found = {(pathlib.Path(e["file"]).name, e["range"]["start"]["line"] + 1) for e in errors}
+    assert found == {("wrong.py", number) for number in WRONG}, errors
 
 
 @pytest.mark.slow

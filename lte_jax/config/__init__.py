@@ -43,4 +43,5 @@ from lte_jax.config.schema import SourceConfig as SourceConfig
 from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig
 from lte_jax.config.schema import num_experts as num_experts
+from lte_jax.config.settings import LTESettings as LTESettings
 from lte_jax.errors import UserError as UserError

@@ -1,0 +1,27 @@
+"""The keys of `LTEConfig` as keyword arguments, for type checkers; tests hold the two together."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from lte_jax.config.schema import RoutingName
+
+
+class LTESettings(TypedDict, total=False):
+    """What `lte_jax.moefy` takes; `LTEConfig` says what each means."""
+
+    expert_size: int
+    grouping: Literal["kmeans", "coactivation", "random"]
+    router_bias: bool
+    router_init: Literal["ridge", "normal", "open"]
+    router_init_std: float
+    calibration_records: int | None
+    threshold: float
+    routing: RoutingName
+    stage1_routing: Literal["soft", "straight_through"]
+    target_sparsity: float | None
+    efficiency_weight: float
+    efficiency_power: Literal[1, 2]
+    separability_weight: float
+    separability_eps: float
+    distill_weight: float
