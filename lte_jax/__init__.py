@@ -38,6 +38,7 @@ from lte_jax.config import (
 )
 from lte_jax.errors import Given
 from lte_jax.evaluation import evaluate
+from lte_jax.files import expand as _expand
 from lte_jax.generation import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
@@ -134,7 +135,8 @@ def save(
       path: the folder; a model folder already there is replaced.
       model: from `load` or `moefy`.
       params: its parameters.
-      source: folder or hub id to copy the tokenizer and other settings from.
+      source: folder or hub id to copy the tokenizer and other settings from; without it there is
+        none, and a warning says so.
       dtype: of the stored weights except routers: float32, bfloat16 or float16. None: the dtype of
         each parameter; "source": the dtypes in `source`.
 
@@ -143,6 +145,9 @@ def save(
     """
     _checks.model(model, params)
     _hf.save(path, model.config, model.lte, params, source, dtype=dtype)
+    if not _hf.has_tokenizer(_expand(path)):
+        mend = "give source=, or tokenizer.save_pretrained(path)"
+        _log.warning("%s has no tokenizer, so no text can be read with it: %s", path, mend)
 
 
 def moefy(
@@ -229,6 +234,7 @@ def apply(
     tokens = _checks.array(tokens, "tokens")
     mask = None if mask is None else _checks.array(mask, "mask")
     types = None if types is None else _checks.array(types, "types")
+    _checks.routing_of(model, routing)
     settings = {"routing": routing, "mask": mask, "types": types, "threshold": threshold}
     return model.apply({"params": params}, tokens, **settings)
 

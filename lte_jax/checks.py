@@ -170,12 +170,28 @@ def language_model(config: ModelConfig, what: str) -> None:
         )
 
 
+def routing_of(model: Any, routing: Any) -> None:
+    """Refuses a routing other than dense, by name or as an object, for a dense model."""
+    name = routing if isinstance(routing, str) else type(routing).__name__.lower()
+    if model.lte is None and routing is not None and name != "dense":
+        raise UserError(
+            f"routing={routing!r}: this model is dense, without experts to choose from: leave it "
+            "out, or give the model experts first (lte_jax.moefy, or training)"
+        )
+
+
 def array(value: Any, name: str) -> Any:
     """Arrays unchanged; lists converted to an array.
 
     Raises:
-      UserError: if rows differ in length.
+      UserError: if rows differ in length, and on text.
     """
+    first = next(iter(value), None) if isinstance(value, list | tuple) else value
+    if isinstance(first, str):
+        raise UserError(
+            f"{name} is text: expected token ids, such as those of "
+            "lte_jax.load_tokenizer(path)(texts)['input_ids']"
+        )
     if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         return value
     try:

@@ -90,6 +90,7 @@ def evaluate(
         measured, and as `perplexity` does.
     """
     _check(model, params, baseline, name, batch_size, sample_tokens, latency_rounds)
+    checks.routing_of(model, routing)
     entrants = [] if baseline is None else [_Entrant("dense", *baseline)]
     name = name or ("dense" if model.lte is None else "LTE")
     entrants.append(_Entrant(name, model, params, routing, threshold))

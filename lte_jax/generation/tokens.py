@@ -114,6 +114,7 @@ def generate(
       UserError: on prompts and settings that make no sense, and where logits are not finite.
     """
     checks.model(model, params)
+    checks.routing_of(model, routing)
     prompts = _prompts(tokens, mask, model.config.vocab_size)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check(model.config, prompts, max_new_tokens, seed, threshold, stream, **sampling)

@@ -25,11 +25,12 @@ from lte_jax.hf.config_json import read_config
 from lte_jax.hf.export import save
 from lte_jax.hf.folder import verify
 from lte_jax.hf.hub import resolve
-from lte_jax.hf.tokenizer import load_tokenizer
+from lte_jax.hf.tokenizer import has_tokenizer, load_tokenizer
 from lte_jax.hf.weights import check_params, load_expert_order, load_params
 
 __all__ = [
     "check_params",
+    "has_tokenizer",
     "load_expert_order",
     "load_params",
     "load_tokenizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -41,7 +42,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if named is None:
         raise UserError(
             f"{spelled} is not a local folder, and not spelled like a hub id (owner/name, "
-            "owner/name@revision): correct the path"
+            f"owner/name@revision): {_near(folder) or 'correct the path'}"
         )
     if named["revision"] is None and (local := mirrored(named["id"])) is not None:
         return local
@@ -60,5 +61,19 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     except Exception as e:  # HTTP, offline, cache and disk errors have no common base
         raise UserError(
             f"{spelled} is not a local folder, and downloading it from the hub failed "
-            f"({type(e).__name__}: {one_line(e)}): correct the path, go online, or log in"
+            f"({type(e).__name__}: {one_line(e)}): "
+            f"{_near(folder) or 'correct the path, go online, or log in'}"
         ) from None
+
+
+def _near(folder: Path) -> str | None:
+    """A hint at the nearest folder, where a name on the path is misspelt; None if there is none."""
+    above = folder.parent
+    while not above.is_dir() and above != above.parent:
+        folder, above = above, above.parent
+    try:
+        others = [entry.name for entry in os.scandir(above) if entry.is_dir()]
+    except OSError:  # not for us to read
+        return None
+    close = difflib.get_close_matches(folder.name, others, n=1, cutoff=0.7)
+    return f"did you mean {above / close[0]}?" if close else None

@@ -13,6 +13,7 @@ from lte_jax.errors import UserError, one_line
 from lte_jax.files import check_regular, read_json
 from lte_jax.hf import sentence
 from lte_jax.hf.folder import CONFIG, verify
+from lte_jax.hf.foreign import in_folder
 from lte_jax.hf.hub import resolve
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         installed.
     """
     folder = resolve(path_or_hub_id)
-    if not any(os.path.lexists(folder / name) for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
+        if kind := in_folder(folder):
+            raise UserError(f"{folder} {kind}")
         raise UserError(
             f"{folder} has no tokenizer.json: copy it from the model's source, or name another "
             "folder or hub id as the tokenizer"
@@ -65,6 +68,11 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         )
     log.warning("%s: the code that auto_map names is not run: tokenizer.json is read", folder)
     return _read(transformers.PreTrainedTokenizerFast, folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer."""
+    return any(os.path.lexists(folder / name) for name in _VOCABULARIES)
 
 
 def import_transformers() -> ModuleType:

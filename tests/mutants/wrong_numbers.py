@@ -157,7 +157,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "5 moefy looks at no id",
         "lte_jax/__init__.py",
-        '_checks.batch(model.config, calibration, mask, name="calibration")',
+        '_checks.batch(model.config, rows, masked, name="calibration")',
         "pass",
         "tests/test_checks.py::test_tokens",
     ),
