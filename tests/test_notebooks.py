@@ -104,7 +104,7 @@ def test_what_routers_learn(run):
 def test_your_own_model(run, checkout):
     found = run("your_own_model")
     shape, table, *texts = found["text/markdown"]
-    assert "| neurons of an FFN | 64 |" in shape and "8, 16, 32, 64" in shape
+    assert "| neurons of an FFN | 64 |" in shape and "4, 8, 16, 32, 64" in shape
     assert "| LTE |" in table and "| dense |" in table
     assert len(texts) == 2 and all("Once upon a time" in text for text in texts)
     assert (checkout / "runs/mine/lte/model.safetensors").exists()
