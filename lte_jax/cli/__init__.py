@@ -20,6 +20,7 @@ COMMANDS = {  # one line adds another
     "train": "run an experiment: dense model, sparse model, report",
     "evaluate": "measure a model on text or on tasks, next to its dense model",
     "generate": "continue prompts",
+    "convert": "write a model in another dtype, or a sparse one as a dense one",
 }
 
 

@@ -116,7 +116,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "27 evaluate.py knows no work directory",
         "lte_jax/cli/evaluate.py",
-        "            return pipeline.report_again(flags.workdir)",
+        "            pipeline.report_again(flags.workdir)",
         "            pass",
         "tests/test_workdir.py::test_the_report_alone_on_the_command_line",
     ),

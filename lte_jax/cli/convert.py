@@ -1,0 +1,80 @@
+"""Writes a model in another dtype, or an LTE model as a dense one.
+
+    lte-jax convert owner/name my-model --dtype=bfloat16
+    lte-jax convert runs/demo/lte my-dense --dense
+With --dense, the weights are those of the LTE model, its neurons back in the order of the dense
+model it was made from; routers are left out. That computes what the LTE model does with all its
+experts running (--routing=dense), and not what it does when it skips some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lte_jax import hf, moefication
+from lte_jax.errors import Parser, UserError, cli_errors
+from lte_jax.files import Mirror, expand
+from lte_jax.model import Transformer
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Reads the one folder and writes the other, tokenizer and licence included."""
+    parser = _parser(prog)
+    with cli_errors():
+        flags = parser.parse_args(argv)
+        if not flags.dtype and not flags.dense:
+            parser.error("nothing to convert: give --dtype, --dense or both")
+        out, folder = expand(flags.out, "OUT"), hf.resolve(flags.model)
+        if out.exists() and os.path.samefile(out, folder):
+            raise UserError(f"{out} is the model itself: expected another folder to write to")
+        hf.verify(folder, digests=True)
+        config, lte = hf.read_config(folder)
+        params, order = hf.load_params(folder, config, lte), hf.load_expert_order(folder)
+        model = Transformer(config, lte)
+        if flags.dense:
+            model, params, order = *_dense(model, params, order, folder), None
+        hf.save(out, model.config, model.lte, params, folder, order, dtype=flags.dtype)
+        print(_told(out, model, params))
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="HF or LTE folder, or hub id")
+    add("out", metavar="OUT", help="the folder to write; a model already there is replaced")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, help="of the weights but routers; default: as stored")
+    add("--dense", action="store_true", help="an LTE model as a dense one")
+    return Mirror.add_to(parser)
+
+
+def _dense(model: Transformer, params, order_NEM, folder: Path) -> tuple[Transformer, dict]:
+    """The dense model that an LTE model is when all its experts run."""
+    if model.lte is None:
+        raise UserError(f"--dense: {folder} is dense already: expected an LTE model")
+    if model.lte.routing == "soft":
+        raise UserError(
+            f"--dense: {folder} runs with routing 'soft', which multiplies each expert by its "
+            "score: no dense model computes that"
+        )
+    if order_NEM is None:  # unknown: the neurons stay in the order they have
+        shape_NEM = params["layers"]["ffn"]["down"].shape[:3]
+        size = shape_NEM[1] * shape_NEM[2]
+        order_NEM = np.broadcast_to(np.arange(size).reshape(shape_NEM[1:]), shape_NEM)
+    return moefication.to_dense(model, params, order_NEM)
+
+
+def _told(out: Path, model: Transformer, params) -> str:
+    """What was written, in one line."""
+    config, lte = hf.read_config(out)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    experts = "dense" if lte is None else f"experts of {lte.expert_size}"
+    kind = f"{config.family}, {experts}, {config.dtype}"
+    return f"{out}: {kind}, {count:,} parameters in {size / 1e6:,.1f} MB"
