@@ -38,6 +38,7 @@ SLOW = {"docs/metrics.md": "trains a run of configs/demo.py:smoke"}
 # Lines that are run, by how they begin.
 RUN = (
     "lte-jax generate runs/mine/lte",
+    "lte-jax convert runs/mine/lte",
     "python evaluate.py --model=runs/mine/lte --dense=runs/mine/dense --data=",
 )
 PARSED_ONLY = {
@@ -49,6 +50,7 @@ PARSED_ONLY = {
     "train": "runs for minutes and needs models; tests/test_pipeline.py and others run train.py",
     "evaluate": "needs a task's data; tests/test_measured_tasks.py runs them",
     "generate": "needs a model of its own",
+    "convert": "needs a model of its own",
     "benchmark": "runs for minutes; tests/test_benchmarks.py runs them small",
 }
 

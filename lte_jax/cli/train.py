@@ -1,9 +1,10 @@
 """Runs the experiment of a config file, from the dense model to the last training stage.
 
-    python train.py --config=configs/demo.py --workdir=runs/demo
-    python train.py --config=configs/llama7b.py:paper --config.lte.expert_size=64 --workdir=runs/7b
+    lte-jax train --config=demo --workdir=runs/demo
+    lte-jax train --config=configs/llama7b.py:paper --config.lte.expert_size=64 --workdir=runs/7b
 
-Run the same command again to resume where it stopped. `lte-jax train` is the same program.
+Run the same command again to resume where it stopped. `python train.py` in a checkout is the same
+program.
 """
 
 from __future__ import annotations
