@@ -1,0 +1,64 @@
+"""Make a model of yours sparse on texts of yours.
+
+    python train.py --config=configs/finetune.py --workdir=runs/mine \
+        --config.source.path=MODEL --config.data.train=TEXTS
+
+MODEL is a folder or a hub id. TEXTS are files, a folder, a glob, a hub id or a mix: docs/data.md.
+Without a data.validation, up to a tenth of them is held out. The texts stay as they are: newlines,
+too. The dense model is the one you bring; if it does not know such texts yet, tune it on them first:
+--config.stages.finetune.steps=500. Default sizes are for models up to some hundred million
+parameters, and 500 steps of 2,048 tokens; ":large" is for those of a billion and more: bfloat16,
+recomputed activations, every matrix spread over all devices, 1,000 steps of 32,768 tokens.
+
+Cost:   8 FLOPs per parameter and token (the dense model's forward pass, and the sparse one's
+        forward and backward): 1 M parameters COST on two cores; 135 M 1.1e15 FLOPs, 7 B (large)
+        1.8e18. The opening banner has the disk and memory it takes.
+Expect: RESULT
+
+If data.length is more than the model can read, or lte.expert_size does not divide its FFN, the first
+line says which values do. Words, joined by commas: ":large", ":paper" (the paper's losses), ":smoke"
+(a test; without a MODEL of random weights, without TEXTS on Python's own source).
+"""
+
+from lte_jax import config
+
+
+def get_config(arg=""):
+    words = config.variants(arg, "large", "smoke", *config.PRESETS)
+    lte = config.PRESETS["paper" if "paper" in words else "ours"]
+    c = config.to_config_dict(config.Experiment(lte=lte))
+
+    c.data.length = 256  # L
+    c.data.batch_size = 8
+    c.data.max_validation_records = 128
+
+    c.lte.expert_size = 32  # M
+    if "paper" not in words:  # the paper fixes lte.efficiency_weight instead
+        c.lte.target_sparsity = 0.5
+
+    c.stages.router.steps = 400
+    c.stages.adapt.steps = 100
+    for stage in c.stages.values():
+        stage.learning_rate = 2e-4
+    c.stages.router.router_lr_multiplier = 1.0 if "paper" in words else 10.0
+    c.checkpoint.every = 100
+
+    if "large" in words:
+        c.compute.dtype, c.compute.remat = "bfloat16", True
+        c.mesh.data, c.mesh.fsdp = 1, -1
+        c.data.length, c.data.batch_size = 2048, 16
+        c.stages.router.steps, c.stages.adapt.steps = 800, 200
+        for stage in c.stages.values():
+            stage.learning_rate = 2e-5
+        if "paper" not in words:
+            c.stages.router.router_lr_multiplier = 50.0
+        c.checkpoint.every, c.checkpoint.keep_best = 200, 0
+    if "smoke" in words:  # every part, in seconds
+        c.data.train = "python-stdlib"
+        c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8
+        c.data.max_validation_records, c.lte.calibration_records = 8, 4
+        for stage in c.stages.values():
+            stage.steps = 4
+        c.log_every = c.eval_every = c.checkpoint.every = 2
+        c.sample_tokens = 8
+    return c
