@@ -90,7 +90,8 @@ def world(tmp_path_factory):
     (folder / "docs").mkdir()  # README takes it for texts: one page is enough
     (folder / "docs" / "flops.md").symlink_to(ROOT / "docs" / "flops.md")
     texts = [f"{i} times upon a time. " * 4 for i in range(40)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    for name in ("texts.jsonl", "others.jsonl"):
+        (folder / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     config = ModelConfig(d_model=32, d_ff=64, num_heads=2, num_kv_heads=2, max_length=512)
     dense = tiny.model_and_params(None, config)
     sparse = tiny.model_and_params(LTEConfig(expert_size=8), config)
