@@ -78,7 +78,7 @@ bench: $(READY)  ## time kernels, decoding, training steps and the grouping of a
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/kmeans.py --layer 11008x4096
 
-tinystories: $(READY)  ## compare LTE with its baselines on the models in MODELS=FOLDER: half an hour
+tinystories: $(READY)  ## README's table, from babyllama/ and stories260k/ in MODELS=FOLDER: half an hour
 	$(BIN)/python benchmarks/tinystories.py --models='$(MODELS)' --out=runs/tinystories-table
 
 thousand: $(READY)  ## check that 1,000 steps stay finite, also on MODELS=FOLDER: 15 minutes

@@ -2,7 +2,7 @@
 
     python benchmarks/thousand.py --models=FOLDER     (or: make thousand MODELS=FOLDER)
 
-It takes a quarter of an hour. FOLDER holds babyllama/ and stories260k/, as for tinystories.py. 700
+It takes a quarter of an hour. Models and texts are those of tinystories.py, named likewise. 700
 steps of the router stage and 300 of adaptation, two records per step. Training itself stops at the
 first loss that is not finite; this checks every number in metrics.jsonl as well.
 """
@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from side_by_side import one_core_each
-from tinystories import MODELS, add_models_to
+from tinystories import MODELS, add_models_to, check
 
 from lte_jax.errors import cli_errors
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "thousand")
     add_models_to(parser)
     flags = parser.parse_args()
+    flags.models = check(flags.models)
     out = flags.out.absolute()
     runs = [(config, preset) for config in CONFIGS for preset in ("ours", "paper")]
     with one_core_each(2) as pool:

@@ -2,7 +2,9 @@
 
     python benchmarks/tinystories.py --models=FOLDER            (or: make tinystories MODELS=FOLDER)
 
-FOLDER holds the models in Hugging Face's format: babyllama/ and stories260k/ (see docs/results.md).
+FOLDER holds the models in Hugging Face's format: babyllama/ and stories260k/, which have no hub id
+(see docs/results.md). The texts are roneneldan/TinyStories: of the hub, which needs the extra
+`data` and a network, or of --mirror=FOLDER (or LTE_JAX_MIRROR), which holds them under that name.
 Every row is one run of train.py on configs/tinystories.py, all with the same steps and data:
 
   dense baseline   the dense model, fine-tuned
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import resource
 import sys
@@ -29,7 +32,7 @@ from pathlib import Path
 
 import side_by_side
 
-from lte_jax.errors import cli_errors
+from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import Mirror
 
 DATA, STORIES = "roneneldan/TinyStories", 324
@@ -89,17 +92,32 @@ def add_models_to(parser: argparse.ArgumentParser) -> None:
     """The flags that say where models and texts are."""
     Mirror.add_to(parser)
     parser.add_argument(
-        "--models", type=_models, required=True, help="folder of babyllama/ and stories260k/"
+        "--models", type=Path, required=True, help="folder of babyllama/ and stories260k/"
     )
 
 
-def _models(folder: str) -> Path:
+def check(models: Path) -> Path:
+    """The folder of the models, which can be read, as can the texts; the figure can be drawn.
+
+    Raises:
+      UserError: if not: before the first run, not after half an hour.
+    """
+    from lte_jax import data, hf
+
+    folder = models.expanduser().absolute()
     for name in MODELS:
-        if not Path(folder, name, "config.json").is_file():
-            raise argparse.ArgumentTypeError(
-                f"{folder} has no {name}/config.json: expected a model"
+        if not (folder / name / "config.json").is_file():
+            raise UserError(
+                f"--models={models}: {folder} has no {name}/config.json: name the folder that "
+                f"holds {' and '.join(MODELS)}, as in make tinystories MODELS=FOLDER"
             )
-    return Path(folder).absolute()
+        hf.check_params(folder / name, hf.read_config(folder / name)[0])
+        hf.load_tokenizer(folder / name)
+    for split in ("train", "validation"):
+        data.read_texts(DATA, limit=1, split=split)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the figure needs matplotlib: pip install 'lte-jax[plot]'")
+    return folder
 
 
 def result(run: Run, models: Path, out: Path) -> dict:
@@ -216,6 +234,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a core each")
     parser.add_argument("--all", action="store_true", help="frozen routers at every target")
     flags = parser.parse_args()
+    flags.models = check(flags.models)
     flags.out.mkdir(parents=True, exist_ok=True)
     start, wanted = time.monotonic(), list(runs(flags.router_steps, flags.adapt_steps, flags.all))
     with side_by_side.one_core_each(flags.workers) as pool:

@@ -10,6 +10,7 @@ import pytest
 from tiny import model_and_params
 
 import lte_jax
+from lte_jax import data
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -102,7 +103,25 @@ def test_a_row_of_tinystories(shared, tmp_path, monkeypatch):
 def test_bad_input_models(name, tmp_path):
     done = run(name, "--models", tmp_path)
     assert done.returncode == 2
-    assert f"{tmp_path} has no babyllama/config.json: expected a model" in done.stderr
+    assert f"{tmp_path} has no babyllama/config.json: name the folder" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_bad_input_texts_are_found_before_the_first_run(tmp_path, monkeypatch):
+    for name in ("babyllama", "stories260k"):
+        lte_jax.save(tmp_path / name, *model_and_params(lte=None))
+        data.byte_tokenizer().save_pretrained(tmp_path / name)
+    mirror = tmp_path / "mirror/roneneldan/TinyStories"
+    mirror.mkdir(parents=True)
+    (mirror / "train.jsonl").write_text('{"text": "a"}\n')
+    flags = ("--models", tmp_path, "--mirror", tmp_path / "mirror", "--out", tmp_path / "out")
+    done = run("tinystories.py", *flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert "TinyStories: is a folder without validation.jsonl" in done.stderr
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = run("tinystories.py", "--models", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "set LTE_JAX_MIRROR to a folder" in done.stderr
 
 
 def test_the_summary_of_glue_is_against_the_control_of_the_same_seed(monkeypatch):

@@ -8,13 +8,16 @@ import types
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny
 
-from lte_jax import config, data
+import lte_jax
+from lte_jax import config, data, pipeline
 from lte_jax.config import DataConfig, ModelConfig
 from lte_jax.data.formats import CUT, cut
 from lte_jax.errors import UserError
 
 BYTES, MODEL = data.byte_tokenizer(), ModelConfig(vocab_size=259)
+CONFIG = ModelConfig(d_model=32, d_ff=64, num_heads=2, num_kv_heads=2)
 
 
 @pytest.fixture(autouse=True)
@@ -376,3 +379,39 @@ def test_validation_is_other_text(here, train, validation, same):
     else:
         check = lambda: data.check(settings, BYTES, MODEL)  # noqa: E731
         refused(f"{same} is the training text", "hold out", call=check)
+
+
+# ------------------------------------------------------------------------------ own texts and model
+
+
+def test_the_config_for_own_checkpoints_is_neutral(here):
+    for words in "", ":large", ":paper", ":large,paper":
+        made = config.load_config(f"finetune{words}")
+        assert made.source.path == made.data.train == made.data.validation == ""
+        assert made.data.newline == "\n" and made.data.max_documents is None
+        assert made.stages.finetune.steps == 0  # so that a missing model is an error
+    own = ["data.train=texts.txt"]
+    no_model = lambda: lte_jax.train(config.load_config("finetune", own), "run")  # noqa: E731
+    refused("source.path is empty", "name a model", call=no_model)
+    assert not (here / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_own_checkpoint_on_own_texts(here):
+    """A folder of plain texts and a table, mixed; a text that has changed is refused."""
+    lte_jax.save("mine", *tiny.model_and_params(None, CONFIG))
+    BYTES.save_pretrained("mine")
+    for i in range(3):
+        text = "".join(f"A paragraph, number {j}.\nOf two lines.\n\n" for j in range(1000))
+        write(here, f"texts/{i}.txt", text.encode())
+    write(here, "rows.csv", b"text\n" + b"a row of a table\n" * 900)
+    mix = "data.train=0.75 * texts + 0.25 * rows.csv"
+    made = config.load_config("finetune:smoke", [mix, "source.path=mine", "lte.expert_size=8"])
+    lte_jax.train(made, "run")
+    results = json.loads((here / "run/results.json").read_text())
+    assert results and (here / "run/lte/config.json").exists()
+    inputs = json.loads((here / "run/inputs.json").read_text())
+    assert min(inputs[f"rows/{part}"][0] for part in ("train", "validation")) > 0
+    write(here, "rows.csv", b"text\n" + b"another row of it\n" * 900)
+    again = lambda: pipeline.report_again("run")  # noqa: E731
+    refused("run holds a run on other data", "rows/train", call=again)
