@@ -15,7 +15,7 @@ OPTIMISED := $(patsubst %,tests/test_%.py,kernels model decoding)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check test-optimised test-sources lint docs format bench tinystories thousand \
-  resume fuzz mutants clean
+  resume fuzz journeys mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ resume: $(READY)  ## check that killed, stopped and full-disk runs resume bit fo
 
 fuzz: $(READY)  ## try hostile files, flags and arguments for ten minutes: success or a one-line error
 	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10
+
+journeys: $(READY)  ## do what someone new does, in a clone and an environment of its own: 15 minutes
+	$(BIN)/python tests/journeys
 
 mutants: $(READY)  ## check that the tests catch one-line faults: ten minutes
 	$(BIN)/python tests/mutants

@@ -95,6 +95,9 @@ def train(
         if not run.finished():
             run.prepare()
             run.train()
+        else:
+            done = f"{paths.root} holds this run, finished: its model is {run.last}"
+            on_first(lambda: print(done, flush=True))
         run.clear()
         return run.report()
 

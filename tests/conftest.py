@@ -21,7 +21,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Files whose slow tests take half a minute or more.
-LONGEST = {f"test_{name}.py" for name in ("resume", "unlearning", "x64", "tasks", "fuzz")}
+LONGEST = {
+    f"test_{name}.py" for name in ("resume", "unlearning", "journeys", "x64", "tasks", "fuzz")
+}
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 

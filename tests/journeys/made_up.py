@@ -17,7 +17,7 @@ def story(rng: random.Random, sentences: int = 8) -> str:
     """A few sentences, no two stories alike."""
     words = (
         f"{rng.choice(WHO)} {rng.choice(DID)} {rng.choice(WHAT)} {rng.choice(END)}"
-        for _ in " " * sentences
+        for _ in range(sentences)
     )
     return " ".join(line[0].upper() + line[1:] for line in words)
 

@@ -1,4 +1,4 @@
-"""The journeys' steps: the issue's front-door list, as commands of bash in a checkout.
+"""The journeys' steps, as commands of bash in a checkout.
 
 $OUT is an empty folder with made-up texts in $OUT/texts; $SMOKE is ":smoke" where steps are to be
 small.
@@ -27,7 +27,7 @@ _STORIES = "--config.data.train=$OUT/texts/stories.jsonl"
 _EVALUATE = "python evaluate.py --model=$OUT/mine/lte --data=$OUT/texts/stories.jsonl"
 _WROTE = r"results\.json$"
 _THRESHOLD = r"^threshold set to 0\.\d+ "
-_SOURCES = ("parts", "parts/*.jsonl", "stories.txt", "stories.csv")
+_SOURCES = {"parts": True, "parts/*.jsonl": False, "stories.txt": True, "stories.csv": False}
 _MIX = "0.7 * $OUT/texts/stories.jsonl + 0.3 * $OUT/texts/stories.txt"
 
 _USER = """
@@ -92,10 +92,11 @@ JOURNEYS: dict[int, tuple[str, tuple[Step, ...]]] = {
         (
             *(
                 Step(
-                    f'{_SMALL} --workdir=$OUT/run-{i} --config.data.train="{where}"',
+                    f'{_SMALL} --workdir=$OUT/run-{i} --config.data.train="$OUT/texts/{name}"',
                     _THRESHOLD,
+                    alone=alone,
                 )
-                for i, where in enumerate(f"$OUT/texts/{name}" for name in _SOURCES)
+                for i, (name, alone) in enumerate(_SOURCES.items())
             ),
             Step(f'{_SMALL} --workdir=$OUT/run-mix --config.data.train="{_MIX}"', _THRESHOLD),
             Step(
@@ -109,9 +110,13 @@ JOURNEYS: dict[int, tuple[str, tuple[Step, ...]]] = {
         "What a run will do and need",
         (
             Step(
-                f"{_SMALL} --workdir=$OUT/run-0 --config.data.train=$OUT/texts/parts",
+                f"{_SMALL} --workdir=$OUT/run-plan {_STORIES} --config.stages.adapt.steps=0",
                 _THRESHOLD,
                 (r"^model +llama, \d", r"^disk +.* are free", r"^memory +", r"^experts +\d"),
+            ),
+            Step(
+                f"{_SMALL} --workdir=$OUT/run-plan {_STORIES} --config.stages.adapt.steps=0",
+                r"run-plan holds this run, finished",
             ),
             Step(
                 f"{_SMALL} --workdir=$OUT/run-batch {_STORIES} --config.optim.microbatches=3",
@@ -189,11 +194,11 @@ JOURNEYS: dict[int, tuple[str, tuple[Step, ...]]] = {
             Step(
                 f"{_EVALUATE} --records=8 --threshold=0.6",
                 r".",
-                (r"^\| lte \|", r"^Measured on 8 of \d+ records"),
+                (r"^\| LTE \|", r"^Measured on 8 of \d+ records"),
             ),
             Step(
                 "python evaluate.py --runs $OUT/demo $OUT/demo2 --out=$OUT/both",
-                _WROTE,
+                r"runs\.json$",
                 (r"^\| LTE .*±",),
             ),
         ),
