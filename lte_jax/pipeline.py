@@ -265,7 +265,7 @@ class _Run:
         written = report.write([results], root, figures)
         measured = f"Measured on {report.extent(results)}."
         print("", report.table([results]), measured, report.samples([results]), sep="\n")
-        print("wrote", *(f"  {path}" for path in written), sep="\n")
+        report.say_written(written)
         if not figures:
             print("no figures: pip install 'lte-jax[plot]', then python -m lte_jax.report")
         return model, params

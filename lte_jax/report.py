@@ -122,6 +122,13 @@ def write_tasks(
     atomic_write(out / "table.md", text)
     results = {"tasks": list(rows), "environment": environment(), "source": dict(source)}
     atomic_write(out / "results.json", as_json(results))
+    say_written([out / "table.md", out / "results.json"])
+
+
+def say_written(paths: Sequence[Path]) -> None:
+    """Prints the files that a report consists of, if any."""
+    if paths:
+        print("wrote", *(f"  {path}" for path in paths), sep="\n")
 
 
 def absent(results: Sequence[Results], out: Path, figures: bool = True) -> list[str]:

@@ -159,7 +159,8 @@ def test_the_script(lte, data, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     table = capsys.readouterr().out
     assert "| wikitext | perplexity / token, context and stride 16 | LTE |" in table
-    assert table.endswith("\nAll records were measured.\n\n")
+    assert "\nAll records were measured.\n" in table
+    assert table.endswith(f"wrote\n  {tmp_path}/out/table.md\n  {tmp_path}/out/results.json\n")
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [row["task"] for row in results["tasks"]] == ["wikitext"] + ["mmlu"] * 3
     report.write_tasks([], None, {"records": 1200})

@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         records, extent = _records(flags, chosen["tokenizer"])
         results = lte_jax.evaluate(model, params, records, prompt=flags.prompt, **chosen) | extent
         results |= {"environment": report.environment(), "source": vars(flags)}
-        if out is not None:
-            report.write([results], out, figures=not flags.no_figures)
+        written = [] if out is None else report.write([results], out, not flags.no_figures)
         measured = f"\nMeasured on {report.extent(results)}.\n"
         print(report.table([results]) + measured + report.samples([results]))
+        report.say_written(written)
 
 
 def _parser(prog: str | None) -> errors.Parser:
