@@ -194,15 +194,18 @@ def test_a_list_of_texts_gives_a_list_of_those_they_get_alone():
     assert text(prompts[:1]) == alone[:1]
 
 
-def test_a_chat_puts_the_prompt_in_the_template_and_ends_with_the_tokenizers_end():
+def test_a_chat_puts_the_prompt_in_the_template_and_ends_with_the_tokenizers_end(monkeypatch):
     pytest.importorskip("jinja2")
     model, params = make(vocab_size=259)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "<{{ messages[0].role }}>{{ messages[0].content }}<answer>"
+    given = []
+    spy = lambda *args, **settings: (given.append(args[2]), generate(*args, **settings))[1]  # noqa: E731
+    monkeypatch.setattr(sys.modules[generate_text.__module__], "generate", spy)
     said = generate_text(model, params, tokenizer, "Why?", chat=True, max_new_tokens=12, eos_ids=())
     ids = list(b"<user>Why?<answer>")  # and no token in front: the template says what is there
     [new] = generate(model, params, [ids], max_new_tokens=12, eos_ids=())
-    assert said == decode(tokenizer, new) and len(new) == 12
+    assert given == [[ids]] and said == decode(tokenizer, new) and len(new) == 12
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(new[4])
     stop = new.index(new[4])
     said = generate_text(model, params, tokenizer, ["Why?"], chat=True, max_new_tokens=12)

@@ -1,6 +1,7 @@
 """Kinds of cases that hurt what is said on a command line or in a call; see files.py."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -84,7 +85,8 @@ def settings(rng: random.Random, box: pathlib.Path) -> Case:
 
 def command(main: Callable[[], Any], program: str, arguments: list[str]) -> str:
     """Runs a program in this process; its one line `error: ...` is raised as a UserError."""
-    old, sys.argv = sys.argv, [program, *arguments]
+    old, sys.argv = (sys.argv, sys.stdin), [program, *arguments]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"def\n"))  # the worker's own is its list of cases
     try:
         main()
     except SystemExit as stopped:
@@ -100,7 +102,7 @@ def command(main: Callable[[], Any], program: str, arguments: list[str]) -> str:
         origin = stopped.__context__ or stopped
         raise lte_jax.UserError(last[at + 7 :]).with_traceback(origin.__traceback__) from None
     finally:
-        sys.argv = old
+        sys.argv, sys.stdin = old
     sys.stdout.flush()
     return "exit 0"
 
@@ -111,17 +113,21 @@ def script(name: str) -> Callable[[], Any]:
 
 
 def flags(rng: random.Random, box: pathlib.Path) -> Case:
-    """The flags of `lte-jax generate`, evaluate.py and train.py."""
-    from lte_jax.cli import generate
+    """The flags of `lte-jax generate` and `convert`, evaluate.py and train.py."""
+    from lte_jax.cli import convert, generate
 
     folder = copied("float32 in 1", box / "model")
     (box / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    which = rng.choice(("generate", "evaluate.py", "train.py"))
+    which = rng.choice(("generate", "convert", "evaluate.py", "train.py"))
     if which == "generate":
         given = {"": str(folder), " ": "def", "--max-new-tokens": "4", "--temperature": "0",
                  "--top-k": "5", "--top-p": "0.9", "--seed": "3", "--routing": "dense",
-                 "--implementation": "auto", "--dtype": "float32"}  # fmt: skip
+                 "--implementation": "auto", "--dtype": "float32",
+                 "--file": "texts.jsonl"}  # fmt: skip
         keep, main = {"", " ", "--max-new-tokens"}, generate.main
+    elif which == "convert":
+        given = {"": str(folder), " ": "out", "--dtype": "bfloat16"}
+        keep, main = {"", " ", "--dtype"}, convert.main
     elif which == "evaluate.py":
         given = {"--model": str(folder), "--data": "texts.jsonl", "--out": "out",
                  "--length": "16", "--records": "3", "--batch-size": "2", "--column": "text",
@@ -143,6 +149,7 @@ def flags(rng: random.Random, box: pathlib.Path) -> Case:
     if which == "evaluate.py":
         arguments.append("--no-figures")
     out = given.get("--out") or given.get("--workdir") or "out"
+    out = given.get(" ", "out") if which == "convert" else out
     writes = () if "\0" in out else (pathlib.Path(box, os.path.expanduser(out)),)
     told = " ".join(arguments).replace(str(box), "BOX")
     return Case(f"{which} {told}", lambda: command(main, which, arguments), writes)

@@ -5,6 +5,7 @@ the names are those of the list in which they were filed.
 """
 
 import clear_lines
+import front_door
 import hostile_files
 import lost_runs
 import quietly_worse
@@ -20,4 +21,5 @@ MUTANTS = [
     *hostile_files.MUTANTS,
     *strange_folders.MUTANTS,
     *clear_lines.MUTANTS,
+    *front_door.MUTANTS,
 ]
