@@ -47,7 +47,7 @@ PARSED_ONLY = {
     "git": "needs the network, or changes this checkout",
     "pytest": "would run tests within tests; its files are looked up",
     "pre-commit": "would install hooks into this checkout",
-    "train": "runs for minutes and needs models; tests/test_pipeline.py and others run train.py",
+    "train": "runs for minutes and needs models; tests/journeys runs what README says, made small",
     "evaluate": "needs a task's data; tests/test_measured_tasks.py runs them",
     "generate": "needs a model of its own",
     "convert": "needs a model of its own",
