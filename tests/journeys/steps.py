@@ -53,7 +53,7 @@ JOURNEYS: dict[int, tuple[str, tuple[Step, ...]]] = {
         "The first commands",
         (
             Step("make", r"make clean +remove"),
-            Step("make env", r"a minute or two$", alone=True),
+            Step("make env", r".", (r"a minute or two$",), alone=True),
             Step("make demo && mv runs/demo $OUT/demo", _WROTE, alone=True),
             Step(
                 "python train.py --config=configs/demo.py:smoke --workdir=$OUT/demo",
