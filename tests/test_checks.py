@@ -34,7 +34,7 @@ WRONG_TOKENS = [
     (lambda t: t / 2, r"is float64\[2, 6\]: expected integers"),
     (lambda t: t > 2, r"is bool\[2, 6\]: expected integers"),
     (lambda t: [[1, 2], [3]], "rows of different length.*mask"),
-    (lambda t: "Once", "expected integers"),
+    (lambda t: "Once", "is text: expected token ids"),
     (lambda t: np.zeros((1, 33), int), "a text of 33 tokens, but the model's max_length is 32"),
 ]
 WRONG_MASKS = [

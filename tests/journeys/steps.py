@@ -196,10 +196,20 @@ JOURNEYS: dict[int, tuple[str, tuple[Step, ...]]] = {
                 r".",
                 (r"^\| LTE \|", r"^Measured on 8 of \d+ records"),
             ),
-            Step(
-                "python evaluate.py --runs $OUT/demo $OUT/demo2 --out=$OUT/both",
-                r"runs\.json$",
-                (r"^\| LTE .*±",),
+            Step(  # the first run was no small one
+                "lte-jax train --config=demo:smoke --workdir=$OUT/demo3 --config.seed=2",
+                _WROTE,
+                alone=True,
+            ),
+            *(
+                Step(
+                    f"python evaluate.py --runs $OUT/demo2 $OUT/{other} --out=$OUT/both-{other}",
+                    r"runs\.json$",
+                    (r"^\| LTE .*±",),
+                    alone=other == "demo3",
+                    here=other == "demo",
+                )
+                for other in ("demo", "demo3")
             ),
         ),
     ),
