@@ -76,11 +76,7 @@ def prepare(
             f"data.task, one of {', '.join(tasks.TASKS)}"
         )
     _check_sizes(experiment, config, mesh)
-    named = experiment.source.tokenizer or experiment.source.path
-    if experiment.source.tokenizer == LEARNED:
-        tokenizer, named = _learned(experiment, task), ""
-    else:
-        tokenizer = hf.load_tokenizer(named) if named else data.byte_tokenizer()
+    tokenizer, named = _tokenizer(experiment, task)
     _check_sample(experiment, config, tokenizer)
 
     def load() -> tuple[Transformer, Any]:  # the dense model, for inference
@@ -106,6 +102,14 @@ def prepare(
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
     return Parts(config, source, tokenizer, records, task, inputs)
+
+
+def _tokenizer(experiment: Experiment, task: tasks.Task | None) -> tuple[Any, str]:
+    """The tokenizer, and the folder or hub id that it comes from; "" if it is made here."""
+    named = experiment.source.tokenizer or experiment.source.path
+    if experiment.source.tokenizer == LEARNED:
+        return _learned(experiment, task), ""
+    return (hf.load_tokenizer(named), named) if named else (data.byte_tokenizer(), "")
 
 
 def _records(experiment, task, tokenizer, config, end) -> tuple[data.Records, data.Records]:

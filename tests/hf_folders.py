@@ -1,19 +1,30 @@
 """Folders of models that tests load, change and complain about, beside those of hf_models.py."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from hf_models import config_json, write_folder
 
-from lte_jax import hf
+import lte_jax
+from lte_jax import data, hf
 from lte_jax.config import LTEConfig, UserError
 
 UP = "model.layers.0.mlp.up_proj.weight"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LTE = LTEConfig(expert_size=8, threshold=0.4375, calibration_records=3, target_sparsity=None)
+
+
+def of_bytes(folder):
+    """Writes a small random LTE model of bytes, with its tokenizer; returns the folder."""
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=259)
+    lte_jax.save(folder, *tiny.model_and_params(config=config))
+    data.byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def as_lte(folder, lte=LTE, seed=0):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import hf_folders
 import numpy as np
 import pytest
 import tiny
@@ -20,11 +21,7 @@ from lte_jax.config import LTEConfig
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An LTE model of bytes."""
-    made = tmp_path_factory.mktemp("model") / "lte"
-    config = tiny.dataclasses.replace(tiny.CONFIG, vocab_size=259)
-    lte_jax.save(made, *tiny.model_and_params(config=config))
-    data.byte_tokenizer().save_pretrained(made)
-    return made
+    return hf_folders.of_bytes(tmp_path_factory.mktemp("model") / "lte")
 
 
 def said(capsys, *words) -> str:

@@ -7,11 +7,10 @@ import runpy
 import subprocess
 import sys
 
+import hf_folders
 import pytest
-import tiny
 
 import lte_jax
-from lte_jax import data
 from lte_jax.cli import main
 from lte_jax.errors import MAX_LENGTH, UserError, argument, cli_errors
 
@@ -101,11 +100,7 @@ def test_arguments_that_are_not_utf8():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of bytes that can be run."""
-    made = tmp_path_factory.mktemp("model") / "lte"
-    config = tiny.dataclasses.replace(tiny.CONFIG, vocab_size=259)
-    lte_jax.save(made, *tiny.model_and_params(config=config))
-    data.byte_tokenizer().save_pretrained(made)
-    return made
+    return hf_folders.of_bytes(tmp_path_factory.mktemp("model") / "lte")
 
 
 def run(monkeypatch, *flags):
