@@ -128,8 +128,8 @@ def _source(experiment: Experiment) -> Path | None:
     if not path:
         if experiment.stages.finetune.steps == 0:
             raise UserError(
-                "source.path is empty and stages.finetune.steps=0: name a model, or set some steps "
-                "to train one from random weights"
+                "source.path is empty and stages.finetune.steps=0: name a model "
+                "(--config.source.path=MODEL), or set some steps to train one from random weights"
             )
         return None
     folder = hf.resolve(path)

@@ -19,6 +19,7 @@ from lte_jax.errors import Parser
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLAMA = str(ROOT / "configs/llama7b.py")
+TARGET = "float, strictly between 0 and 1, such as 0.7 for 70%; or None"  # in --help
 START = """
 from lte_jax import config
 
@@ -132,6 +133,7 @@ BAD_OVERRIDES = {
     "lte.expert_size=0": "config.lte.expert_size=0: expected a positive integer",
     "lte.target_sparsity=0": "config.lte.target_sparsity=0.0: expected strictly between 0 and 1",
     "lte.target_sparsity=1.0": "config.lte.target_sparsity=1.0: expected strictly between 0 and 1",
+    "lte.target_sparsity=70": "expected strictly between 0 and 1, such as 0.7 for 70%, or None",
     "lte.target_sparsity=nan": "config.lte.target_sparsity='nan': expected float",
     "lte.grouping=kmean": "expected one of 'kmeans', 'coactivation', 'random'",
     "lte.efficiency_power=3": "expected one of 1, 2",
@@ -329,19 +331,33 @@ def test_presets_survive_the_way_through_a_config_dict():
 @pytest.mark.parametrize(
     "flags, code, expected",
     [
-        (["--help"], 0, "lte.target_sparsity = 0.5  (float, strictly between 0 and 1; or None)"),
+        (["--help"], 0, f"lte.target_sparsity = 0.5  ({TARGET})"),
         (["--workdir=w", "--config=no.py"], 2, "error: no config file 'no.py'"),
         (["--workdir=", "--config=configs/demo.py:smoke"], 2, "error: workdir is empty"),
         (["--workdir=w", "--config=~/no.py"], 2, "error: no config file '/"),
         (["--workdir=w"], 2, "--config"),
         (["--workdir=w", "--config=configs/llama7b.py:smoke", "--confg.seed=1"], 2, "--confg.seed"),
         (
+            ["--workdir=w", "--config=demo", "--config.lte.target_sparsity", "0.7"],
+            2,
+            "unrecognized 0.7 (a key is set by --config.KEY=VALUE, with =, not a space)",
+        ),
+        (
             ["--workdir=w", "--config=configs/llama7b.py:smoke", "--config.lte.thresold=1"],
             2,
             "error: unknown key config.lte.thresold: did you mean config.lte.threshold?",
         ),
     ],
-    ids=["help", "no-file", "no-workdir", "home", "no-config", "unknown-flag", "unknown-key"],
+    ids=[
+        "help",
+        "no-file",
+        "no-workdir",
+        "home",
+        "no-config",
+        "unknown-flag",
+        "space",
+        "unknown-key",
+    ],
 )
 def test_bad_input_train_flags(flags, code, expected, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -401,7 +417,7 @@ def test_help_of_a_config_shows_the_values_of_the_file_and_flags(capsys):
     assert "  lte.expert_size = 16  (int, a positive integer)" in lines
     assert "  seed = 7  (int, zero or more)" in lines
     paper = _help(capsys, f"{demo}:paper")
-    assert "  lte.target_sparsity = None  (float, strictly between 0 and 1; or None)" in paper
+    assert f"  lte.target_sparsity = None  ({TARGET})" in paper
     with pytest.raises(config.UserError, match=r"no config file 'no.py'"):
         config.parse_flags(Parser(), ["--help", "--config", "no.py"])
 

@@ -68,6 +68,17 @@ def test_a_pretrained_model_is_asked_which_token_it_expects(texts):
     assert data.end_token(texts, tokenizer, CONFIG, lambda: (model, params)) == 513 - likelier
 
 
+def test_the_choice_is_logged_in_words(texts, monkeypatch, caplog):
+    monkeypatch.setattr(data.ends, "end_probabilities", lambda *_: [0.0026, 0.0015])
+    with caplog.at_level("INFO", "lte_jax"):
+        end = data.end_token(texts, data.byte_tokenizer(), CONFIG, lambda: (None, {}))
+    assert end == 256
+    assert caplog.messages == [
+        "training documents end with token 256 '<s>': of the candidates the likeliest after a text "
+        "(0.0026; 257 '</s>': 0.0015); data.end_token sets another"
+    ]
+
+
 @pytest.mark.parametrize(("name", "mean"), [("stories260k", 0.685), ("babyllama", 0.57)])
 def test_real_models_expect_the_beginning_of_the_next_text(shared, name, mean, monkeypatch):
     model, params = lte_jax.load(shared / "models" / name)

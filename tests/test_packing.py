@@ -348,7 +348,7 @@ def told(error: pytest.ExceptionInfo, *parts: str) -> None:
         ({"validation": "TRAIN"}, ["is the training text", "hold out"]),
         (
             {"train": "ONE", "validation": ""},
-            ["one document of 15 tokens", "too short", "name a validation source"],
+            ["one document of 15 tokens", "too short", "add text, lower data.length, or name a"],
         ),
     ],
     ids=str,

@@ -35,7 +35,7 @@ def refused(experiment, tmp_path, monkeypatch, *words):
 
 WRONG = {
     "no-such-file": ({"data": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl"]),
-    "no-text": ({"data": {"train": ""}}, ["data.train is empty"]),
+    "no-text": ({"data": {"train": ""}}, ["data.train is empty", "(--config.data.train=TEXTS)"]),
     "length": ({"data": {"length": 64}}, ["64", "32"]),
     "batch-size": ({"data": {"batch_size": 12}}, ["batch_size=12", "8 devices"]),
     "mesh": ({"mesh": {"data": 3}}, ["8 devices", "data=3"]),

@@ -392,7 +392,7 @@ def test_the_config_for_own_checkpoints_is_neutral(here):
         assert made.stages.finetune.steps == 0  # so that a missing model is an error
     own = ["data.train=texts.txt"]
     no_model = lambda: lte_jax.train(config.load_config("finetune", own), "run")  # noqa: E731
-    refused("source.path is empty", "name a model", call=no_model)
+    refused("source.path is empty", "name a model (--config.source.path=MODEL)", call=no_model)
     assert not (here / "run").exists()
 
 

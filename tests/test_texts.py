@@ -113,7 +113,7 @@ FILES = {
         "a.jsonl",
         GOOD,
         "txt",
-        ["a.jsonl:1: no column 'txt'", "columns: text", "did you mean 'text'"],
+        ["a.jsonl:1: no column 'txt'", "did you mean 'text'? (data.column, or --column)"],
     ),
     "column gone halfway": ("a.jsonl", GOOD + b'{"story": "b"}\n', "text", ["a.jsonl:2", "story"]),
     "no columns": ("a.jsonl", b"{}\n", "text", ["a.jsonl:1: no column 'text'", "none"]),

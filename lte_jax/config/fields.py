@@ -65,7 +65,11 @@ Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "within [0, 1]")]
 Decay = Annotated[float, Range(lambda x: 0 <= x < 1, "in [0, 1)")]
 Inside = Annotated[float, Range(lambda x: 0 < x < 1, "strictly between 0 and 1, such as 0.5")]
 Target = Annotated[
-    float, Range(lambda x: 0 < x < 1, "strictly between 0 and 1, or None: fixed efficiency_weight")
+    float,
+    Range(
+        lambda x: 0 < x < 1,
+        "strictly between 0 and 1, such as 0.7 for 70%, or None: fixed efficiency_weight",
+    ),
 ]
 
 

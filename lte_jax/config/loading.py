@@ -193,7 +193,8 @@ def parse_flags(
         parser.epilog = _help(argv)
     flags, rest = parser.parse_known_args(argv)
     if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
-        parser.error(f"unrecognized {' '.join(wrong)} (a key is set by --config.KEY=VALUE)")
+        how = "a key is set by --config.KEY=VALUE, with =, not a space"
+        parser.error(f"unrecognized {' '.join(wrong)} ({how})")
     return flags, load_config(flags.config, [flag.removeprefix("--config.") for flag in rest])
 
 

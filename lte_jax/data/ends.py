@@ -71,9 +71,19 @@ def end_token(
     texts = read_texts(data.train, data.column, data.newline, limit, "train", data.join)
     documents = tokenize(texts, tokenizer)
     means = end_probabilities(*load(), documents, candidates, data.length)
-    by_id = dict(zip(candidates, means, strict=True))
-    log.info("mean probability after a text's last token: %s", by_id)
-    return max(by_id, key=by_id.__getitem__)
+    likely = zip(means, candidates, strict=True)
+    (most, end), *others = sorted(likely, key=lambda pair: -pair[0])
+    log.info(
+        "training documents end with token %s: of the candidates the likeliest after a text (%s); "
+        "data.end_token sets another",
+        _named(end, tokenizer),
+        "; ".join([f"{most:.2g}", *(f"{_named(i, tokenizer)}: {p:.2g}" for p, i in others)]),
+    )
+    return end
+
+
+def _named(token: int, tokenizer: Any) -> str:
+    return f"{token} {tokenizer.convert_ids_to_tokens(token)!r}"
 
 
 def end_probabilities(

@@ -228,7 +228,8 @@ def check(data: DataConfig, tokenizer: Any, model_config: ModelConfig) -> None:
     """Refuses sources and lengths that do not fit the model, before anything is read."""
     if not data.train:
         raise UserError(
-            "data.train is empty: expected a file, a folder, a hub dataset or 'python-stdlib'"
+            "data.train is empty: expected a file, a folder, a hub dataset or 'python-stdlib' "
+            "(--config.data.train=TEXTS)"
         )
     if data.length > model_config.max_length:
         raise UserError(
@@ -310,7 +311,8 @@ def _hold_out(
         if len(documents) < 2:
             raise UserError(
                 f"data.validation is '' and {name} is one document of {whole} tokens, too short to "
-                f"hold any records of {length} out: name a validation source"
+                f"hold any records of {length} out: add text, lower data.length, or name a "
+                "validation source"
             )
         held = {min(order, key=lambda i: len(documents[i]))}
     ended = [_with_end(ids, end, length) for ids in documents]

@@ -14,6 +14,7 @@ from lte_jax.data.sources import is_stdlib, local_files, parts, read_rows
 from lte_jax.errors import UserError, nearest
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # alone, which is no character
+_SET_BY = " (data.column, or --column)"  # the column of texts; those of a task are its own
 
 
 def read_texts(
@@ -89,7 +90,7 @@ def read_each(
 def _texts(rows: Iterator[tuple[str, Any]], column: str, empty: bool) -> Iterator[str]:
     """The text of each record, empty ones too if `empty`."""
     texts = (
-        str(row) if isinstance(row, WholeText) else text_of(row, column, where)
+        str(row) if isinstance(row, WholeText) else text_of(row, column, where, _SET_BY)
         for where, row in rows
     )
     return (text for text in texts if text or empty)
@@ -127,9 +128,9 @@ def count_texts(
     return number if number <= most else None
 
 
-def text_of(row: Any, column: str, where: str) -> str:
-    """The text in a column of a record."""
-    value = value_of(row, column, where)
+def text_of(row: Any, column: str, where: str, set_by: str = "") -> str:
+    """The text in a column of a record; `set_by` says what names the column, for the error."""
+    value = value_of(row, column, where, set_by)
     if not isinstance(value, str):
         kind, textual = type(value).__name__, [c for c in row if isinstance(row[c], str)]
         raise UserError(
@@ -139,14 +140,14 @@ def text_of(row: Any, column: str, where: str) -> str:
     return value
 
 
-def value_of(row: Any, column: str, where: str) -> Any:
-    """What a column of a record holds."""
+def value_of(row: Any, column: str, where: str, set_by: str = "") -> Any:
+    """What a column of a record holds; `set_by` as in `text_of`."""
     if not isinstance(row, Mapping):
         kind = type(row).__name__
         raise UserError(f'{where}: a JSON {kind}: expected an object such as {{"{column}": "..."}}')
     if column not in row:
         raise UserError(
             f"{where}: no column {column!r} (columns: {', '.join(row) or 'none'}): "
-            f"{nearest(column, row)}"
+            f"{nearest(column, row)}{set_by}"
         )
     return row[column]

@@ -101,8 +101,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "4 a pretrained model is not asked what it expects",
         "lte_jax/data/ends.py",
-        "return max(by_id, key=by_id.__getitem__)",
-        "return candidates[0]",
+        "sorted(likely, key=lambda pair: -pair[0])",
+        "list(likely)",
         "tests/test_ends.py::test_a_pretrained_model_is_asked_which_token_it_expects",
     ),
     Mutant(
