@@ -177,6 +177,24 @@ def test_bad_input_evaluate_flags_are_found_before_a_model_is_loaded(
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--workdir=w", "--threshold=0.6", "--out=o"), "takes no other flags: leave out"),
+        (("--workdir=w", "--runs", "a", "b"), "--workdir takes no other flags: leave out --runs"),
+        (
+            ("--runs", "a", "b", "--out=o", "--batch-size=2"),
+            "--runs takes --out and --no-figures alone: leave out --batch-size",
+        ),
+    ],
+)
+def test_bad_input_flags_that_would_be_ignored(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_cli_errors_hide_no_bug():
     with pytest.raises(ValueError, match="bug"), cli_errors():
         raise ValueError("bug")

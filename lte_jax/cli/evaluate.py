@@ -26,9 +26,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         flags = parser.parse_args(argv)
         out = files.expand(flags.out, "--out") if flags.out is not None else None
         if flags.workdir is not None:
+            _refuse_beside("workdir", flags, parser)
             pipeline.report_again(flags.workdir)
             return
         if flags.runs is not None:
+            _refuse_beside("runs", flags, parser, "out", "no_figures")
             return _together(flags, out)
         if flags.model is None or not (flags.tasks or flags.data):
             parser.error("give --model and --data; or --model and --tasks; or --workdir; or --runs")
@@ -73,6 +75,17 @@ def _parser(prog: str | None) -> errors.Parser:
     add("--out", help="output folder")
     add("--no-figures", action="store_true")
     return parser
+
+
+def _refuse_beside(mode: str, flags: Namespace, parser: errors.Parser, *taken: str) -> None:
+    """Ends the program where flags are given that `--mode` would ignore."""
+    unset = vars(parser.parse_args([]))
+    ignored = [key for key in unset if getattr(flags, key) != unset[key]]
+    ignored = ["--" + k.replace("_", "-") for k in ignored if k not in (mode, *taken)]
+    if ignored:
+        several = " and ".join("--" + key.replace("_", "-") for key in taken)
+        takes = f"takes {several} alone" if taken else "takes no other flags"
+        parser.error(f"--{mode} {takes}: leave out {', '.join(ignored)}")
 
 
 def _number(text: str) -> int | str:
