@@ -97,6 +97,17 @@ def test_bad_input_the_work_directory_for_its_model(run):
         assert_complains(lambda load=load: load(run), run, "work directory of a run", run / "lte")
 
 
+def test_bad_input_a_model_that_a_run_has_not_written_yet(run, monkeypatch):
+    (run / "experiment.json").write_text("{}")
+    (run / "lte").rename(run / "dense")
+    monkeypatch.chdir(run)
+    for spelled, where in ((run / "lte", run), ("../demo/lte", "../demo"), ("lte", ".")):
+        words = f"{where} is a run without lte/: run its train.py command again to finish it; it"
+        assert_complains(lambda path=spelled: lte_jax.load(path), f"{words} has dense/")
+    (run / "experiment.json").unlink()
+    assert_complains(lambda: lte_jax.load(run / "lte"), f"{run / 'lte'}: no such folder")
+
+
 @pytest.mark.parametrize(
     ("spelled", "meant"), [("demo/ltee", "demo/lte"), ("dmo/lte", "demo"), ("dem", "demo")]
 )

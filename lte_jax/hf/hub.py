@@ -10,8 +10,9 @@ from urllib.parse import unquote
 
 from lte_jax.errors import UserError, one_line
 from lte_jax.files import expand, mirrored
-from lte_jax.hf.folder import COMPANIONS
+from lte_jax.hf.folder import COMPANIONS, CONFIG
 
+_MODELS_OF_A_RUN = ("dense", "experts", "lte")  # in its work directory
 _NAME = r"\w[\w.-]*"
 _HUB_ID = re.compile(rf"(?P<id>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[\w./-]+))?/*")
 _HUB_URL = re.compile(
@@ -38,10 +39,12 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if os.path.lexists(folder):
         raise UserError(f"{folder} is a file: expected the folder of a model")
     spelled = str(path_or_hub_id)
+    if unfinished := _of_an_unfinished_run(folder):
+        raise UserError(unfinished)
     named = _HUB_URL.fullmatch(spelled) or _HUB_ID.fullmatch(spelled)
     if named is None:
         raise UserError(
-            f"{spelled} is not a local folder, and not spelled like a hub id (owner/name, "
+            f"{spelled}: no such folder, and not spelled like a hub id (owner/name, "
             f"owner/name@revision): {_near(folder) or 'correct the path'}"
         )
     if named["revision"] is None and (local := mirrored(named["id"])) is not None:
@@ -64,6 +67,18 @@ def resolve(path_or_hub_id: str | Path) -> Path:
             f"({type(e).__name__}: {one_line(e)}): "
             f"{_near(folder) or 'correct the path, go online, or log in'}"
         ) from None
+
+
+def _of_an_unfinished_run(folder: Path) -> str | None:
+    """What to do about a model that a run has not written yet; None for other folders."""
+    run = folder.parent
+    if folder.name not in _MODELS_OF_A_RUN or not os.path.isfile(run / "experiment.json"):
+        return None
+    held = [f"{name}/" for name in _MODELS_OF_A_RUN if os.path.isfile(run / name / CONFIG)]
+    has = f"; it has {' and '.join(held)}" if held else ""
+    return (
+        f"{run} is a run without {folder.name}/: run its train.py command again to finish it{has}"
+    )
 
 
 def _near(folder: Path) -> str | None:
