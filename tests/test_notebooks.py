@@ -125,6 +125,19 @@ def test_notebook_begins_with_its_badge_and_installs(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_may_be_run_again(notebook, tmp_path, monkeypatch):
+    """In a checkout that is called lte_jax, as its package is."""
+    for name in ("lte_jax", "notebooks"):
+        (tmp_path / "lte_jax" / name).mkdir(parents=True)
+    (tmp_path / "lte_jax/lte_jax/__init__.py").touch()
+    monkeypatch.chdir(tmp_path / "lte_jax/notebooks")
+    cell = re.sub(r"%pip .*", "raise AssertionError('it installs')", cells(notebook)[0])
+    for _ in range(2):
+        exec(cell, {})
+        assert pathlib.Path.cwd() == tmp_path / "lte_jax"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_kept_without_outputs(notebook):
     for cell in json.loads(notebook.read_text())["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count"), cell["id"]
