@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures everything on a GPU in under nine minutes: block sizes, the FFN kernel, decoding.
+# Measures everything on a GPU: block sizes, the FFN kernel, decoding. It is meant to take nine
+# minutes, and has not run yet.
 #
 #     benchmarks/gpu.sh [FOLDER]          (default benchmarks/results)
 #
@@ -22,7 +23,7 @@ if reason := kernels.unavailable("triton"):
     raise SystemExit(f"error: the Triton kernels cannot run: {reason}")
 CHECK
 
-# Nine minutes in all: 1.5 of tests, 2 of tuning, 2 of the FFN, 3 of decoding.
+# Meant to take 1.5 of tests, 2 of tuning, 2 of the FFN, 3 of decoding; in minutes.
 timeout 90 "$python" -m pytest -q tests/test_kernels.py -k triton -p no:cacheprovider |
   tee "$parts/tests.log" || echo "FAILED or cut short: see $parts/tests.log"
 timeout 120 "$python" -m lte_jax.kernels.tune --rows 1 |

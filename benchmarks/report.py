@@ -28,6 +28,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "kernels.png"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+LEGEND = """\
+Weights are random, and so is the choice of experts: each row of a batch by itself (`uniform`), or
+with favourites in common (`skewed`). `sparsity` is the share of experts that a row skips, `union`
+that of the experts that no row of the batch uses. Dense is a layer, or a model, with all experts
+on: by the faster of plain JAX (`plain`) and these kernels (`kernel`). `floor ms` is the bytes to
+be read over the bandwidth of a plain pass over an array (on a GPU, of a copy), measured in the
+same run; kernels can exceed it. `used` is the floor over the time, `predicted` the ratio of the
+bytes that a step reads, sparse over dense. A CPU's model is not noted.
+
+"""
 _TABLES = {"ffn": ffn.table, "decode": decode.table}
 _TITLES = {
     "ffn": "One FFN layer of LLaMA2-7B (4096 x 11008, experts of 32)",
@@ -155,7 +165,7 @@ def main() -> None:
             raise UserError(f"{flags.readme}: expected the marks {BEGIN} and {END}")
         text = summary(flags.results, whole=False)
         atomic_write(flags.readme, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-        atomic_write(flags.results / "README.md", summary(flags.results, whole=True))
+        atomic_write(flags.results / "README.md", LEGEND + summary(flags.results, whole=True))
         figure(flags.results, flags.figure)
         print(f"wrote {flags.readme} and {flags.figure}")
 

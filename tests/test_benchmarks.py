@@ -73,6 +73,15 @@ def test_report(measured, tmp_path):
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
+def test_the_tables_here_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks/report.py"))
+    results, summary = script["RESULTS"], script["summary"]
+    whole = script["LEGEND"] + summary(results, whole=True)
+    assert (results / "README.md").read_text() == whole
+    assert summary(results, whole=False) in (ROOT / "README.md").read_text()
+
+
 def test_bad_input_to_the_report(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": 3}')
     for name, match in (("other.json", "not of ffn.py or decode.py"), ("absent.json", "absent")):
