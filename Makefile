@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := dev,plot,tasks,tensorboard
+EXTRAS := data,dev,plot,tasks,tensorboard
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # One worker per core, whole files, in the order of tests/conftest.py.
@@ -23,7 +23,7 @@ help:  ## this list
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python " \
 	  + sys.version.split()[0] + ": 3.11 or later is needed, such as make PYTHON=python3.12")'
-	@echo "making $(VENV) with lte-jax[$(EXTRAS)]: 1.5 GB, a minute or two"
+	@echo "making $(VENV) with lte-jax[$(EXTRAS)]: 1.7 GB, a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# Not compiled, which takes half a minute: Python compiles what it imports, a fifth of it.
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \

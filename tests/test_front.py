@@ -77,6 +77,19 @@ def test_issue_forms_are_whole(name):
     assert len({part["id"] for part in form["body"]}) == len(form["body"])
 
 
+def test_the_environment_can_do_what_readme_says():
+    """`make env`, and README's line for an environment of one's own: texts of the hub among it."""
+    [extras] = re.findall(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    [own] = re.findall(r"pip install -e '\.\[([\w-]+,[\w,-]+)\]'", (ROOT / "README.md").read_text())
+    assert {"data", "plot", "tasks"} == {*own.split(",")} <= {*extras.split(",")}
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for extra in own.split(","):
+        wanted = {
+            re.match(r"[\w-]+", r)[0].lower() for r in PROJECT["optional-dependencies"][extra]
+        }
+        assert wanted <= {*pinned}, f"constraints.txt has no version of {wanted - {*pinned}}"
+
+
 def test_the_citation_agrees_with_the_package():
     cited = _read("CITATION.cff")
     assert cited["cff-version"] == "1.2.0" and cited["message"] and cited["title"]

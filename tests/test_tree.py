@@ -7,6 +7,7 @@ import stands. A new module gets its number here.
 import ast
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -96,6 +97,17 @@ def test_nothing_imports_by_a_name_that_others_own(file):
 def test_configs_see_only_config(file):
     rooms = set(map(_room, _imports(file.read_text(), file)))
     assert rooms <= {None, "lte_jax.config"}
+
+
+def test_readme_lists_the_rooms_in_their_order():
+    """Its table "Where things are": a row holds neighbours in ORDER, each room stands once."""
+    table = (ROOT / "README.md").read_text().partition("\n## Where things are\n")[2]
+    cells = "\n".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    named = re.findall(r"`(?:lte_jax/)?(\w+)(?:\.py|/)`", cells.replace("`kernels/`", ""))
+    listed = [f"lte_jax.{name}" for name in named if f"lte_jax.{name}" in ORDER]
+    assert listed == sorted(listed, key=ORDER.__getitem__)
+    rooms = {room for room in ORDER if room.count(".") == 1 and room != "lte_jax.__main__"}
+    assert len(listed) == len(set(listed)) and set(listed) == rooms
 
 
 def test_each_way_of_importing_is_seen():
