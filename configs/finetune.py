@@ -12,10 +12,14 @@ recomputed activations, matrices spread over all devices, 1,000 steps of 32,768 
 
 Cost:   8 FLOPs per parameter and token (the dense model's forward pass, and the sparse one's
         forward and backward), with recomputing 10: 135 M parameters 1.1e15, 7 B (large) 2.3e18.
-        Measured: a Llama of 1 M parameters, seven minutes of CPU time. The run opens with the disk
-        and memory it takes.
-Expect: that Llama on TinyStories, dense perplexity 2.403: 2.576 (+7.2%) with half of the FFN
-        skipped. Others are not measured.
+        The first takes six hours of one core at 55 GFLOP/s, which a step of MiniLM reaches there
+        (docs/log.md): computed, not measured. Measured: a Llama of 1 M parameters, seven minutes of
+        CPU time. The run opens with the disk and memory it takes.
+Expect: babyllama of docs/results.md, not fine-tuned, on TinyStories, dense perplexity 2.403: 2.576
+        (+7.2%) with half of the FFN skipped. Others are not measured.
+
+A first try takes a tenth of the time, and needs no texts of yours:
+--config.data.train=python-stdlib --config.stages.router.steps=40 --config.stages.adapt.steps=10.
 
 If data.length is more than the model can read, or lte.expert_size does not divide its FFN, an error
 says which values do. Words, joined by commas: ":large", ":paper" (the paper's losses), ":smoke" (a
