@@ -93,6 +93,24 @@ def distillation(
     return jnp.sum(jnp.where(token_mask_BL, kl_BL, 0.0)) / count
 
 
+@jax.named_scope("hidden_distillation")
+def hidden_distillation(
+    x_NBLD: Float[Array, "N B L D"],
+    teacher_NBLD: Float[Array, "N B L D"],
+    token_mask_BL: Bool[Array, "B L"],
+    count: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Squared distance of each layer's FFN input to the teacher's, over the latter's square.
+
+    The mean over layers and real tokens. It tells every layer what to keep, where the KL of the
+    outputs tells only the sum of all.
+    """
+    x_NBLD, teacher_NBLD = x_NBLD.astype(jnp.float32), teacher_NBLD.astype(jnp.float32)
+    square_NBL = jnp.sum(teacher_NBLD**2, axis=-1)
+    share_NBL = jnp.sum((x_NBLD - teacher_NBLD) ** 2, axis=-1) / jnp.maximum(square_NBL, 1e-6)
+    return jnp.sum(jnp.where(token_mask_BL[None], share_NBL, 0.0)) / (len(share_NBL) * count)
+
+
 @jax.named_scope("efficiency")
 def efficiency(
     scores_NBLE: Float[Array, "N B L E"],

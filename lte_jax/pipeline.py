@@ -224,7 +224,7 @@ class _Run:
         model, params = self._load(self.paths.experts)
         assert model.lte is not None
         control = SparsityController.start(model.lte)
-        distils = any(stage.distill_weight for stage in self.stages())
+        distils = any(stage.taught for stage in self.stages())
         teacher = jax.tree.map(jnp.copy, params) if distils else None
         for stage in self.stages():
             if stage.sparse:

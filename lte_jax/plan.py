@@ -59,7 +59,7 @@ class Plan:
     def of(cls, experiment: Experiment, parts: Parts, mesh: jax.sharding.Mesh) -> Plan:
         """Counts, with nothing allocated."""
         made = stages.make(experiment.stages, experiment.lte)
-        distils = any(stage.distill_weight for stage in made)
+        distils = any(stage.taught for stage in made)
         needs = (_needs(stage, experiment, parts.config, mesh, distils) for stage in made)
         return cls(experiment, parts, mesh, tuple(needs))
 

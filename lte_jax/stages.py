@@ -29,6 +29,7 @@ class Stage:
     rules: tuple[Rule, ...]  # (path pattern, learning-rate multiplier or None = frozen)
     task_weight: float = 1.0
     distill_weight: float = 0.0
+    hidden_distill_weight: float = 0.0
     efficiency: bool = False  # weighted by the SparsityController
     separability_weight: float = 0.0  # lambda of Eq. 6
     steer: Literal["weight", "threshold"] | None = None
@@ -38,6 +39,11 @@ class Stage:
     def sparse(self) -> bool:
         """Whether it trains a model with experts, not the dense one."""
         return kind(self.routing).routed
+
+    @property
+    def taught(self) -> bool:
+        """Whether it needs the dense model beside the one that it trains."""
+        return self.distill_weight > 0 or self.hidden_distill_weight > 0
 
 
 def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
@@ -63,6 +69,7 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
         ((".*/router/.*", stages.router.router_lr_multiplier), (".*", 1.0)),
         task_weight=task,
         distill_weight=distill,
+        hidden_distill_weight=lte.hidden_distill_weight,
         efficiency=True,
         separability_weight=lte.separability_weight,
         steer="weight" if sparse else None,
@@ -75,6 +82,7 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
         ((".*/router/.*", None), (".*", 1.0)),
         task_weight=task,
         distill_weight=distill,
+        hidden_distill_weight=lte.hidden_distill_weight,
         steer="threshold" if sparse and kind(served).by_threshold else None,
     )
     return tuple(stage for stage in (finetune, router, adapt) if stage.config.steps)

@@ -45,20 +45,33 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
     """
     student = model.clone(dropout=stage.config.dropout)
 
+    def run(net, params, batch, **options):
+        """The output, and the FFN inputs [N, B, L, D] if they have a loss."""
+        if not stage.hidden_distill_weight:
+            return forward(net, params, batch, **options), None
+        out, sown = forward(net, params, batch, mutable="intermediates", **options)
+        return out, sown["intermediates"]["layers"]["ffn"]["ffn_input"][0]
+
     def loss(params, teacher, batch, control, counts, key=None):
         real, threshold = batch["segments"] > 0, control.threshold
         options = {"routing": stage.routing, "threshold": threshold}
         if key is not None and student.dropout:
             options["rngs"] = {"dropout": key}
-        out = forward(student, params, batch, **options)
+        out, read_NBLD = run(student, params, batch, **options)
         task = task_loss(model, out.logits, batch, counts["predicted"])
         total, parts = stage.task_weight * task, {"loss": task}
-        if stage.distill_weight:
+        if stage.taught:
             with jax.named_scope("teacher"):
-                dense = forward(model, teacher, batch, routing="dense")
+                dense, taught_NBLD = run(model, teacher, batch, routing="dense")
+        if stage.distill_weight:
             mask, count = distilled(model, batch), counts["distilled"]
             parts["distill"] = losses.distillation(out.logits, dense.logits, mask, count)
             total += stage.distill_weight * parts["distill"]
+        if stage.hidden_distill_weight:
+            parts["distill_hidden"] = losses.hidden_distillation(
+                read_NBLD, taught_NBLD, real, counts["real"]
+            )
+            total += stage.hidden_distill_weight * parts["distill_hidden"]
         if out.scores is not None:
             count, power = counts["real"], model.lte.efficiency_power
             parts["active_fraction_N"] = losses.layer_means(out.active, real, count)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 SHOWN = (
     "loss",
     "distill",
+    "distill_hidden",
     "sparsity",
     "tokens_per_second",
     "validation_loss",

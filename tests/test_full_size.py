@@ -219,7 +219,7 @@ def lower(name, model, experiment, shape, tensor=2):
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
-        teacher = placed(params, shardings.params) if stage.distill_weight else None
+        teacher = placed(params, shardings.params) if stage.taught else None
         lowered = step.lower(placed(state, shardings), batch, teacher)
     out_state, metrics = lowered.out_info
     assert count(out_state.params) == count(params)

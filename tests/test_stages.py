@@ -201,7 +201,7 @@ def test_distillation_acts_on_the_last_token_of_a_text():
 
 def test_microbatches_add_up_to_the_whole_batch():
     model, params = tiny.model_and_params()
-    stage = tiny.stage("router", task_weight=0.5, distill_weight=0.5)
+    stage = tiny.stage("router", task_weight=0.5, distill_weight=0.5, hidden_distill_weight=0.5)
     whole, _ = steps(stage, model, params, 2)
     parts, _ = steps(stage, model, params, 2, dataclasses.replace(tiny.OPTIM, microbatches=4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), whole, parts)
@@ -246,6 +246,7 @@ def test_what_each_stage_is():
 def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
     """Each with its weight; the teacher is the dense model, in either stage."""
     lte = LTEConfig(expert_size=8, distill_weight=0.75, separability_weight=0.3, threshold=0.4)
+    lte = dataclasses.replace(lte, hidden_distill_weight=0.6)
     model, params = tiny.model_and_params(lte)
     teacher, batch = jax.tree.map(lambda p: p * 1.1, params), tiny.batch(2)
     segments, real = batch["segments"], batch["segments"] > 0
@@ -259,10 +260,14 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
     total, parts = training_step.make_loss(model, stage)(params, teacher, batch, control, count)
 
     def out(params, routing):
-        return model.apply({"params": params}, batch["tokens"], routing=routing, mask=segments)
+        how = {"routing": routing, "mask": segments, "mutable": "intermediates"}
+        found, sown = model.apply({"params": params}, batch["tokens"], **how)
+        return found, sown["intermediates"]["layers"]["ffn"]["ffn_input"][0]
 
-    mine, dense = out(params, stage.routing), out(teacher, "dense")
+    (mine, x_NBLD), (dense, taught_NBLD) = out(params, stage.routing), out(teacher, "dense")
+    far_NBL = np.sum((x_NBLD - taught_NBLD) ** 2, axis=3) / np.sum(taught_NBLD**2, axis=3)
     expected = {
+        "distill_hidden": np.mean(far_NBL[:, real]),
         "loss": losses.cross_entropy(
             mine.logits, batch["tokens"], losses.loss_mask(segments), count["predicted"]
         ),
@@ -270,7 +275,7 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_parts(name):
         "efficiency": losses.efficiency(mine.scores, real, count["real"], 2),
         "active_fraction": 1.0 - mine.sparsity,
     }
-    weights = {"loss": 0.25, "distill": 0.75}
+    weights = {"loss": 0.25, "distill": 0.75, "distill_hidden": 0.6}
     if name == "router":
         weights |= {"efficiency": 2.0, "separability": 0.3}
         expected["separability"] = losses.separability(mine.scores, real, count["real"], 0.4, 1e-2)

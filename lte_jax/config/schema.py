@@ -188,6 +188,8 @@ class LTEConfig(Checked):
     separability_weight: NotNegative = 0.0  # lambda of Eq. 6; 0.5 in the paper
     separability_eps: Positive = 1e-2  # guard against division by zero in Eq. 5
     distill_weight: Share = 1.0  # 1: only the KL to the dense model; 0: only the task loss
+    # Weight of the squared distance of each FFN's input to the dense model's, over its square.
+    hidden_distill_weight: NotNegative = 0.0
 
     def wanted_sparsity(self, who: str) -> float:
         """`target_sparsity`, or a UserError that says that `who` needs one."""

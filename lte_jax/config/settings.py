@@ -25,3 +25,4 @@ class LTESettings(TypedDict, total=False):
     separability_weight: float
     separability_eps: float
     distill_weight: float
+    hidden_distill_weight: float
