@@ -43,8 +43,8 @@ from lte_jax.generation import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
 from lte_jax.router_init import enough_records as _enough_records
-from lte_jax.routing import Routing
 from lte_jax.scoring import embed_texts
+from lte_jax.selection import Routing
 from lte_jax.writers import Writer
 
 __version__ = "0.1.0"

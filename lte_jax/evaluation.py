@@ -28,8 +28,8 @@ from lte_jax.generation.latency import decode_latency
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import predicted, task_loss
-from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
+from lte_jax.selection import Routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
 from lte_jax.tasks import Task
 

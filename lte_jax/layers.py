@@ -10,6 +10,7 @@ Dimension key: B batch  L length  T cache length  D model width  E experts  M ne
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,11 +30,11 @@ from lte_jax.attention import (
     rotation,
     visible_keys,
 )
-from lte_jax.config import ModelConfig
+from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.kernels.reference import ACTIVATIONS
 from lte_jax.losses import layer_means, tokens_of_texts
-from lte_jax.reading import Slice, Stack, Weights, as_last
-from lte_jax.routing import Routing
+from lte_jax.reading import Slice, Stack, Weights
+from lte_jax.selection import Choice, Routing, View, as_last
 
 
 @flax.struct.dataclass
@@ -227,6 +228,7 @@ def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, own, context):
 
 def ffn(
     config: ModelConfig,
+    lte: LTEConfig | None,
     routing: Routing,
     w: Slice | Stack,
     x_BLD: Float[Array, "B L D"],
@@ -236,17 +238,36 @@ def ffn(
 
     Both are None where all experts run (`routing.routed` False).
     """
+    logits = functools.partial(router, lte, w, routing.router_input(x_BLD))
+    view = View(x_BLD, logits, w.vectors, key=w.key)
 
-    def choose(h_BLEM):
-        if not routing.routed:
-            return None, None, None
+    def choose(h_BLEM=None, gate_BLEM=None) -> Choice:
         with jax.named_scope("router"):
-            scores_BLE = routing.scores(lambda: w.linear("router", x_BLD, exact=True), h_BLEM)
-            active_BLE = routing.active(scores_BLE, threshold)
-            return scores_BLE, active_BLE, routing.gates(scores_BLE, active_BLE)
+            seen = dataclasses.replace(view, h_BLEM=h_BLEM, gate_BLEM=gate_BLEM)
+            return routing.choose(seen, threshold)
 
+    inputs = functools.partial(routing.inputs, view)
     with jax.named_scope("experts"):
-        y_BLD, scores_BLE, active_BLE = w.experts(x_BLD, choose, config.activation)
+        y_BLD, scores_BLE, active_BLE = w.experts(x_BLD, choose, config.activation, inputs)
     if "down_bias" in w.vectors:  # outside the routing: it belongs to no expert
         y_BLD += as_last(w.vectors["down_bias"], y_BLD)
     return y_BLD, scores_BLE, active_BLE
+
+
+_BETWEEN = {"none": lambda x: x, "tanh": jnp.tanh}
+
+
+def router(lte: LTEConfig, w: Slice | Stack, x_BLD: Array) -> Float[Array, "B L E"]:
+    """The logit of each expert, float32."""
+    exact = functools.partial(w.linear, exact=True)
+    if lte.router == "linear":
+        return exact("router", x_BLD)
+    within = w.at("router")
+    exact = functools.partial(within.linear, exact=True)
+    if lte.router == "two_layer":
+        act = (ACTIVATIONS | _BETWEEN)[lte.router_activation]
+        return exact("outer", act(exact("inner", x_BLD)))
+    bias_BLE = as_last(within.vectors["bias"].astype(jnp.float32), x_BLD.astype(jnp.float32))
+    if lte.router == "glu":
+        return ACTIVATIONS["silu"](exact("gate", x_BLD)) * exact("up", x_BLD) + bias_BLE
+    return jnp.broadcast_to(bias_BLE, (*x_BLD.shape[:-1], bias_BLE.shape[-1]))

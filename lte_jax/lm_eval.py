@@ -20,8 +20,8 @@ from lte_jax import checks
 from lte_jax.errors import UserError
 from lte_jax.generation import generate
 from lte_jax.model import Transformer
-from lte_jax.routing import Routing
 from lte_jax.scoring import loglikelihoods
+from lte_jax.selection import Routing
 
 try:
     from lm_eval import utils

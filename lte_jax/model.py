@@ -26,7 +26,7 @@ from lte_jax import routing as routings
 from lte_jax.attention import Cache
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.layers import Output
-from lte_jax.routing import Routing
+from lte_jax.selection import Routing
 
 
 class Transformer(nn.Module):
@@ -154,8 +154,9 @@ class ExpertFFN(nn.Module):
         weights = declare(
             self, self.config, self.lte, "layers/ffn/", without="router" if idle else ""
         )
-        w = reading.Slice(weights, self.dtype, sow)
-        return layers.ffn(self.config, self.routing, w, x_BLD, threshold)
+        key = lambda: self.make_rng("dropout") if self.has_rng("dropout") else None  # noqa: E731
+        w = reading.Slice(weights, self.dtype, sow, key=key)
+        return layers.ffn(self.config, self.lte, self.routing, w, x_BLD, threshold)
 
 
 class Parameters(nn.Module):
@@ -221,7 +222,7 @@ def decode(
         def layer(carry, scanned):
             (x_B1D, kv), (vectors, own, index) = carry, scanned
             w = reading.Stack(vectors, matrices["layers"], index, live_B, implementation)
-            ffn = functools.partial(layers.ffn, config, routing, w.at("ffn"))
+            ffn = functools.partial(layers.ffn, config, model.lte, routing, w.at("ffn"))
             x_B1D, kv, outputs = layers.block(config, w, ffn, x_B1D, kv, own, context)
             return (x_B1D, kv), outputs
 

@@ -28,13 +28,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from lte_jax import clustering, interrupt, router_init
+from lte_jax import baselines, clustering, interrupt, router_init
+from lte_jax.baselines import Layer
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
+from lte_jax.params import ROUTER, is_router, table
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices accumulated per pass over the calibration data
@@ -73,6 +76,12 @@ def to_experts(
     if model.lte is not None:
         raise UserError("model: already has experts; expected a dense model, or `to_dense` of it")
     num_experts(model.config, lte)
+    if lte.grouping in baselines.GROUPINGS:
+        group = baselines.GROUPINGS[lte.grouping]
+        order_NEM = np.stack(
+            [group(lte, layer) for layer in _layers(model, params, calibration, mask)]
+        )
+        return model.clone(lte=lte), permute(params, order_NEM), order_NEM
     num_layers = model.config.num_layers
     first_N1FD = params["layers"]["ffn"]["gate" if model.config.gated else "up"]
     statistics = itertools.repeat(None, num_layers)
@@ -110,17 +119,69 @@ def add_routers(
     Raises:
       UserError: if ridge has no calibration tokens, or only padding.
     """
-    if model.lte.router_init != "ridge":
-        router = router_init.random_router(jax.random.key(seed), model.config, model.lte)
+    lte, key = model.lte, jax.random.key(seed)
+    if lte.router == "none":
+        return params
+    if lte.router_init in ("normal", "open"):
+        router = router_init.random_router(key, model.config, lte)
     elif calibration is None:
         raise UserError(
-            "lte.router_init='ridge' fits routers to data: pass calibration token ids "
+            f"lte.router_init={lte.router_init!r} fits routers to data: pass calibration token ids "
             "[rows, length], or choose lte.router_init='normal'"
         )
+    elif lte.router_init == "ridge":
+        router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
+        if lte.router == "two_layer" and lte.router_activation == "none":
+            router = router_init.factored(router, lte.router_rank or router["kernel"].shape[2])
     else:
-        router = router_init.ridge_router(model, params, _rows(calibration, mask), model.lte)
+        start = baselines.STARTS[lte.router_init]
+        layers = _layers(model, params, calibration, mask)
+        each = [start(lte, layer, jax.random.fold_in(key, n)) for n, layer in enumerate(layers)]
+        router = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
+    _check_router(model, router)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
+
+
+def _check_router(model: Transformer, router: Mapping[str, Any]) -> None:
+    """Refuses a start that makes a router of another kind than the model has."""
+    made = {f"{ROUTER}{path}" for path in traverse_util.flatten_dict(dict(router), sep="/")}
+    lte = model.lte
+    wanted = {row.path for row in table(model.config, lte) if is_router(row.path)}
+    if made != wanted:
+        raise UserError(
+            f"lte.router_init={lte.router_init!r} makes {', '.join(sorted(made))}, but a router of "
+            f"lte.router={lte.router!r} with router_bias={lte.router_bias} has "
+            f"{', '.join(sorted(wanted))}: choose settings that go together"
+        )
+
+
+def _layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> Iterator[Layer]:
+    """The FFN of each layer, on all real calibration tokens; some layers are held at a time."""
+    rows = _rows(calibration, mask)
+    tokens = sum(np.count_nonzero(row["segments"] > 0) for row in rows)
+    if not tokens:
+        raise UserError("mask: all calibration tokens are padding; expected some real ones")
+    config, ffn = model.config, params["layers"]["ffn"]
+    chunk = max(1, COACTIVATION_BYTES // (4 * tokens * (2 * config.d_ff + config.d_model)))
+    for start in range(0, config.num_layers, chunk):
+        layers = range(start, min(start + chunk, config.num_layers))
+        parts = []
+        for row in rows:
+            interrupt.check("while starting routers")
+            real_T = np.asarray(row["segments"]).reshape(-1) > 0
+            found = router_init.ffn_parts(model, params, row, layers)
+            parts.append([np.asarray(part_NT)[:, real_T] for part_NT in found])
+        x_NTD, gate_NTEM, h_NTEM = (
+            np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
+        )
+        for place, layer in enumerate(layers):
+            weights = {
+                name: np.asarray(ffn[name][layer], np.float32)
+                for name in ("gate", "up", "down")
+                if name in ffn
+            }
+            yield Layer(x_NTD[place], gate_NTEM[place], h_NTEM[place], weights, config)
 
 
 def _rows(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray | Array]]:

@@ -6,7 +6,7 @@ name in a family.
 
 Dimension key: D model width  E experts  M neurons per expert  N layers  H heads  K kv heads
                C head width  V vocabulary  P pooled width (= D)  S rows of the table of positions
-               U token types  Y labels  Z width of embeddings of texts
+               U token types  Y labels  Z width of embeddings of texts  R hidden units of a router
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ NAMES = {
     "U": "token_types",
     "Y": "num_labels",
     "Z": "embed_dim",
+    "R": "lte.router_rank",
 }
 Exists = Callable[[ModelConfig, LTEConfig | None], bool]
 LAYERS = "layers/"  # parameters below it have a leading axis N
+ROUTER = "layers/ffn/router/"
 
 
 def always(config: ModelConfig, lte: LTEConfig | None) -> bool:
@@ -84,6 +86,20 @@ def _norm(path: str, letters: str, exists: Exists = always) -> tuple[Row, Row]:
     )
 
 
+def _router(kind: str, bias: bool = False) -> Exists:
+    """Of a part of this kind of router; `bias`: if lte.router_bias."""
+    return lambda _, lte: lte is not None and lte.router == kind and (lte.router_bias or not bias)
+
+
+def _router_bias(config: ModelConfig, lte: LTEConfig | None) -> bool:
+    """Of a bias of each expert's logit, which some kinds of routers cannot do without."""
+    del config
+    optional = {"linear": True, "glu": False, "constant": False, "cuts": False}
+    return (
+        lte is not None and lte.router in optional and (lte.router_bias or not optional[lte.router])
+    )
+
+
 ROWS = (
     Row("embed/embedding", "VD", "D"),
     Row("embed/positions", "SD", "D", lambda config, _: config.positions == "learned"),
@@ -110,10 +126,15 @@ ROWS = (
     Row("layers/ffn/gate_bias", "NEM", "zeros", lambda c, _: c.mlp_bias and c.gated),
     Row("layers/ffn/up_bias", "NEM", "zeros", lambda config, _: config.mlp_bias),
     Row("layers/ffn/down_bias", "ND", "zeros", lambda config, _: config.mlp_bias),
-    Row("layers/ffn/router/kernel", "NDE", "D", lambda _, lte: lte is not None),
-    Row(
-        "layers/ffn/router/bias", "NE", "zeros", lambda _, lte: lte is not None and lte.router_bias
-    ),
+    Row("layers/ffn/router/kernel", "NDE", "D", _router("linear")),
+    Row("layers/ffn/router/bias", "NE", "zeros", _router_bias),
+    Row("layers/ffn/router/input_bias", "ND", "zeros", _router("cuts")),
+    Row("layers/ffn/router/inner/kernel", "NDR", "D", _router("two_layer")),
+    Row("layers/ffn/router/inner/bias", "NR", "zeros", _router("two_layer", bias=True)),
+    Row("layers/ffn/router/outer/kernel", "NRE", "R", _router("two_layer")),
+    Row("layers/ffn/router/outer/bias", "NE", "zeros", _router("two_layer", bias=True)),
+    Row("layers/ffn/router/gate/kernel", "NDE", "D", _router("glu")),
+    Row("layers/ffn/router/up/kernel", "NDE", "D", _router("glu")),
     *_norm("layers/ffn_post_norm", "ND", lambda config, _: config.norm_place == "sandwich"),
     *_norm("final_norm", "D", lambda config, _: config.norm_place != "post"),
     Row("transform/kernel", "DP", "D", lambda config, _: config.head == "masked_lm"),
@@ -142,6 +163,7 @@ def dimension_sizes(config: ModelConfig, lte: LTEConfig | None) -> dict[str, int
     sizes = {letter: getattr(config, NAMES[letter]) for letter in "VDNHKCPUY"}
     sizes["S"] = config.max_length + config.position_offset
     sizes["Z"] = config.embed_dim or 0  # of no parameter
+    sizes["R"] = experts if lte is None else lte.router_rank or experts
     return sizes | {"E": experts, "M": config.d_ff // experts}
 
 
@@ -176,4 +198,4 @@ def adopt(
 
 def is_router(path: str) -> bool:
     """Whether the path is that of a router parameter."""
-    return path.startswith("layers/ffn/router/")
+    return path.startswith(ROUTER)

@@ -26,6 +26,7 @@ from lte_jax.attention import masked_attention, put
 from lte_jax.config import Activation, ModelConfig
 from lte_jax.kernels.reference import ACTIVATIONS
 from lte_jax.params import BY_PATH, is_router
+from lte_jax.selection import as_last
 
 Weights = Mapping[str, Any]
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -40,6 +41,7 @@ class Slice:
     dtype: Any  # to compute in
     tap: Callable[[str, Array], Any] = lambda name, value: None  # sees the neurons
     drop: Callable[[Array], Array] = lambda x: x  # dropout, in training
+    key: Callable[[], Array | None] = lambda: None  # of random choices, in training
 
     def at(self, name: str) -> Slice:
         """Those of a part."""
@@ -81,24 +83,32 @@ class Slice:
         y_BLHC = masked_attention(q_BLHC, k_BTKC, v_BTKC, visible_BLT, blocked=False)
         return y_BLHC, (k_BTKC, v_BTKC)
 
-    def experts(self, x_BLD: Float[Array, "B L D"], choose: Callable, activation: Activation):
+    def experts(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        choose: Callable,
+        activation: Activation,
+        inputs: Callable[[str], Array],
+    ):
         """The experts' outputs, each times its gate, summed; all experts are computed.
 
-        `choose` makes scores, active experts and gates (or None, three times) of the activations
-        of the neurons: act(x gate) * (x up), or act(x up) without a gate.
+        `choose` makes a `Choice` of the activations of the neurons, act(x gate) * (x up), or
+        act(x up) without a gate, and of act(x gate) alone; `inputs`, what gate and up read.
         """
 
         def project(name: str) -> Array:
-            h_BLEM = jnp.einsum("BLD,EMD->BLEM", x_BLD, self.vectors[name].astype(self.dtype))
+            read_BLD = inputs(name).astype(x_BLD.dtype)
+            h_BLEM = jnp.einsum("BLD,EMD->BLEM", read_BLD, self.vectors[name].astype(self.dtype))
             bias = self.vectors.get(f"{name}_bias")
             return h_BLEM if bias is None else h_BLEM + as_last(bias, h_BLEM)
 
         act = ACTIVATIONS[activation]
-        gated = "gate" in self.vectors
-        h_BLEM = act(project("gate")) * project("up") if gated else act(project("up"))
+        gate_BLEM = act(project("gate" if "gate" in self.vectors else "up"))
+        h_BLEM = gate_BLEM * project("up") if "gate" in self.vectors else gate_BLEM
         self.tap("ffn_input", x_BLD)
+        self.tap("gate", gate_BLEM)
         self.tap("hidden", h_BLEM)
-        scores_BLE, active_BLE, gates_BLE = choose(h_BLEM)
+        scores_BLE, active_BLE, gates_BLE = choose(h_BLEM, gate_BLEM)
         if gates_BLE is not None:
             h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
         y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, self.vectors["down"].astype(self.dtype))
@@ -125,7 +135,7 @@ class Stack:
     def at(self, name: str) -> Stack:
         """Those of a part."""
         return dataclasses.replace(
-            self, vectors=self.vectors.get(name, {}), matrices=self.matrices[name]
+            self, vectors=self.vectors.get(name, {}), matrices=self.matrices.get(name, {})
         )
 
     def embed(self, name: str, ids_B1: Int[Array, "B 1"]) -> Float[Array, "B 1 D"]:
@@ -174,9 +184,13 @@ class Stack:
         )
         return y_BHC[:, None], (k_NBTKC, v_NBTKC)
 
-    def experts(self, x_B1D: Float[Array, "B 1 D"], choose: Callable, activation: Activation):
+    def key(self) -> None:
+        """No random choices: decoding does not train."""
+        return None
+
+    def experts(self, x_B1D: Float[Array, "B 1 D"], choose: Callable, activation: Activation, _):
         """The active experts' outputs summed; no other expert is read, and no gate but 0 and 1."""
-        scores_B1E, active_B1E, _ = choose(None)
+        scores_B1E, active_B1E, _ = choose()
         neurons = {name: w for name, w in self.matrices.items() if name != "router"}
         shape = (x_B1D.shape[0], neurons["up"].shape[1])
         live_BE = jnp.broadcast_to(self.live_B[:, None], shape)
@@ -217,8 +231,3 @@ def _head(weights: Weights) -> tuple[Array, str]:
     if "kernel" in weights.get("lm_head", {}):
         return weights["lm_head"]["kernel"], "DV"
     return weights["embed"]["embedding"], "VD"
-
-
-def as_last(vector: Array, x: Array) -> Array:
-    """`vector` in x's type, with axes before its own for all that x has more."""
-    return vector.astype(x.dtype).reshape((1,) * (x.ndim - vector.ndim) + vector.shape)

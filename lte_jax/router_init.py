@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from lte_jax import interrupt
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
-from lte_jax.routing import largest
+from lte_jax.selection import contribution, largest
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,30 @@ def random_router(key: Array, config: ModelConfig, lte: LTEConfig):
     if lte.router_init == "open" and not lte.router_bias:
         raise UserError("lte.router_init='open' needs lte.router_bias=True: a bias opens the gates")
     size, level = (0.1, lte.router_init_std) if lte.router_init == "open" else (1.0, 0.0)
-    std = lte.router_init_std * size / config.d_model**0.5
-    shape = (config.num_layers, config.d_model, num_experts(config, lte))
-    router = {"kernel": std * jax.random.normal(key, shape, jnp.float32)}
+    n, d, e = config.num_layers, config.d_model, num_experts(config, lte)
+    std = lte.router_init_std * size
+    if lte.router == "linear":
+        router = {"kernel": std / d**0.5 * jax.random.normal(key, (n, d, e), jnp.float32)}
+        return router | ({"bias": jnp.full((n, e), level, jnp.float32)} if lte.router_bias else {})
+    keys, rank = jax.random.split(key), lte.router_rank or e
+    inner = {"kernel": jax.random.normal(keys[0], (n, d, rank), jnp.float32) / d**0.5}
+    outer = {"kernel": std / rank**0.5 * jax.random.normal(keys[1], (n, rank, e), jnp.float32)}
     if lte.router_bias:
-        router["bias"] = jnp.full((shape[0], shape[2]), level, jnp.float32)
-    return router
+        inner["bias"] = jnp.zeros((n, rank), jnp.float32)
+        outer["bias"] = jnp.full((n, e), level, jnp.float32)
+    return {"inner": inner, "outer": outer}
+
+
+def factored(router: Mapping[str, Array], rank: int) -> dict[str, Any]:
+    """A linear router as one of two layers without a function between: its best of that rank."""
+    u_NDR, s_NR, v_NRE = jnp.linalg.svd(router["kernel"], full_matrices=False)
+    root_N1R = jnp.sqrt(s_NR[:, None, :rank])
+    inner = {"kernel": u_NDR[..., :rank] * root_N1R}
+    outer = {"kernel": jnp.swapaxes(root_N1R, 1, 2) * v_NRE[:, :rank]}
+    if "bias" in router:
+        inner["bias"] = jnp.zeros_like(s_NR[:, :rank])
+        outer["bias"] = router["bias"]
+    return {"inner": inner, "outer": outer}
 
 
 def enough_records(
@@ -212,15 +230,18 @@ def ffn_intermediates(model: Transformer, params: Any, batch: Mapping[str, Array
     _, sown = forward(model, params, batch, routing="dense", mutable="intermediates")
     ffn = sown["intermediates"]["layers"]["ffn"]
     [x_NBLD], [h_NBLEM] = ffn["ffn_input"], ffn["hidden"]
-    flat = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, *a.shape[3:])  # noqa: E731
-    return flat(x_NBLD), flat(h_NBLEM), (batch["segments"] > 0).reshape(-1)
+    return _flat(x_NBLD), _flat(h_NBLEM), (batch["segments"] > 0).reshape(-1)
 
 
-def contribution(
-    h_BLEM: Float[Array, "*B E M"], down_EMD: Float[Array, "E M D"]
-) -> Float[Array, "*B E"]:
-    """The L2 norm of what each expert adds to the residual stream."""
-    einsum = partial(jnp.einsum, precision=_HIGHEST)
-    gram_EMK = einsum("EMD,EKD->EMK", down_EMD, down_EMD)  # avoids an array [.., E, D]
-    squared_BLE = einsum("...EM,EMK,...EK->...E", h_BLEM, gram_EMK, h_BLEM)
-    return jnp.sqrt(jnp.maximum(squared_BLE, 0.0))
+@partial(jax.jit, static_argnames=("model", "layers"))
+def ffn_parts(model: Transformer, params: Any, batch: Mapping[str, Array], layers: range):
+    """FFN inputs [N, T, D], act(x gate) and h [N, T, E, M] of some layers; T = B*L."""
+    _, sown = forward(model, params, batch, routing="dense", mutable="intermediates")
+    ffn = sown["intermediates"]["layers"]["ffn"]
+    names = ("ffn_input", "gate", "hidden")
+    return tuple(_flat(ffn[name][0][layers.start : layers.stop]) for name in names)
+
+
+def _flat(a_NBLX: Array) -> Array:
+    """[N, B, L, ...] as [N, T, ...], float32."""
+    return a_NBLX.astype(jnp.float32).reshape(a_NBLX.shape[0], -1, *a_NBLX.shape[3:])

@@ -1,4 +1,4 @@
-"""Which experts run for a token: one `Routing` class per way of choosing them.
+"""The routings of LTE, and the names of all.
 
 A router scores every expert for every token (Eq. 1). There are five routings of the same weights
 (paper, section 4.2):
@@ -9,66 +9,32 @@ A router scores every expert for every token (Eq. 1). There are five routings of
   straight_through  hard forward, soft gradient: scores train under the routing they are served with
   top_k             the (1 - target_sparsity) E experts of largest score, for comparison
 
-A method that chooses by activations instead of router scores is another subclass, whose `scores`
-come from the neurons.
+The methods of others, in baselines/, have routings of their own.
 
-Dimension key: B batch  L length  E experts  M neurons per expert
+Dimension key: B batch  E experts
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from lte_jax.config import LTEConfig, ModelConfig, num_experts
+from lte_jax import baselines
+from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
-
-Scores = Float[Array, "*B E"]
-Active = Bool[Array, "*B E"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """Which experts run, given their scores, and the gate of each; the base class is hard."""
-
-    routed: ClassVar[bool] = True  # whether experts are chosen at all
-    skips: ClassVar[bool] = True  # whether idle experts add nothing and need not be read
-    by_threshold: ClassVar[bool] = True  # whether the threshold decides, so it can be steered
-    reads_neurons: ClassVar[bool] = False  # whether scores come from all neurons' activations
-    served: ClassVar[str] = "hard"  # routing for validation and serving after training with this
-
-    @classmethod
-    def of(cls, config: ModelConfig, lte: LTEConfig) -> Routing:
-        """The routing of this kind for a model with experts."""
-        del config, lte
-        return cls()
-
-    def scores(self, logits: Callable[[], Scores], h_BLEM: Float[Array, "*B E M"] | None) -> Scores:
-        """A float32 score per expert, from the router's `logits` or the neurons' activations.
-
-        `h_BLEM` is None in kernels, which read only active experts, unless `reads_neurons`.
-        """
-        del h_BLEM
-        return jax.nn.sigmoid(logits())
-
-    def active(self, scores_BLE: Scores, threshold: Float[Array, ""] | float) -> Active:
-        """The experts that run."""
-        return scores_BLE > threshold
-
-    def gates(self, scores_BLE: Scores, active_BLE: Active) -> Scores:
-        """The factor of each expert's contribution."""
-        return active_BLE.astype(scores_BLE.dtype)
+from lte_jax.selection import Active, Choice, Largest, Routing, Scores, View
 
 
 class Dense(Routing):
     """All experts run."""
 
     routed, by_threshold, served = False, False, "dense"
+
+    def choose(self, view: View, threshold: Float[Array, ""] | float) -> Choice:
+        """Nothing."""
+        return Choice(None, None, None)
 
 
 class Hard(Routing):
@@ -95,23 +61,8 @@ class StraightThrough(Routing):
         return jax.lax.stop_gradient(ones_BLE - scores_BLE) + scores_BLE
 
 
-@dataclasses.dataclass(frozen=True)
-class TopK(Routing):
-    """The `count` experts of largest score run; ties go to the lowest index."""
-
-    by_threshold, served = False, "top_k"
-    count: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, lte: LTEConfig) -> TopK:
-        """As many experts as `lte.target_sparsity` leaves, at least one."""
-        kept = 1.0 - lte.wanted_sparsity("routing='top_k'")
-        return cls(max(1, round(kept * num_experts(config, lte))))
-
-    def active(self, scores_BLE: Scores, threshold: Float[Array, ""] | float) -> Active:
-        """Exactly `count` per token."""
-        del threshold
-        return largest(scores_BLE, self.count)
+class TopK(Largest):
+    """The experts of largest score, `count` of them; ties go to the lowest index."""
 
 
 KINDS: Mapping[str, type[Routing]] = {
@@ -120,6 +71,7 @@ KINDS: Mapping[str, type[Routing]] = {
     "hard": Hard,
     "straight_through": StraightThrough,
     "top_k": TopK,
+    **baselines.ROUTINGS,
 }
 
 
@@ -148,17 +100,3 @@ def kind(name: str | None) -> type[Routing]:
     if name is not None and (not isinstance(name, str) or name not in KINDS):
         raise UserError(f"routing={name!r}: {nearest(str(name), KINDS)}")
     return Hard if name is None else KINDS[name]
-
-
-def largest(x_BE: Float[Array, "*B E"], count: int) -> Active:
-    """True at the `count` largest values of each row; ties go to the lowest index."""
-    return first_largest(x_BE, jax.lax.top_k(x_BE, count)[0][..., -1:], count)
-
-
-def first_largest(
-    x_BE: Float[Array, "*B E"], least_B1: Float[Array, "*B 1"], count: Int[Array, "*B 1"] | int
-) -> Active:
-    """`largest`, given the smallest value that is kept."""
-    above_BE, equal_BE = x_BE > least_B1, x_BE == least_B1
-    room_B1 = count - jnp.sum(above_BE, axis=-1, keepdims=True, dtype=jnp.int32)
-    return above_BE | (equal_BE & (jnp.cumsum(equal_BE, axis=-1, dtype=jnp.int32) <= room_B1))

@@ -23,8 +23,8 @@ from lte_jax.data import Records, eval_batches, pad
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import predicted
-from lte_jax.routing import Routing
 from lte_jax.routing import make as make_routing
+from lte_jax.selection import Routing
 
 SHORTEST = 32  # tokens; no input is padded to less
 Ids = Sequence[int] | np.ndarray

@@ -10,6 +10,7 @@ Dimension key: B batch  L length  E experts  N layers  S bins of a histogram of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lte_jax.config import LTEConfig, ModelConfig, num_experts
+from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.model import Transformer, forward
+from lte_jax.params import dimension_sizes, is_router, table
 from lte_jax.routing import kind
 
 # A signed PI controller of e = active fraction - target fraction: in each step, weight = P e +
@@ -130,7 +132,7 @@ def flops_per_token(
     Table 1's "GFLOPs" are units of 2**30 and exclude embedding, head and attention scores; LLaMA-7B
     has 12.0625 of them. As in the table, LTE pays for the whole router.
     """
-    return 2.0 * (_weights_per_token(config, sparsity) + _router_weights(config, lte))
+    return 2.0 * (_weights_per_token(config, lte, sparsity) + _router_weights(config, lte))
 
 
 def bytes_per_token(
@@ -141,15 +143,17 @@ def bytes_per_token(
     Counts what flops_per_token counts, plus the output head; routers are float32. With the cached
     keys and values, divided by memory bandwidth, this bounds the time of a decode step from below.
     """
-    weights = _weights_per_token(config, sparsity) + config.vocab_size * config.d_model
+    weights = _weights_per_token(config, lte, sparsity) + config.vocab_size * config.d_model
     return width * weights + 4 * _router_weights(config, lte)
 
 
-def _weights_per_token(config: ModelConfig, sparsity: float) -> float:
+def _weights_per_token(config: ModelConfig, lte: LTEConfig | None, sparsity: float) -> float:
     attention = 2 * config.d_model * config.head_dim * (config.num_heads + config.num_kv_heads)
-    ffn = (3 if config.gated else 2) * config.d_model * config.d_ff
-    return config.num_layers * (attention + ffn * (1.0 - sparsity))
+    served = kind("dense" if lte is None else kind(lte.routing).served)
+    return config.num_layers * (attention + served.ffn_weights(config, sparsity))
 
 
 def _router_weights(config: ModelConfig, lte: LTEConfig | None) -> int:
-    return 0 if lte is None else config.num_layers * config.d_model * num_experts(config, lte)
+    sizes = dimension_sizes(config, lte)
+    rows = (row for row in table(config, lte) if is_router(row.path) and row.is_matrix)
+    return sum(math.prod(row.shape(sizes)) for row in rows)

@@ -59,6 +59,7 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
             "train for"
         )
     sparse = lte.target_sparsity is not None
+    by_threshold = kind(lte.stage1_routing).by_threshold  # else the share of experts is given
     router_rate = stages.router.learning_rate * stages.router.router_lr_multiplier
     task, distill = 1.0 - lte.distill_weight, lte.distill_weight
     finetune = Stage("finetune", stages.finetune, "dense", ((".*", 1.0),))
@@ -70,9 +71,9 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
         task_weight=task,
         distill_weight=distill,
         hidden_distill_weight=lte.hidden_distill_weight,
-        efficiency=True,
-        separability_weight=lte.separability_weight,
-        steer="weight" if sparse else None,
+        efficiency=by_threshold,
+        separability_weight=lte.separability_weight if by_threshold else 0.0,
+        steer="weight" if sparse and by_threshold else None,
         integral_gain=sparsity.integral_gain(router_rate),
     )
     adapt = Stage(

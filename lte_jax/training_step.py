@@ -55,7 +55,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
     def loss(params, teacher, batch, control, counts, key=None):
         real, threshold = batch["segments"] > 0, control.threshold
         options = {"routing": stage.routing, "threshold": threshold}
-        if key is not None and student.dropout:
+        if key is not None and (student.dropout or kind(stage.routing).random):
             options["rngs"] = {"dropout": key}
         out, read_NBLD = run(student, params, batch, **options)
         task = task_loss(model, out.logits, batch, counts["predicted"])

@@ -14,7 +14,7 @@ from lte_jax.config import RopeScaling
 from lte_jax.generation.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
-from lte_jax.routing import Routing
+from lte_jax.selection import Routing
 
 IMPLEMENTATIONS = [n for n in ("reference", "xla", "cpu", "triton") if not unavailable(n)]
 PROMPTS = [np.arange(5), np.arange(20, 31)]

@@ -33,6 +33,8 @@ ORDER = {
     "lte_jax.checks": 7.5,
     "lte_jax.checkpoint": 8,
     "lte_jax.kernels": 10,
+    "lte_jax.selection": 10.8,
+    "lte_jax.baselines": 10.9,
     "lte_jax.routing": 11,
     "lte_jax.attention": 11.5,
     "lte_jax.reading": 11.7,

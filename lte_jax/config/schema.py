@@ -32,7 +32,20 @@ from lte_jax.config.fields import (
 from lte_jax.errors import UserError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RoutingName = Literal["dense", "soft", "hard", "straight_through", "top_k"]
+RoutingName = Literal[
+    "dense", "soft", "hard", "straight_through", "top_k",
+    # of baselines/:
+    "oracle_neurons", "oracle_experts", "activations", "top_k_unit", "softmax", "sigma",
+    "dynamic_k", "representative", "cats", "teal", "wina",
+]  # fmt: skip
+RouterStart = Literal[
+    "ridge", "normal", "open",
+    # of baselines/:
+    "removal", "similar", "trained", "deja_vu", "norms", "representative", "quantile", "quantiles",
+]  # fmt: skip
+Grouping = Literal["kmeans", "coactivation", "random", "cmoe"]
+RouterKind = Literal["linear", "two_layer", "glu", "constant", "cuts", "none"]
+RouterActivation = Literal["none", "relu", "tanh", "gelu"]
 MAX_PARAMS = 10**12  # of a model; more is surely a typo
 
 
@@ -168,12 +181,18 @@ class LTEConfig(Checked):
 
     expert_size: Count = 32  # M: neurons per expert, a divisor of d_ff; 32 in the paper
     # How neurons are grouped: by similar rows of the first matrix ("kmeans", as in the paper), by
-    # firing strongly on the same tokens ("coactivation"), or at random ("random").
-    grouping: Literal["kmeans", "coactivation", "random"] = "coactivation"
+    # firing strongly on the same tokens ("coactivation"), or at random ("random"). Others are of
+    # lte_jax/baselines/.
+    grouping: Grouping = "coactivation"
+    # What makes a logit of each expert: a matrix ("linear", as in the paper) or two, with a
+    # function between. Others are of lte_jax/baselines/.
+    router: RouterKind = "linear"
+    router_rank: Count | None = None  # hidden units of a router of two layers; None: E
+    router_activation: RouterActivation = "none"  # function between the two layers of a router
     router_bias: bool = True  # whether router logits have a bias; the paper's Eq. 1 has none
     # How routers start: regressed on an oracle's choice of experts ("ridge"), at random ("normal"),
-    # or at random with a bias that turns all experts on ("open").
-    router_init: Literal["ridge", "normal", "open"] = "ridge"
+    # or at random with a bias that turns all experts on ("open"). Others are of lte_jax/baselines/.
+    router_init: RouterStart = "ridge"
     router_init_std: NotNegative = 2.0  # standard deviation of the router logits at the start
     # Records used to group neurons, start routers and, in training, set the final threshold. None:
     # in training at least 32, and 32 tokens for each of a router's D + 1 inputs; in `moefy` all.
@@ -181,7 +200,7 @@ class LTEConfig(Checked):
     threshold: Inside = 0.5  # tau of Eq. 2: an expert runs if its score is above it
     routing: RoutingName = "hard"  # default routing of `apply` and `generate`
     # Routing of the router stage; "soft" in the paper.
-    stage1_routing: Literal["soft", "straight_through"] = "straight_through"
+    stage1_routing: Literal["soft", "straight_through", "softmax", "sigma"] = "straight_through"
     target_sparsity: Target | None = 0.5  # share of experts to skip; None: fixed efficiency_weight
     efficiency_weight: Finite = 0.0  # eta of Eq. 6; with a target_sparsity, its initial value
     efficiency_power: Literal[1, 2] = 2  # power of a score in the efficiency loss; 2 in Eq. 4

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-from lte_jax.config.schema import RoutingName
+from lte_jax.config.schema import (
+    Grouping,
+    RouterActivation,
+    RouterKind,
+    RouterStart,
+    RoutingName,
+)
 
 
 class LTESettings(TypedDict, total=False):
     """What `lte_jax.moefy` takes; `LTEConfig` says what each means."""
 
     expert_size: int
-    grouping: Literal["kmeans", "coactivation", "random"]
+    grouping: Grouping
+    router: RouterKind
+    router_rank: int | None
+    router_activation: RouterActivation
     router_bias: bool
-    router_init: Literal["ridge", "normal", "open"]
+    router_init: RouterStart
     router_init_std: float
     calibration_records: int | None
     threshold: float
     routing: RoutingName
-    stage1_routing: Literal["soft", "straight_through"]
+    stage1_routing: Literal["soft", "straight_through", "softmax", "sigma"]
     target_sparsity: float | None
     efficiency_weight: float
     efficiency_power: Literal[1, 2]

@@ -20,7 +20,7 @@ from lte_jax import routing as routings
 from lte_jax.attention import Cache
 from lte_jax.kernels import resolve
 from lte_jax.model import Transformer, decode, init_cache
-from lte_jax.routing import Routing, first_largest, largest
+from lte_jax.selection import Routing, first_largest, largest
 
 _BUCKET = 32  # numbers of tokens are rounded up to multiples of this, to compile fewer programs
 _static = functools.partial(flax.struct.field, pytree_node=False)

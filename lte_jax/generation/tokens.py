@@ -21,7 +21,7 @@ from lte_jax.errors import Given, UserError
 from lte_jax.generation import beam
 from lte_jax.generation.decoding import Decoder, DecodeState, round_up
 from lte_jax.model import Transformer
-from lte_jax.routing import Routing
+from lte_jax.selection import Routing
 
 STREAM_CHUNK = 8  # tokens between two calls of `stream`
 

@@ -5,7 +5,7 @@ Import, export, expected shapes and error messages all derive from it, so no ten
 way and written another.
 
 Dimension key: D model width  E experts  M neurons per expert  F = E*M  N layers  H heads
-               K kv heads  C head width  V vocabulary
+               K kv heads  C head width  V vocabulary  R hidden units of a router
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _HF_DIMENSION = {
     "U": "type_vocab_size",
     "Y": "num_labels",
     "Z": "out_features",
+    "R": "lte.router_rank",
 }
 _PARTS = 3  # of each head, where a layout has a digit: queries, keys and values
 
@@ -160,4 +161,13 @@ def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
     """All parameters of such a model, each once."""
     rows = params.table(config, lte)
     tensors = FAMILIES[config.family].names(config) | sentence.TENSORS
-    return tuple(Row(row.path, row.letters, *tensors[row.path]) for row in rows)
+    linear = tensors["layers/ffn/router/kernel"][0].removesuffix("weight")
+
+    def tensor(row: params.Row) -> tuple[str, str]:
+        if row.path in tensors or not params.is_router(row.path):
+            return tensors[row.path]
+        # Parts of routers of other kinds are named as PyTorch would, beside the linear one's.
+        part = row.path.removeprefix(params.ROUTER).replace("kernel", "weight").replace("/", ".")
+        return linear + part, " ".join(reversed(row.letters.removeprefix("N")))
+
+    return tuple(Row(row.path, row.letters, *tensor(row)) for row in rows)

@@ -15,7 +15,7 @@ from typing import Any
 from lte_jax.config import Count, flag
 from lte_jax.errors import UserError, nearest
 from lte_jax.model import Transformer
-from lte_jax.routing import Routing
+from lte_jax.selection import Routing
 from lte_jax.tasks import glue, mmlu, nlg, wikitext
 from lte_jax.tasks.measurement import Run
 from lte_jax.tasks.task import Classification, Task

@@ -1,0 +1,35 @@
+"""Static removal: the same experts run for every token. The null hypothesis of dynamic sparsity.
+
+Of each layer, the experts of least mean contribution to the residual stream are removed.
+
+Dimension key: T tokens  E experts  M neurons per expert
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from lte_jax.baselines.method import Layer, Method
+from lte_jax.config import LTEConfig
+from lte_jax.selection import contribution, largest
+
+
+def start(lte: LTEConfig, layer: Layer, key) -> dict:
+    """A constant logit of each expert: positive at those that stay."""
+    del key
+    down_EMD = layer.weights["down"]
+    mean_E = jnp.mean(contribution(layer.h_TEM, down_EMD), axis=0)
+    kept = 1.0 - lte.wanted_sparsity("lte.router_init='removal'")
+    stays_E = largest(mean_E, max(1, round(kept * len(mean_E))))
+    return {"bias": jnp.where(stays_E, 4.0, -4.0)}  # scores 0.982 and 0.018
+
+
+METHODS = (
+    Method(
+        "static",
+        "static removal",
+        "experts of least mean contribution removed for all tokens",
+        {"lte.router": "constant", "lte.router_init": "removal", "lte.routing": "hard"},
+        starts={"removal": start},
+    ),
+)
