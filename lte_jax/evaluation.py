@@ -295,6 +295,8 @@ def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     sums["real"] = jnp.sum(token_mask_BL, dtype=jnp.float32)
     sums["skipped_N"] = (1.0 - layer_means(out.active, token_mask_BL)) * sums["real"]
     sums["union"] = {}
+    if out.active.dtype != bool:  # shares of matrices: nothing to unite
+        return sums
     # What a kernel can skip at these batch sizes (Fig. 15).
     for size in (size for size in UNION_SIZES if size <= len(token_mask_BL)):
         together_1L = jnp.all(token_mask_BL[:size], axis=0, keepdims=True)

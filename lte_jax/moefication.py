@@ -120,15 +120,14 @@ def add_routers(
       UserError: if ridge has no calibration tokens, or only padding.
     """
     lte, key = model.lte, jax.random.key(seed)
+    if lte.router_init in baselines.PRUNERS:
+        return _pruned(model, params, calibration, mask)
     if lte.router == "none":
         return params
     if lte.router_init in ("normal", "open"):
         router = router_init.random_router(key, model.config, lte)
     elif calibration is None:
-        raise UserError(
-            f"lte.router_init={lte.router_init!r} fits routers to data: pass calibration token ids "
-            "[rows, length], or choose lte.router_init='normal'"
-        )
+        raise UserError(_no_calibration(lte))
     elif lte.router_init == "ridge":
         router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
         if lte.router == "two_layer" and lte.router_activation == "none":
@@ -141,6 +140,25 @@ def add_routers(
     _check_router(model, router)
     ffn = params["layers"]["ffn"] | {"router": router}
     return params | {"layers": params["layers"] | {"ffn": ffn}}
+
+
+def _no_calibration(lte: LTEConfig) -> str:
+    return (
+        f"lte.router_init={lte.router_init!r} fits routers to data: pass calibration token ids "
+        "[rows, length], or choose lte.router_init='normal'"
+    )
+
+
+def _pruned(model: Transformer, params: Any, calibration: Any, mask: Any) -> dict[str, Any]:
+    """The parameters with some of the FFN's weights at zero."""
+    if calibration is None:
+        raise UserError(_no_calibration(model.lte))
+    prune, ffn = baselines.PRUNERS[model.lte.router_init], params["layers"]["ffn"]
+    each = [prune(model.lte, layer) for layer in _layers(model, params, calibration, mask)]
+    left = {
+        name: jnp.asarray(np.stack([w[name] for w in each]), ffn[name].dtype) for name in each[0]
+    }
+    return params | {"layers": params["layers"] | {"ffn": ffn | left}}
 
 
 def _check_router(model: Transformer, router: Mapping[str, Any]) -> None:

@@ -75,6 +75,8 @@ def prepare(
             f"source.path={experiment.source.path!r} is an encoder (family {config.family!r}): set "
             f"data.task, one of {', '.join(tasks.TASKS)}"
         )
+    if experiment.source.activation and folder == source:
+        config = dataclasses.replace(config, activation=experiment.source.activation)
     _check_sizes(experiment, config, mesh)
     tokenizer, named = _tokenizer(experiment, task)
     _check_sample(experiment, config, tokenizer)

@@ -49,10 +49,12 @@ class Routing:
     """Which experts run, given their scores, and the gate of each; the base class is hard."""
 
     routed: ClassVar[bool] = True  # whether experts are chosen at all
-    skips: ClassVar[bool] = True  # whether idle experts add nothing and all gates are 0 or 1
+    skips: ClassVar[bool] = True  # whether idle experts add nothing and need not be read
+    weighs: ClassVar[bool] = False  # whether gates are more than 0 and 1, which kernels do not know
     by_threshold: ClassVar[bool] = True  # whether the threshold decides, so it can be steered
     reads_neurons: ClassVar[bool] = False  # whether scores come from all neurons' activations
     random: ClassVar[bool] = False  # whether training asks for random numbers
+    keeps_zeros: ClassVar[bool] = False  # whether weights of the FFN that are zero stay so
     served: ClassVar[str] = "hard"  # routing for validation and serving after training with this
 
     @classmethod

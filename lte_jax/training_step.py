@@ -125,6 +125,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            if kind(stage.routing).keeps_zeros:
+                params = _with_zeros(state.params, params)
         control = state.control
         if stage.steer == "weight":
             control = control.steer_weight(parts["active_fraction"], stage.integral_gain)
@@ -140,6 +142,16 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, control), metrics
 
     return step
+
+
+def _with_zeros(before: Any, after: Any) -> Any:
+    """`after`, with zeros where the FFN's matrices had them before."""
+    old, new = before["layers"]["ffn"], after["layers"]["ffn"]
+    kept = {
+        name: jnp.where(old[name] == 0, 0.0, w) if name in ("gate", "up", "down") else w
+        for name, w in new.items()
+    }
+    return after | {"layers": after["layers"] | {"ffn": kept}}
 
 
 def _interleave(x: Array, parts: int) -> Array:

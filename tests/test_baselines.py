@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 import lte_jax
 from lte_jax import baselines, moefication
-from lte_jax.baselines import cmoe, d2dmoe, deja_vu, predictor, static
+from lte_jax.baselines import cmoe, d2dmoe, deja_vu, predictor, static, wanda
 from lte_jax.baselines import moefication as moefied
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
@@ -268,6 +268,25 @@ def test_cmoe_groups_by_marks_and_asks_a_neuron_of_each_expert(layer, monkeypatc
     apart_EM = np.abs(mark_TEM - mark_TEM.mean(axis=2, keepdims=True)).sum(axis=0)
     chosen = unit(grouped.weights["up"])[np.arange(E), apart_EM.argmin(axis=1)]
     np.testing.assert_allclose(router["up"]["kernel"].T, chosen, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [None, (2, 4), (4, 8)])
+def test_wanda_removes_small_weights_times_input_norms(layer, group):
+    lte = LTEConfig(target_sparsity=0.5, expert_size=F)
+    pruned = wanda.pruner(group)(lte, layer)
+    norms = {"gate": layer.x_TD, "up": layer.x_TD, "down": layer.h_TEM.reshape(T, F)}
+    for name, inputs in norms.items():
+        w = layer.weights[name].reshape(F, D)
+        w_OI = w.T if name == "down" else w
+        score = np.abs(w_OI) * np.sqrt((inputs**2).sum(axis=0))
+        for o, row in enumerate(score):
+            size = row.size if group is None else group[1]
+            for first in range(0, row.size, size):
+                part = row[first : first + size]
+                expected = part >= np.sort(part)[size // 2]
+                found = pruned[name].reshape(F, D)
+                found = (found.T if name == "down" else found)[o, first : first + size]
+                np.testing.assert_array_equal(found, w_OI[o, first : first + size] * expected)
 
 
 @functools.cache

@@ -24,16 +24,17 @@ from lte_jax.baselines import (
     softmax,
     static,
     teal,
+    wanda,
     wina,
 )
-from lte_jax.baselines.method import Grouping, Start
+from lte_jax.baselines.method import Grouping, Pruner, Start
 from lte_jax.baselines.method import Layer as Layer
 from lte_jax.baselines.method import Method as Method
 from lte_jax.selection import Routing
 
 _FILES = (
     static, random_router, oracle, moefication, deja_vu, softmax, sigma_moe, d2dmoe, cmoe, cats,
-    teal, wina,
+    teal, wina, wanda,
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {m.name: m for file in _FILES for m in file.METHODS}
 ROUTINGS: Mapping[str, type[Routing]] = {
@@ -44,4 +45,7 @@ STARTS: Mapping[str, Start] = {
 }
 GROUPINGS: Mapping[str, Grouping] = {
     name: group for m in METHODS.values() for name, group in m.groupings.items()
+}
+PRUNERS: Mapping[str, Pruner] = {
+    name: prune for m in METHODS.values() for name, prune in m.pruners.items()
 }

@@ -35,6 +35,8 @@ class Layer(NamedTuple):
 Start = Callable[[LTEConfig, Layer, Array], dict[str, Any]]
 # (lte, layer of one expert) -> the neurons of each expert, [E, M]
 Grouping = Callable[[LTEConfig, Layer], np.ndarray]
+# (lte, layer) -> the matrices of the layer
+Pruner = Callable[[LTEConfig, Layer], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Method:
       routings: names of `lte.routing` that it adds.
       starts: names of `lte.router_init` that it adds.
       groupings: names of `lte.grouping` that it adds.
+      pruners: names of `lte.router_init` with which it changes the weights, having no router.
     """
 
     name: str
@@ -63,3 +66,4 @@ class Method:
     routings: Mapping[str, type[Routing]] = dataclasses.field(default_factory=dict)
     starts: Mapping[str, Start] = dataclasses.field(default_factory=dict)
     groupings: Mapping[str, Grouping] = dataclasses.field(default_factory=dict)
+    pruners: Mapping[str, Pruner] = dataclasses.field(default_factory=dict)

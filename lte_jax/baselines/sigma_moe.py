@@ -24,7 +24,7 @@ from lte_jax.selection import Active, Largest, Scores, View
 class SigmaMoE(Largest):
     """The experts of largest score, times twice the score."""
 
-    skips: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
     served: ClassVar[str] = "sigma"
 
     def scores(self, view: View) -> Scores:

@@ -25,7 +25,7 @@ from lte_jax.selection import Active, Largest, Scores, View
 class SoftmaxTopK(Largest):
     """The experts of largest logit, each times k of its share in their softmax."""
 
-    skips: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
     random: ClassVar[bool] = True
     served: ClassVar[str] = "softmax"
 

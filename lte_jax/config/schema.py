@@ -36,12 +36,13 @@ RoutingName = Literal[
     "dense", "soft", "hard", "straight_through", "top_k",
     # of baselines/:
     "oracle_neurons", "oracle_experts", "activations", "top_k_unit", "softmax", "sigma",
-    "dynamic_k", "representative", "cats", "teal", "wina",
+    "dynamic_k", "representative", "cats", "teal", "wina", "pruned",
 ]  # fmt: skip
 RouterStart = Literal[
     "ridge", "normal", "open",
     # of baselines/:
     "removal", "similar", "trained", "deja_vu", "norms", "representative", "quantile", "quantiles",
+    "wanda", "wanda_2_4", "wanda_4_8",
 ]  # fmt: skip
 Grouping = Literal["kmeans", "coactivation", "random", "cmoe"]
 RouterKind = Literal["linear", "two_layer", "glu", "constant", "cuts", "none"]
@@ -263,6 +264,8 @@ class SourceConfig(Checked):
 
     path: str = ""  # Hugging Face or LTE folder, or hub id; "": random weights
     scratch: ModelConfig = ModelConfig()  # the model to make if path is ""
+    # Function to put in place of the FFN's, which a finetune stage has to mend; "": the model's.
+    activation: Literal["", "relu"] = ""
     # Folder or hub id; "bpe": byte-level BPE of scratch.vocab_size tokens, learned from
     # data.train; "": the model's own, or bytes without a source.path.
     tokenizer: str = ""

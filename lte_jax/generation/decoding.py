@@ -143,7 +143,8 @@ class Decoder:
 
     def stack(self) -> Any:
         """The parameters for `step`; None for a routing that the kernels do not support."""
-        if not self.routing.skips or self.routing.reads_neurons:
+        routing = self.routing
+        if not routing.skips or routing.weighs or routing.reads_neurons:
             return None
         return reading.stacked(self.model.config, self.params, jnp.dtype(self.model.dtype))
 
