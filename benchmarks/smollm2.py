@@ -4,45 +4,22 @@
 
 The perplexity is that of the task `wikitext` (docs/tasks.md). The experts are those of
 `lte_jax.moefy`, grouped on the calibration texts; nothing is trained. For each token the oracle
-computes all neurons and keeps the experts of largest norm, each neuron weighted by the norm of its
-row of `down`. So it is a bound for routers without training, not a method.
+computes all neurons and keeps the experts that add most to the residual stream
+(lte_jax/baselines/oracle.py). So it is a bound for routers without training, not a method.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-import jax.numpy as jnp
 
 import lte_jax
 from lte_jax import data, errors, report, tasks
-from lte_jax.routing import TopK
-
-
-@dataclasses.dataclass(frozen=True)
-class Oracle(TopK):
-    """The experts whose neurons have the largest norm, of a model with unit rows of `down`."""
-
-    reads_neurons = True
-
-    def scores(self, logits, h_BLEM):
-        del logits
-        return jnp.linalg.norm(h_BLEM.astype(jnp.float32), axis=-1)
-
-
-def unit_rows(params: Any) -> dict[str, Any]:
-    """The same function with rows of `down` of norm 1, their norms moved to `up`."""
-    ffn = params["layers"]["ffn"]
-    norm_NEM1 = jnp.linalg.norm(ffn["down"], axis=-1, keepdims=True)
-    ffn = ffn | {"up": ffn["up"] * norm_NEM1, "down": ffn["down"] / norm_NEM1}
-    return params | {"layers": params["layers"] | {"ffn": ffn}}
 
 
 def main() -> None:
     parser = errors.Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub id of a model with a gated FFN")
+    add("--model", required=True, help="folder or hub id of a model")
     add("--calibration", required=True, help="texts that neurons are grouped on")
     add("--calibration-tokens", type=int, default=8192)
     add("--data", default="", help="folder of WikiText; default: the hub")
@@ -53,20 +30,18 @@ def main() -> None:
     with errors.cli_errors():
         flags = parser.parse_args()
         model, params = lte_jax.load(flags.model, "float32")
-        if not model.config.gated:
-            parser.error("--model: expected a gated FFN, as Llama's")
         tokenizer, task = lte_jax.load_tokenizer(flags.model), tasks.MEASURED["wikitext"]
         texts = data.read_texts(flags.calibration, split="train")
         records = data.pack(data.tokenize(texts, tokenizer), flags.length)
         rows = max(1, flags.calibration_tokens // flags.length)
-        settings = {"target_sparsity": flags.sparsity, "router_init": "open"}
+        settings = {"target_sparsity": flags.sparsity, "router": "none"}
         sparse, experts = lte_jax.moefy(
             model, params, records.tokens_RL[:rows], records.segments_RL[:rows], **settings
         )
         how = {"batch_size": flags.batch_size}
         dense = tasks.Run(model, params, tokenizer, flags.data, flags.length, flags.records, how)
-        how = how | {"routing": Oracle.of(model.config, sparse.lte)}
-        oracle = dataclasses.replace(dense, model=sparse, params=unit_rows(experts), how=how)
+        how = how | {"routing": "oracle_experts"}
+        oracle = dataclasses.replace(dense, model=sparse, params=experts, how=how)
         del params, experts
         print(report.task_table(tasks.rows(task, {"dense": dense, "oracle": oracle})))
 

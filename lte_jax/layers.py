@@ -233,10 +233,10 @@ def ffn(
     w: Slice | Stack,
     x_BLD: Float[Array, "B L D"],
     threshold: Float[Array, ""] | float,
-) -> tuple[Array, Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None]:
+) -> tuple[Array, Float[Array, "B L E"] | None, Array | None]:
     """The sum of the experts that run: y [B, L, D], router scores and active experts.
 
-    Both are None where all experts run (`routing.routed` False).
+    Both are None where all experts run (`routing.routed` False); see `selection.Choice`.
     """
     logits = functools.partial(router, lte, w, routing.router_input(x_BLD))
     view = View(x_BLD, logits, w.vectors, key=w.key)
@@ -259,9 +259,8 @@ _BETWEEN = {"none": lambda x: x, "tanh": jnp.tanh}
 
 def router(lte: LTEConfig, w: Slice | Stack, x_BLD: Array) -> Float[Array, "B L E"]:
     """The logit of each expert, float32."""
-    exact = functools.partial(w.linear, exact=True)
     if lte.router == "linear":
-        return exact("router", x_BLD)
+        return w.linear("router", x_BLD, exact=True)
     within = w.at("router")
     exact = functools.partial(within.linear, exact=True)
     if lte.router == "two_layer":

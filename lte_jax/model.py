@@ -144,7 +144,7 @@ class ExpertFFN(nn.Module):
     @nn.compact
     def __call__(
         self, x_BLD: Float[Array, "B L D"], threshold: Float[Array, ""] | float
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L E"] | None, Bool[Array, "B L E"] | None]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L E"] | None, Array | None]:
         """The layer's output, router scores, and active experts (None if all run)."""
 
         def sow(name: str, value: Array) -> None:

@@ -19,9 +19,9 @@ from lte_jax.errors import UserError
 from lte_jax.selection import View
 from lte_jax.sparsity import flops_per_token
 
-T, D, F, E, M = 7, 12, 24, 6, 4
+T, D, F, E, M = 7, 16, 24, 6, 4
 CONFIG = ModelConfig(
-    vocab_size=64, d_model=D, d_ff=F, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=6
+    vocab_size=64, d_model=D, d_ff=F, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
 )
 
 
@@ -229,7 +229,7 @@ def test_wina_weighs_inputs_by_the_columns_they_meet(neurons):
     seen = view(neurons)
     for matrix in ("gate", "up"):
         column_D = np.linalg.norm(neurons.weights[matrix][:, 0], axis=0)
-        expected = np.where(top(np.abs(neurons.x_TD) * column_D, 3), neurons.x_TD, 0)
+        expected = np.where(top(np.abs(neurons.x_TD) * column_D, 4), neurons.x_TD, 0)
         np.testing.assert_array_equal(how.inputs(seen, matrix), expected)
     row_F = np.linalg.norm(neurons.weights["down"][:, 0], axis=1)
     expected = top(np.abs(neurons.h_TEM[..., 0]) * row_F, 6)

@@ -103,9 +103,9 @@ class ByNeurons(Routing):
 
     reads_neurons = True
 
-    def scores(self, logits, h_BLEM):
+    def scores(self, view):
         """The mean magnitude, squashed; the router is never asked."""
-        size_BLE = jnp.mean(jnp.abs(h_BLEM.astype(jnp.float32)), axis=-1)
+        size_BLE = jnp.mean(jnp.abs(view.h_BLEM.astype(jnp.float32)), axis=-1)
         return size_BLE / (1 + size_BLE)
 
 

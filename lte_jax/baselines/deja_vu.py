@@ -14,9 +14,7 @@ Dimension key: T tokens  D model width  R rank  F neurons, each an expert
 from __future__ import annotations
 
 import jax.numpy as jnp
-import optax
 
-from lte_jax.baselines import predictor
 from lte_jax.baselines.method import Layer, Method
 from lte_jax.config import LTEConfig
 from lte_jax.selection import largest
@@ -33,13 +31,17 @@ def labels(lte: LTEConfig, h_TF):
 
 def loss(logits_TF, label_TF):
     """Weighted binary cross-entropy."""
+    from lte_jax.baselines import predictor
+
     weight = jnp.mean(label_TF) + 0.005
-    each_TF = optax.sigmoid_binary_cross_entropy(logits_TF, label_TF)
+    each_TF = predictor.cross_entropy(logits_TF, label_TF)
     return jnp.mean((label_TF * (1 - weight) + weight) * each_TF)
 
 
 def start(lte: LTEConfig, layer: Layer, key) -> dict:
     """The predictor of one layer."""
+    from lte_jax.baselines import predictor  # imports Optax, which only training needs
+
     h_TF = layer.h_TEM.reshape(len(layer.h_TEM), -1)
     sizes = layer.x_TD.shape[1], lte.router_rank or h_TF.shape[1], h_TF.shape[1]
     begin = predictor.Weights.random(key, sizes, bias=False)

@@ -16,9 +16,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-import optax
 
-from lte_jax.baselines import predictor
 from lte_jax.baselines.method import Layer, Method
 from lte_jax.baselines.oracle import Oracle
 from lte_jax.config import LTEConfig
@@ -82,6 +80,8 @@ def trained(lte: LTEConfig, layer: Layer, key) -> dict:
     Raises:
       UserError: if lte.router_rank is another number.
     """
+    from lte_jax.baselines import predictor
+
     center_ED = centers(layer)
     if lte.router_rank not in (None, len(center_ED)):
         raise UserError(
@@ -91,7 +91,7 @@ def trained(lte: LTEConfig, layer: Layer, key) -> dict:
     begin = predictor.Weights(center_ED.T, jnp.eye(len(center_ED)))
 
     def loss(logits_TE, target_TE):
-        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits_TE, target_TE / target_TE.max()))
+        return jnp.mean(predictor.cross_entropy(logits_TE, target_TE / target_TE.max()))
 
     how = predictor.Training(_EPOCHS, _BATCH, predictor.adam(_RATE), 0.1)
     target_TE = activation_sums(layer.gate_TEM)

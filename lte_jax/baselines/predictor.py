@@ -62,6 +62,11 @@ class Training(NamedTuple):
     patience: int | None = None  # stops after so many epochs without a smaller loss
 
 
+def cross_entropy(logits_TE: Array, target_TE: Array) -> Array:
+    """Of each sigmoid and its target in [0, 1], in nats."""
+    return optax.sigmoid_binary_cross_entropy(logits_TE, target_TE)
+
+
 def adam(rate: float, weight_decay: float = 0.0) -> optax.GradientTransformation:
     """AdamW with a constant rate; PyTorch's defaults otherwise."""
     decay = optax.add_decayed_weights(weight_decay)

@@ -92,7 +92,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "D top_k keeps ties",
-        "lte_jax/routing.py",
+        "lte_jax/selection.py",
         "(equal_BE & (jnp.cumsum(equal_BE, axis=-1, dtype=jnp.int32) <= room_B1))",
         "equal_BE",
         "tests/test_model.py::test_exactly_k_experts[2]",
