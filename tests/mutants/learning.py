@@ -141,10 +141,9 @@ MUTANTS = [
          '((".*/router/.*", None), (".*", 1.0)),',
          '((".*", 1.0),),'),
         ("adapt without distillation", "test_the_loss_of_a_stage_is_the_sum_of_its_parts[adapt]",
-         "        distill_weight=distill,\n        hidden_distill_weight=lte.hidden_distill_weight,\n"
-         '        steer="threshold"',
-         "        hidden_distill_weight=lte.hidden_distill_weight,\n"
-         '        steer="threshold"'),
+         "        distill_weight=distill,\n"
+         "        hidden_distill_weight=lte.hidden_distill_weight,\n        steer",
+         "        hidden_distill_weight=lte.hidden_distill_weight,\n        steer"),
         ("distillation of hidden states in no stage",
          "test_the_loss_of_a_stage_is_the_sum_of_its_parts[router]",
          "        hidden_distill_weight=lte.hidden_distill_weight,\n        efficiency",
