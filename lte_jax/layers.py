@@ -45,7 +45,8 @@ class Output:
     # without a head.
     logits: Float[Array, "B ..."] | None
     scores: Float[Array, "N B L E"] | None  # router scores, float32; None under dense routing
-    active: Bool[Array, "N B L E"] | None  # those that run; None under dense routing
+    # Those that run, or the shares of parts that do (`selection.Choice`); None under dense routing.
+    active: Bool[Array, "N B L E"] | Float[Array, "N B L P"] | None
     sparsity: Float[Array, ""]  # share of (real token, layer, expert) that is not active
     cache: Cache | None  # the extended cache, where one was given
     hidden: Float[Array, "B L D"]  # what the head reads

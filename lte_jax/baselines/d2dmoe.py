@@ -15,7 +15,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lte_jax.baselines import predictor
 from lte_jax.baselines.method import Layer, Method
 from lte_jax.config import LTEConfig
 from lte_jax.selection import Routing, Scores, View, contribution
