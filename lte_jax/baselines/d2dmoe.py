@@ -41,6 +41,8 @@ def loss(predicted_TE, norm_TE):
 
 def start(lte: LTEConfig, layer: Layer, key) -> dict:
     """The router of one layer."""
+    from lte_jax.baselines import predictor  # imports Optax, which only training needs
+
     norm_TE = contribution(layer.h_TEM, layer.weights["down"])
     sizes = layer.x_TD.shape[1], lte.router_rank or norm_TE.shape[1], norm_TE.shape[1]
     begin = predictor.Weights.random(key, sizes, bias=True)
