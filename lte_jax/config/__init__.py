@@ -26,6 +26,7 @@ from lte_jax.config.loading import flag as flag
 from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
+from lte_jax.config.names import RoutingName as RoutingName
 from lte_jax.config.reference import keys as keys
 from lte_jax.config.schema import PRESETS as PRESETS
 from lte_jax.config.schema import Activation as Activation
@@ -38,7 +39,6 @@ from lte_jax.config.schema import MeshConfig as MeshConfig
 from lte_jax.config.schema import ModelConfig as ModelConfig
 from lte_jax.config.schema import OptimConfig as OptimConfig
 from lte_jax.config.schema import RopeScaling as RopeScaling
-from lte_jax.config.schema import RoutingName as RoutingName
 from lte_jax.config.schema import SourceConfig as SourceConfig
 from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig

@@ -29,24 +29,16 @@ from lte_jax.config.fields import (
     Target,
     Whole,
 )
+from lte_jax.config.names import (
+    Grouping,
+    RouterActivation,
+    RouterKind,
+    RouterStart,
+    RoutingName,
+)
 from lte_jax.errors import UserError
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RoutingName = Literal[
-    "dense", "soft", "hard", "straight_through", "top_k",
-    # of baselines/:
-    "oracle_neurons", "oracle_experts", "activations", "top_k_unit", "softmax", "sigma",
-    "dynamic_k", "representative", "cats", "teal", "wina", "pruned",
-]  # fmt: skip
-RouterStart = Literal[
-    "ridge", "normal", "open",
-    # of baselines/:
-    "removal", "similar", "trained", "deja_vu", "norms", "representative", "quantile", "quantiles",
-    "wanda", "wanda_2_4", "wanda_4_8",
-]  # fmt: skip
-Grouping = Literal["kmeans", "coactivation", "random", "cmoe"]
-RouterKind = Literal["linear", "two_layer", "glu", "constant", "cuts", "none"]
-RouterActivation = Literal["none", "relu", "tanh", "gelu"]
 MAX_PARAMS = 10**12  # of a model; more is surely a typo
 
 

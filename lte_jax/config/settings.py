@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-from lte_jax.config.schema import (
+from lte_jax.config.names import (
     Grouping,
     RouterActivation,
     RouterKind,
