@@ -282,6 +282,7 @@ class _Run:
             prompt=self.experiment.sample_prompt,
             sample_tokens=self.experiment.sample_tokens if model.config.head == "lm" else 0,
             sample_temperature=self.experiment.sample_temperature,
+            latency_rounds=self.experiment.latency_rounds,
         )
         source = {"model": self.experiment.source.path, "data": self.experiment.data.validation}
         return results | {"environment": report.environment(), "source": source}

@@ -39,8 +39,8 @@ from lte_jax.errors import UserError
 
 # Keys of an experiment that do not affect what is trained: they may change on resuming.
 FREE = frozenset(
-    "report sample_prompt sample_tokens sample_temperature log_every eval_every checkpoint wandb"
-    .split()
+    "report sample_prompt sample_tokens sample_temperature latency_rounds log_every eval_every "
+    "checkpoint wandb".split()
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _DAMAGED = (
@@ -78,14 +78,22 @@ class Paths:
 # -------------------------------------------------------------------------------------------- lock
 
 
+class InUse(UserError):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
-def held(root: Path) -> Iterator[None]:
+def held(root: Path) -> Iterator[int]:
     """Creates a work directory if needed, and locks other runs out of it.
 
     A directory created here that stays empty is removed again, with its new parents.
 
+    Yields:
+      The lock's file descriptor: a process that inherits it holds the lock, too.
+
     Raises:
-      UserError: if it cannot be created or written to, or another run uses it.
+      InUse: if another run uses it.
+      UserError: if it cannot be created or written to.
     """
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
@@ -96,7 +104,7 @@ def held(root: Path) -> Iterator[None]:
             f"workdir {root} cannot be created or written to ({error.strerror}): name another"
         ) from None
     try:
-        yield
+        yield lock
     finally:
         with contextlib.suppress(OSError):
             os.ftruncate(lock, 0)
@@ -124,7 +132,7 @@ def _lock(root: Path) -> int:
             os.close(lock)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise UserError(
+            raise InUse(
                 f"workdir {root} is in use by {holder}: wait for it to end, or name another"
             ) from None
         with contextlib.suppress(FileNotFoundError):

@@ -388,6 +388,7 @@ class Experiment(Checked):
     sample_prompt: str = "Once upon a time"  # prompt of the sample in the report
     sample_tokens: Whole = 100  # length of that sample in tokens; 0: no sample
     sample_temperature: NotNegative = 0.0  # temperature of that sample; 0: greedy
+    latency_rounds: Whole = 9  # timings of decoding in the report, the median counts; 0: none
 
     def _check_together(self):
         parts, size = self.optim.microbatches, self.data.batch_size
