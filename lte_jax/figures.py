@@ -94,7 +94,27 @@ def _quality(results: Sequence[Results], log: bool = False):
     return quality_panels({"What sparsity costs": results}, log)
 
 
-def quality_panels(panels: Mapping[str, Sequence[Results]], log: bool = False) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """What the horizontal axis of a quality figure shows."""
+
+    label: str
+    key: str  # of a model's results
+    unit: float
+    limits: tuple[float, float | None]  # None: as the numbers are
+
+    def of(self, entry: Results) -> float:
+        """Where a model stands."""
+        return self.unit * entry[self.key]
+
+
+SPARSITY = Across("FFN sparsity, %", "sparsity", 100.0, (0.0, 100.0))
+GFLOPS = Across("GFLOPs per token", "gflops_per_token", 1.0, (0.0, None))
+
+
+def quality_panels(
+    panels: Mapping[str, Sequence[Results]], log: bool = False, across: Across = SPARSITY
+) -> Any:
     """A figure of perplexity, or a task's metric, against FFN sparsity: a line for each name.
 
     Each is relative to the dense model of its results where there is one. Panels share their axes.
@@ -103,6 +123,7 @@ def quality_panels(panels: Mapping[str, Sequence[Results]], log: bool = False) -
       panels: title -> results.
       log: perplexities as a ratio to dense, on a logarithmic axis: for ranges of more than a
         factor of two. Metrics in points stay as they are.
+      across: the horizontal axis, in place of sparsity.
     """
     entries = [
         pair for results in panels.values() for pair in with_dense(results) if pair[0]["sparsity"]
@@ -112,8 +133,9 @@ def quality_panels(panels: Mapping[str, Sequence[Results]], log: bool = False) -
     figure, grid = style.panels(len(panels))
     for (title, results), axes in zip(panels.items(), grid, strict=True):
         if scale.dense is not None:
+            origin = next(across.of(dense) for _, dense in with_dense(results) if dense is not None)
             point = {"color": style.GREY, "markersize": 9, "clip_on": False, "zorder": 3}
-            axes.plot(0, scale.dense, "o", label="dense", **point)
+            axes.plot(origin, scale.dense, "o", label="dense", **point)
         for name, mark in marks.items():
             mine = [
                 pair
@@ -121,29 +143,32 @@ def quality_panels(panels: Mapping[str, Sequence[Results]], log: bool = False) -
                 if pair[0]["name"] == name and pair[0]["sparsity"]
             ]
             if mine:
-                _draw_line(axes, mine, scale, mark, name)
+                _draw_line(axes, mine, (scale, across), mark, name)
         axes.set_title(title)
-    heights, spread = [scale.of_entry(*pair) for pair in entries], _deviations(entries, scale)
+    heights = [scale.of_entry(*pair) for pair in entries]
+    spread = _deviations(entries, scale, across)
     ends = [y + sign * d for y, d in zip(heights, spread["yerr"], strict=True) for sign in (-1, 1)]
     scale.fit(grid[0], ends)
-    style.labels(figure, "FFN sparsity, %", scale.label)
+    grid[0].set_xlim(*across.limits)
+    style.labels(figure, across.label, scale.label)
     style.legend(figure)
     return figure
 
 
 def _draw_line(
-    axes, mine: Sequence[tuple], scale: _Scale, mark: Mapping[str, Any], name: str
+    axes, mine: Sequence[tuple], scales: tuple[_Scale, Across], mark: Mapping[str, Any], name: str
 ) -> None:
     """The models of one name, their deviations, and thin dashes to the dense model."""
-    x = [100 * entry["sparsity"] for entry, _ in mine]
+    scale, across = scales
+    x = [across.of(entry) for entry, _ in mine]
     y = [scale.of_entry(*pair) for pair in mine]
     axes.plot(x, y, label=name, clip_on=False, **mark)
-    if any(entry.get("deviation") for entry, _ in mine):
-        spread = _deviations(mine, scale)
+    spread = _deviations(mine, scale, across)
+    if any(map(any, spread.values())):
         axes.errorbar(x, y, **spread, fmt="none", ecolor=mark["color"], capsize=3, zorder=1)
     if scale.dense is not None:
         start = {"color": mark["color"], "linewidth": 1, "linestyle": style.DASHES, "zorder": 1}
-        axes.plot([0, x[0]], [scale.dense, y[0]], **start)
+        axes.plot([across.of(mine[0][1]), x[0]], [scale.dense, y[0]], **start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +199,7 @@ class _Scale:
         return 1 + loss / 100 if self.ratio else loss
 
     def fit(self, axes: Any, heights: Sequence[float]) -> None:
-        """Limits of the shared axes: shares from 0 to 100%, what is lost from nothing on."""
-        axes.set_xlim(0, 100)
+        """Limits of the shared axis: what is lost from nothing on."""
         if self.log:
             _log_axis(axes, heights)
         elif self.dense is None:
@@ -196,17 +220,17 @@ def _log_axis(axes, heights: Sequence[float]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _deviations(mine: Sequence[tuple], scale: _Scale) -> dict[str, list[float]]:
-    """Standard deviations over the seeds, in the axes' units; of one run, 0.
+def _deviations(mine: Sequence[tuple], scale: _Scale, across: Across) -> dict[str, list[float]]:
+    """Standard errors, or else deviations, over the seeds, in the axes' units; of one run, 0.
 
-    Means of several runs have "deviation": of sparsity, of the quality, and ("loss_of_quality") of
-    what each run loses to its own dense model.
+    Means of several runs have "standard_error" or "deviation": of sparsity, of the quality, and
+    ("loss_of_quality") of what each run loses to its own dense model.
     """
-    spread = [entry.get("deviation") or {} for entry, _ in mine]
+    spread = [entry.get("standard_error") or entry.get("deviation") or {} for entry, _ in mine]
     key = "quality" if scale.dense is None else "loss_of_quality"
     unit = 0.01 if scale.ratio else 1.0
     return {
-        "xerr": [100 * (d.get("sparsity") or 0.0) for d in spread],
+        "xerr": [across.unit * (d.get(across.key) or 0.0) for d in spread],
         "yerr": [unit * (d.get(key) or 0.0) for d in spread],
     }
 
@@ -221,8 +245,8 @@ def _label_right(axes, places: Mapping[str, float]) -> None:
         axes.annotate(name, (1, y), (6, 0), va="center", color=style.INK, **where)
 
 
-def _layers(results: Sequence[Results]):
-    """Sparsity of each layer: a panel per name, a line per model of that name."""
+def layer_panels(results: Sequence[Results]) -> Any:
+    """A figure of the sparsity of each layer: a panel per name, a line per model of that name."""
     entries = _sparse_entries(results, "sparsity_per_layer")
     marks = _marks(entries)
     figure, panels = style.panels(len(marks))
@@ -264,6 +288,30 @@ def _scores(results: Sequence[Results]):
     return figure
 
 
+def bar_panels(panels: Mapping[str, Mapping[str, tuple[float, float]]], label: str) -> Any:
+    """A figure of horizontal bars from zero, with errors: a panel per title.
+
+    Args:
+      panels: title -> name -> length and error of its bar. A name stands at one height in all.
+      label: of the lengths.
+    """
+    names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
+    figure, grid = style.panels(len(panels), height=max(2.9, 0.3 * len(names)))
+    for (title, bars), axes in zip(panels.items(), grid, strict=True):
+        places = [names.index(name) for name in bars]
+        lengths, errors = zip(*bars.values(), strict=True)
+        axes.barh(places, lengths, 0.7, color=style.COLOURS[0])
+        how = {"fmt": "none", "ecolor": style.INK, "capsize": 3}
+        axes.errorbar(lengths, places, xerr=errors, **how)
+        axes.axvline(0, color=style.GREY, linewidth=1)
+        axes.set_title(title)
+        axes.grid(axis="y", visible=False)
+    grid[0].set_yticks(range(len(names)), names)
+    grid[0].set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    style.labels(figure, label, "")
+    return figure
+
+
 def draw_experts(axes: Any, run_EL: Bool[np.ndarray, "E L"], pieces: Sequence[str]) -> None:
     """A map of which experts run for each token: dark where one runs.
 
@@ -300,6 +348,6 @@ def visible(piece: str) -> str:
 # File -> what draws it, and the numbers that a model must have to be in it.
 _FIGURES = {
     "quality.png": (_quality, "sparsity"),
-    "layers.png": (_layers, "sparsity_per_layer"),
+    "layers.png": (layer_panels, "sparsity_per_layer"),
     "scores.png": (_scores, "score_histogram"),
 }

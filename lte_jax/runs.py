@@ -174,7 +174,7 @@ def table(results: Sequence[Results]) -> str:
     for entry in entries:
         spread, target = entry["deviation"], entry["target"]
         scores = [
-            _with_spread(entry.get("metrics", {}).get(name), spread.get(name), ".2f")
+            with_spread(entry.get("metrics", {}).get(name), spread.get(name), ".2f")
             for name in metrics
         ]
         lost = entry.get("loss_of_quality")
@@ -183,16 +183,17 @@ def table(results: Sequence[Results]) -> str:
             entry["name"],
             "" if target is None else f"{target:.0%}",
             ", ".join(map(str, entry["seeds"])),
-            _with_spread(100 * entry["sparsity"], 100 * spread.get("sparsity", 0.0), ".1f", "%"),
-            *(scores or [_with_spread(entry.get("token_ppl"), spread.get("token_ppl"), ".3f")]),
-            _with_spread(gap[0], spread.get("loss_of_quality"), *gap[1:]),
-            _with_spread(entry.get("latency_ratio"), spread.get("latency_ratio"), ".2f"),
+            with_spread(100 * entry["sparsity"], 100 * spread.get("sparsity", 0.0), ".1f", "%"),
+            *(scores or [with_spread(entry.get("token_ppl"), spread.get("token_ppl"), ".3f")]),
+            with_spread(gap[0], spread.get("loss_of_quality"), *gap[1:]),
+            with_spread(entry.get("latency_ratio"), spread.get("latency_ratio"), ".2f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _with_spread(mean: float | None, spread: float | None, spec: str, unit: str = "") -> str:
+def with_spread(mean: float | None, spread: float | None, spec: str, unit: str = "") -> str:
+    """A cell of a table: "2.131 ± 0.004"; "" of no mean."""
     if mean is None:
         return ""
     more = f" ± {spread:{spec.removeprefix('+')}}" if spread else ""

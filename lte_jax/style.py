@@ -70,8 +70,12 @@ def panels(count: int, columns: int = 3, height: float = 2.9) -> tuple[Any, list
 
 
 def marks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each name, as keywords of `Axes.plot`; after six names they recur."""
-    return {name: MARKS[i % len(MARKS)] for i, name in enumerate(dict.fromkeys(names))}
+    """Colour and marker of each name, as keywords of `Axes.plot`; after 36 names they recur."""
+    made = {}
+    for i, name in enumerate(dict.fromkeys(names)):
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # other ones in each round
+        made[name] = {"color": COLOURS[i % len(COLOURS)], "marker": marker}
+    return made
 
 
 def labels(figure: Any, x: str, y: str) -> None:

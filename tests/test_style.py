@@ -204,8 +204,7 @@ def test_both_number_formats_are_told_apart(monkeypatch, tmp_path):
         np.testing.assert_allclose(line.get_ydata(), [100 * mine[s] for s in sorted(mine)])
 
 
-def test_the_table_of_tinystories_is_read_back(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_table_of_tinystories_is_read_back():
     script = runpy.run_path(str(ROOT / "benchmarks/tinystories.py"))
     text = (ROOT / "docs/results.md").read_text()
     rows = script["rows"](text)
