@@ -27,14 +27,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import side_by_side
-
 import lte_jax
 from lte_jax import config, report, tasks
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import Mirror, atomic_write
+from lte_jax.sweep import processes
 from lte_jax.tasks.measurement import place
 
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "glue.py"
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -91,11 +91,12 @@ def start(run: Run) -> str:
 def result(run: Run, flags: argparse.Namespace) -> dict:
     """The row of a run, trained and measured unless already done."""
     path, begin = flags.out / run.name / "measured.json", time.monotonic()
-    name = f"glue.py:{run.task},minilm" + (",smoke" if flags.smoke else "")
-    stages = config.load_config(f"{side_by_side.ROOT}/configs/{name}").stages
-    settings = [name, *overrides(run, flags, stages)]
+    words = f"{run.task},minilm" + (",smoke" if flags.smoke else "")
+    stages = config.load_config(f"{CONFIG}:{words}").stages
+    settings = [f"{CONFIG.name}:{words}", *overrides(run, flags, stages)]
     if not path.exists():
-        side_by_side.train(name, flags.out / run.name, settings[1:])
+        if processes.train(f"{CONFIG}:{words}", flags.out / run.name, settings[1:]):
+            raise SystemExit(f"{run.name} failed, see {processes.log(flags.out / run.name)}")
         folder = flags.out / run.name / run.folder
         model, params = lte_jax.load(folder)
         tokenizer = lte_jax.load_tokenizer(folder)
@@ -216,7 +217,7 @@ def main() -> None:
     both = [(task, seed) for task in names for seed in range(flags.seeds)]
     starts = [Run(task, seed, start=True) for task, seed in both]
     rest = [Run(task, seed, target) for task, seed in both for target in (None, *flags.targets)]
-    with side_by_side.one_core_each(flags.workers) as pool:
+    with processes.side_by_side(flags.workers) as pool:
         rows = list(pool.map(lambda run: result(run, flags), starts))
         rows += pool.map(lambda run: result(run, flags), rest)
     means = summary(rows)

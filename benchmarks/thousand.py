@@ -19,10 +19,10 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from side_by_side import one_core_each
 from tinystories import MODELS, add_models_to, check
 
 from lte_jax.errors import cli_errors
+from lte_jax.sweep import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ("demo.py", *(f"tinystories.py:{name}" for name in MODELS), "llama7b.py:smoke")
@@ -69,7 +69,7 @@ def main() -> None:
     flags.models = check(flags.models)
     out = flags.out.absolute()
     runs = [(config, preset) for config in CONFIGS for preset in ("ours", "paper")]
-    with one_core_each(2) as pool:
+    with processes.side_by_side(2) as pool:
         rows = list(pool.map(lambda r: run(*r, flags.models, out), runs))
     print("\n| config | numbers | finite |\n|---|--:|---|", *rows, sep="\n")
     if any("failed" in row or "NOT" in row for row in rows):

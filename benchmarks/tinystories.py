@@ -25,15 +25,15 @@ import dataclasses
 import importlib.util
 import json
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import side_by_side
-
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import Mirror
+from lte_jax.sweep import processes
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tinystories.py"
 
 DATA, STORIES = "roneneldan/TinyStories", 324
 MODELS = ("babyllama", "stories260k")
@@ -137,7 +137,8 @@ def train(run: Run, models: Path, out: Path) -> None:
     # There are many runs: no reports, and little validation, only at the end of a stage.
     spared = ("report=False", "eval_every=1000", "data.max_validation_records=16")
     overrides = (f"source.path={models / run.model}", *run.overrides, *spared)
-    side_by_side.train(f"tinystories.py:{run.model}", out / run.name, overrides)
+    if processes.train(f"{CONFIG}:{run.model}", out / run.name, overrides):
+        raise SystemExit(f"{run.name} failed, see {processes.log(out / run.name)}")
 
 
 def measure(run: Run, out: Path) -> dict:
@@ -221,7 +222,6 @@ def figure(results: list[dict], path: Path) -> None:
 
 @cli_errors()
 def main() -> None:
-    sys.path.insert(0, str(side_by_side.ROOT))
     from lte_jax import report
 
     parser = argparse.ArgumentParser(
@@ -237,7 +237,7 @@ def main() -> None:
     flags.models = check(flags.models)
     flags.out.mkdir(parents=True, exist_ok=True)
     start, wanted = time.monotonic(), list(runs(flags.router_steps, flags.adapt_steps, flags.all))
-    with side_by_side.one_core_each(flags.workers) as pool:
+    with processes.side_by_side(flags.workers) as pool:
         results = list(pool.map(lambda run: result(run, flags.models, flags.out), wanted))
     text = table(results)
     (flags.out / "table.md").write_text(text)

@@ -97,7 +97,6 @@ def test_a_row_of_tinystories(shared, tmp_path, monkeypatch):
     (tmp_path / "mirror/roneneldan").mkdir(parents=True)
     (tmp_path / "mirror/roneneldan/TinyStories").symlink_to(shared / "data/tinystories")
     monkeypatch.setenv("LTE_JAX_MIRROR", str(tmp_path / "mirror"))
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = runpy.run_path(str(ROOT / "benchmarks/tinystories.py"))
     script["measure"].__globals__["STORIES"] = 27  # not all of them
     wanted = [row for row in script["runs"](4, 2, False) if row.model == "stories260k"]
@@ -133,8 +132,7 @@ def test_bad_input_texts_are_found_before_the_first_run(tmp_path, monkeypatch):
     assert done.returncode == 2 and "set LTE_JAX_MIRROR to a folder" in done.stderr
 
 
-def test_the_summary_of_glue_is_against_the_control_of_the_same_seed(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_summary_of_glue_is_against_the_control_of_the_same_seed():
     script = runpy.run_path(str(ROOT / "benchmarks/glue.py"))
 
     def row(seed, target, accuracy, start=False):

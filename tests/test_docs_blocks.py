@@ -23,6 +23,7 @@ import pytest
 import tiny
 
 import lte_jax
+import lte_jax.sweep.command
 from lte_jax import cli, data
 from lte_jax.config import LTEConfig, ModelConfig
 
@@ -51,6 +52,7 @@ PARSED_ONLY = {
     "evaluate": "needs a task's data; tests/test_measured_tasks.py runs them",
     "generate": "needs a model of its own",
     "convert": "needs a model of its own",
+    "sweep": "runs for minutes; tests/test_sweep.py runs a grid, made small",
     "benchmark": "runs for minutes; tests/test_benchmarks.py runs them small",
 }
 
@@ -171,8 +173,9 @@ def _program(words):
     name, *args = words
     if name == "python" and args[:1] == ["-m"]:
         name, *args = args[1:]
-        if name == "lte_jax":
-            name = "lte-jax"
+        if name.startswith("lte_jax"):  # lte_jax.sweep is lte-jax sweep
+            package, _, command = name.partition(".")
+            name, args = package.replace("_", "-"), [*filter(None, [command]), *args]
     elif name == "python":
         script, *args = args
         assert (ROOT / script).is_file(), f"no script {script}"
@@ -210,9 +213,11 @@ def test_commands_are_parsed(command, here, monkeypatch, record_property):
         record_property("only parsed", PARSED_ONLY[name])
     if call is None:
         return _look_up(name, args)
+    args[:] = [arg.replace("$SLURM_ARRAY_TASK_ID", "0") for arg in args]
     monkeypatch.setattr(sys, "argv", [words[0], *args])
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
+    monkeypatch.setattr(lte_jax.sweep.command, "perform", _stop)
     for way in ("parse_args", "parse_intermixed_args"):
         parse = getattr(argparse.ArgumentParser, way)
         stop = lambda *given, parse=parse: _stop(parse(*given))  # noqa: E731

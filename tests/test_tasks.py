@@ -375,9 +375,8 @@ def test_bad_input_without_a_head_of_next_tokens(config_, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_runs_of_glue(tokenizer, tmp_path, monkeypatch):
+def test_the_runs_of_glue(tokenizer, tmp_path):
     """A start and an LTE run that goes on from it, and nothing trained twice."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = runpy.run_path(str(ROOT / "benchmarks/glue.py"))
     folder = saved(dataclasses.replace(ENCODER, max_length=128), tokenizer, tmp_path / "bert")
     write(tmp_path / "data/glue/sst2/train.jsonl", sentences(64))

@@ -64,6 +64,7 @@ ORDER = {
     "lte_jax.preflight": 23.4,
     "lte_jax.plan": 23.5,
     "lte_jax.pipeline": 24,
+    "lte_jax.sweep": 25,
     "lte_jax": 26,
     "lte_jax.cli": 27,
     "lte_jax.__main__": 28,
@@ -95,7 +96,7 @@ def test_nothing_imports_by_a_name_that_others_own(file):
     assert not {name.split(".")[0] for name in _imports(file.read_text(), file)} & SHADOWING
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.py")), ids=lambda f: f.name)
 def test_configs_see_only_config(file):
     rooms = set(map(_room, _imports(file.read_text(), file)))
     assert rooms <= {None, "lte_jax.config"}

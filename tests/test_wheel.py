@@ -44,7 +44,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         f for f in (ROOT / "kernels").rglob("*") if f.is_file() and "__pycache__" not in f.parts
     ]
     assert kernels
-    kernels += [*(ROOT / "configs").glob("*.py")]
+    kernels += [*(ROOT / "configs").rglob("*.py")]
     assert "lte_jax/py.typed" in names
     for file in kernels:  # sources in C++ and tuned sizes as well as modules
         assert f"lte_jax/{file.relative_to(ROOT)}" in names

@@ -173,8 +173,8 @@ def _presets() -> str:
 
 def _files() -> str:
     """What each file in configs/ says of itself."""
-    text = ["## The files in `configs/`"]
-    for file in sorted((ROOT / "configs").glob("*.py")):
+    text, folder = ["## The files in `configs/`"], ROOT / "configs"
+    for file in (*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))):
         said = ast.get_docstring(ast.parse(file.read_text()))
-        text.append(f"### `{file.name}`\n\n```text\n{said}\n```")
+        text.append(f"### `{file.relative_to(folder)}`\n\n```text\n{said}\n```")
     return "\n\n".join(text)

@@ -19,6 +19,7 @@ from lte_jax.errors import Parser
 COMMANDS = {  # one line adds another
     "train": "run an experiment: dense model, sparse model, report",
     "evaluate": "measure a model on text or on tasks, next to its dense model",
+    "sweep": "methods x sparsities x seeds from one grid, as one table",
     "generate": "continue prompts",
     "convert": "write a model in another dtype, or a sparse one as a dense one",
 }

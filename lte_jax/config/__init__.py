@@ -1,7 +1,7 @@
 """Configurations of models, sparsity and experiments, and how they are read.
 
 schema.py defines the keys, fields.py their types and ranges, reference.py shows both; loading.py
-reads files and flags.
+reads files and flags; grid.py has sweeps: many experiments as one table.
 A file in configs/ starts from `to_config_dict(Experiment(...))` and sets what it needs:
 
     from lte_jax import config
@@ -22,8 +22,12 @@ from lte_jax.config.fields import describe as describe
 from lte_jax.config.fields import from_mapping as from_mapping
 from lte_jax.config.fields import moved as moved
 from lte_jax.config.fields import to_config_dict as to_config_dict
+from lte_jax.config.grid import Row as Row
+from lte_jax.config.grid import Sweep as Sweep
+from lte_jax.config.grid import load_sweep as load_sweep
 from lte_jax.config.loading import flag as flag
 from lte_jax.config.loading import load_config as load_config
+from lte_jax.config.loading import packaged as packaged
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
 from lte_jax.config.names import RoutingName as RoutingName

@@ -154,7 +154,7 @@ def section_of(hint: Any) -> Any:
 def convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type `hint`, or a UserError that names the key `where`.
 
-    NumPy's numbers become Python's; a list becomes a tuple.
+    NumPy's numbers become Python's; a list becomes a tuple, a mapping a dict.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -164,6 +164,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         return convert(next(a for a in args if a is not type(None)), value, where)
+    elif origin is Mapping and isinstance(value, Mapping):
+        keys = {name: convert(args[0], name, f"{where} key") for name in value}
+        return {keys[k]: convert(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     elif origin is Literal:
@@ -194,6 +197,8 @@ def spell(hint: Any) -> str:
         return f"one of {', '.join(map(repr, args))}"
     if origin is tuple:
         return f"tuple[{spell(args[0])}, ...]"
+    if origin is Mapping:
+        return f"a mapping from {spell(args[0])} to {spell(args[1])}"
     return "None" if hint is type(None) else " | ".join(map(spell, args)) or hint.__name__
 
 

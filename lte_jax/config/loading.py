@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import re
 import runpy
 import sys
@@ -16,7 +17,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -25,6 +26,8 @@ from lte_jax.config.fields import MOVED, convert, from_mapping, options, unknown
 from lte_jax.config.schema import Experiment
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import Mirror, expand
+
+T = TypeVar("T")
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
@@ -43,8 +46,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> Experiment:
       UserError: if the file is missing, fails (with the line) or returns something else; on an
         unknown key, naming the nearest valid one; on a value of the wrong type or out of range.
     """
-    path, arg = _split(spec)
-    values = _run_config(path, arg)
+    path, arg = split(spec)
+    values = run_file(find(path), "get_config", arg, ConfigDict).to_dict()
     for override in overrides:
         _override(values, override)
     return from_mapping(Experiment, values)
@@ -62,8 +65,8 @@ def variants(arg: str, *valid: str) -> frozenset[str]:
     return words
 
 
-def _split(spec: str) -> tuple[str, str]:
-    """The file or name of a config, and the argument of its get_config."""
+def split(spec: str) -> tuple[str, str]:
+    """The file or name of a config, and the argument of its function."""
     path, colon, arg = spec.partition(".py:")
     if colon or spec.endswith(".py"):
         return (path + ".py", arg) if colon else (spec, "")
@@ -71,21 +74,25 @@ def _split(spec: str) -> tuple[str, str]:
     return path, arg
 
 
-def packaged() -> dict[str, Path]:
-    """The configs that come with the package: beside it in a checkout, in it in a wheel."""
+def packaged(kind: str = "") -> dict[str, Path]:
+    """The configs that come with the package: beside it in a checkout, in it in a wheel.
+
+    Args:
+      kind: a folder of configs/; "": that folder itself.
+    """
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     folder = inside if inside.is_dir() else package.parent / "configs"
-    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+    return {file.stem: file for file in sorted((folder / kind).glob("*.py"))}
 
 
-def _find(path: str) -> str:
-    """The file itself or, if there is none, the package's own of that name."""
-    file, own = expand(path), packaged()
+def find(path: str, kind: str = "") -> str:
+    """The file itself or, if there is none, the package's own of that name and kind."""
+    file, own = expand(path), packaged(kind)
     if file.is_file():
         return str(file)
     name = file.stem if file.suffix == ".py" else file.name
-    if name in own and str(file.parent) in (".", "configs"):
+    if name in own and str(file.parent) in (".", str(Path("configs", kind))):
         return str(own[name])
     others = [str(other) for other in file.parent.glob("*.py") if file.suffix == ".py"]
     near = difflib.get_close_matches(str(file), [*others, *own], n=1, cutoff=0.5)
@@ -93,22 +100,25 @@ def _find(path: str) -> str:
     raise UserError(f"no config file {str(file)!r}: {hint} (or one of {', '.join(own)})")
 
 
-def _run_config(path: str, arg: str) -> dict[str, Any]:
-    """What get_config(arg) of the file returns, as a plain nested dict."""
-    path = _find(path)
+def run_file(path: str, function: str, arg: str, kind: type[T]) -> T:
+    """What a function of a file returns for `arg`, or without an argument if that is "".
+
+    Raises:
+      UserError: if the file has no such function, fails (with the line) or returns another `kind`.
+    """
     try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise UserError("expected a function get_config() that returns a ConfigDict")
-        config = get_config(arg) if arg else get_config()
+        call = runpy.run_path(path).get(function)
+        if call is None:
+            raise UserError(f"expected a function {function}() that returns a {kind.__name__}")
+        made = call(arg) if arg else call()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # the file may raise anything
         raise UserError(_blame(path, error)) from error
-    if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise UserError(f"{path}: get_config() returned {kind}: expected a ConfigDict")
-    return config.to_dict()
+    if not isinstance(made, kind):
+        found = type(made).__name__
+        raise UserError(f"{path}: {function}() returned {found}: expected a {kind.__name__}")
+    return made
 
 
 def _blame(path: str, error: Exception) -> str:
@@ -129,7 +139,7 @@ def _blame(path: str, error: Exception) -> str:
 def _override(values: dict[str, Any], override: str) -> None:
     """Sets one "dotted.key=value" in the nested dict of an Experiment's values."""
     key, equals, text = override.partition("=")
-    hints = {key.name: key.hint for key in reference.keys()}
+    hints = _hints()
     if inside := [leaf for leaf in hints if leaf.startswith(f"{key}.") and key not in hints]:
         raise UserError(
             f"config.{key} is a section: set one of its keys, such as config.{inside[0]}"
@@ -147,6 +157,12 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"config.{section} is {values!r} in the file: expected a section")
     values[name] = _parse(hints[key], text)
+
+
+@functools.cache  # a sweep has hundreds of overrides
+def _hints() -> dict[str, Any]:
+    """Key -> its annotated type."""
+    return {key.name: key.hint for key in reference.keys()}
 
 
 def _parse(hint: Any, text: str) -> Any:

@@ -1,0 +1,144 @@
+"""Gathers the reports of a sweep's runs: means with errors, differences seed by seed.
+
+Every number of quality is against the best dense row: of the methods without experts the one of
+best mean quality. A difference is taken between runs of the same seed, so that what the seeds share
+(the texts, their order, what is measured) cancels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lte_jax import figures, report
+from lte_jax.config import Sweep
+from lte_jax.errors import UserError
+from lte_jax.sweep.expansion import Run
+from lte_jax.sweep.folder import Folder, plain
+
+Row = dict[str, Any]  # of a run, or of a method at a target
+_KEPT = ("token_ppl", "metrics", "sparsity", "gflops_per_token", "sparsity_per_layer")
+
+
+def collect(sweep: Sweep, runs: Sequence[Run], folder: Folder) -> dict[str, Any]:
+    """What the finished runs of a sweep have measured, and its summary.
+
+    Returns:
+      {"grid", "metric", "dense", "runs", "summary", "missing", "environment"}: "dense" is the best
+      dense row (None: there is none), "missing" are the runs that are not finished. An entry of
+      "summary" is a method at a target: "quality", "sparsity", "gflops_per_token" and "seconds"
+      over its seeds; "loss" is what it loses to the best dense row (percent of perplexity, or
+      points of a metric), "difference" likewise to the reference at its target. Of each
+      there are mean, deviation (of a single run) and error (standard error of the mean; None of
+      one seed).
+
+    Raises:
+      UserError: if no run is finished.
+    """
+    rows = [_measured(sweep, run, folder) for run in runs if folder.finished(run)]
+    if not rows:
+        raise UserError(f"{folder.root} has no finished run: leave out --collect to make some")
+    best = best_dense(rows)
+    return {
+        "grid": plain(sweep),
+        "metric": figures.quality(rows[0])[0],
+        "dense": best,
+        "runs": rows,
+        "summary": summary(rows, best, sweep.reference),
+        "missing": [run.name for run in runs if not folder.finished(run)],
+        "environment": report.environment(),
+    }
+
+
+def _measured(sweep: Sweep, run: Run, folder: Folder) -> Row:
+    """A finished run, by its own report."""
+    results = report.read(folder.workdir(run) / "results.json")
+    model = results["models"][-1]
+    kept = {key: model[key] for key in _KEPT if key in model}
+    return {
+        "name": run.name,
+        "method": run.method,
+        "target": run.target,
+        "seed": run.seed,
+        "oracle": sweep.methods[run.method].oracle,
+        "experts": bool(model.get("lte") or model["sparsity"]),
+        "settings": list(run.overrides),
+        "quality": figures.quality(model)[1],
+        **kept,
+        "seconds": _seconds(folder, run),
+        "commit": results.get("environment", {}).get("commit"),
+    }
+
+
+def _seconds(folder: Folder, run: Run) -> float:
+    """How long its stages took, over all its processes (docs/metrics.md)."""
+    path = folder.workdir(run) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []  # a run of no steps has none
+    last = {record["stage"]: record["seconds"] for record in map(json.loads, lines)}
+    return sum(last.values())
+
+
+def best_dense(rows: Sequence[Row]) -> str | None:
+    """The method without experts of best mean quality, over the seeds that all such have."""
+    dense: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if not row["experts"]:
+            dense.setdefault(row["method"], {})[row["seed"]] = row
+    if not dense:
+        return None
+    common = set.intersection(*({*seeds} for seeds in dense.values()))
+    sign = -1 if "metrics" in rows[0] else 1  # of a metric more is better
+    means = {
+        method: statistics.fmean(seeds[seed]["quality"] for seed in (common or seeds))
+        for method, seeds in dense.items()
+    }
+    return min(means, key=lambda method: sign * means[method])
+
+
+def summary(rows: Sequence[Row], best: str | None, reference: str = "") -> list[Row]:
+    """The methods at their targets, in the order of their runs: see `collect`."""
+    groups: dict[tuple[str, float | None], dict[int, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["target"]), {})[row["seed"]] = row
+    dense = groups.get((best, None), {}) if best is not None else {}
+    made = []
+    for (method, target), seeds in groups.items():
+        mine = [seeds[seed] for seed in sorted(seeds)]
+        entry: Row = {"method": method, "target": target, "seeds": sorted(seeds)}
+        entry |= {key: mine[0][key] for key in ("oracle", "experts")}
+        for key in ("quality", "sparsity", "gflops_per_token", "seconds"):
+            entry[key] = spread([row[key] for row in mine if row.get(key) is not None])
+        entry["loss"] = spread(_losses(seeds, dense))
+        others = groups.get((reference, target), {})
+        entry["difference"] = spread(_losses(seeds, dense, others)) if others else None
+        if all(row.get("sparsity_per_layer") for row in mine):
+            layers = zip(*(row["sparsity_per_layer"] for row in mine), strict=True)
+            entry["sparsity_per_layer"] = [statistics.fmean(layer) for layer in layers]
+        made.append(entry)
+    return made
+
+
+def _losses(
+    mine: Mapping[int, Row], dense: Mapping[int, Row], others: Mapping[int, Row] | None = None
+) -> list[float]:
+    """What each run loses to the dense one of its seed; with `others`, beyond what those lose."""
+    losses = []
+    for seed in sorted(mine.keys() & dense.keys()):
+        loss = figures.loss_of_quality(mine[seed], dense[seed])
+        if others is None:
+            losses.append(loss)
+        elif seed in others:
+            losses.append(loss - figures.loss_of_quality(others[seed], dense[seed]))
+    return losses
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Mean, standard deviation and standard error of the mean; None of no values."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    error = None if deviation is None else deviation / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "deviation": deviation, "error": error}
