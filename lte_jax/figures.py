@@ -84,9 +84,14 @@ def _sparse_entries(results: Sequence[Results], key: str) -> list[Results]:
     return [entry for entry, _ in with_dense(results) if entry["sparsity"] and entry.get(key)]
 
 
-def _marks(entries: Sequence[Results]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each name of a sparse model, the same in every figure."""
-    return style.marks([entry["name"] for entry in entries if entry["sparsity"]])
+def _marks(results: Sequence[Results], key: str = "sparsity") -> dict[str, dict[str, Any]]:
+    """Colour and marker of each name of a sparse model with numbers under `key`.
+
+    They go by the order of the results, and so are the same in every figure of them.
+    """
+    entries = [entry for result in results for entry in result["models"] if entry["sparsity"]]
+    marks = style.marks([entry["name"] for entry in entries])
+    return {entry["name"]: marks[entry["name"]] for entry in entries if entry.get(key)}
 
 
 def _quality(results: Sequence[Results], log: bool = False):
@@ -110,6 +115,7 @@ class Across:
 
 SPARSITY = Across("FFN sparsity, %", "sparsity", 100.0, (0.0, 100.0))
 GFLOPS = Across("GFLOPs per token", "gflops_per_token", 1.0, (0.0, None))
+MFLOPS = Across("MFLOPs per token", "gflops_per_token", 1024.0, (0.0, None))
 
 
 def quality_panels(
@@ -129,7 +135,7 @@ def quality_panels(
         pair for results in panels.values() for pair in with_dense(results) if pair[0]["sparsity"]
     ]
     scale = _Scale.of(entries, log)
-    marks = _marks([entry for entry, _ in entries])
+    marks = _marks([result for results in panels.values() for result in results])
     figure, grid = style.panels(len(panels))
     for (title, results), axes in zip(panels.items(), grid, strict=True):
         if scale.dense is not None:
@@ -248,7 +254,7 @@ def _label_right(axes, places: Mapping[str, float]) -> None:
 def layer_panels(results: Sequence[Results]) -> Any:
     """A figure of the sparsity of each layer: a panel per name, a line per model of that name."""
     entries = _sparse_entries(results, "sparsity_per_layer")
-    marks = _marks(entries)
+    marks = _marks(results, "sparsity_per_layer")
     figure, panels = style.panels(len(marks))
     for (name, mark), axes in zip(marks.items(), panels, strict=True):
         means = {}
@@ -270,7 +276,7 @@ def layer_panels(results: Sequence[Results]) -> Any:
 def _scores(results: Sequence[Results]):
     """Histograms of router scores, one panel per model."""
     entries = _sparse_entries(results, "score_histogram")
-    marks = _marks(entries)
+    marks = _marks(results, "score_histogram")
     figure, panels = style.panels(len(entries), min(len(marks), 3) if len(marks) > 1 else 3)
     for entry, axes in zip(entries, panels, strict=True):
         counts = entry["score_histogram"]
@@ -308,7 +314,8 @@ def bar_panels(panels: Mapping[str, Mapping[str, tuple[float, float]]], label: s
         axes.grid(axis="y", visible=False)
     grid[0].set_yticks(range(len(names)), names)
     grid[0].set_ylim(len(names) - 0.4, -0.6)  # the first on top
-    style.labels(figure, label, "")
+    style.labels(figure, "", "")
+    figure.supxlabel(label, size="medium")
     return figure
 
 

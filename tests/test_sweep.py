@@ -553,12 +553,12 @@ def test_files_and_figures(gathered, tmp_path):
         np.ptp(np.array(bars)[:, :, 1], 1), [2 * end["error"] for end in ends]
     )
     panels = tables._differences(found)
-    assert list(panels) == ["50%, against ours", "90%, against ours"]
-    [shown] = panels["90%, against ours"].values()
+    assert list(panels) == ["at 50%", "at 90%"]
+    [shown] = panels["at 90%"].values()
     assert shown[0] == by["the oracle", 0.9]["difference"]["mean"]
     with style.applied():
         [left, _] = figures.bar_panels(panels, "x").axes
-    assert [text.get_text() for text in left.get_yticklabels()] == ["the oracle"]
+    assert [text.get_text() for text in left.get_yticklabels()] == ["the oracle (oracle)"]
     np.testing.assert_allclose([bar.get_width() for bar in left.patches], [
         by["the oracle", 0.5]["difference"]["mean"]
     ])  # fmt: skip

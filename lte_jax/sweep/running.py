@@ -49,7 +49,8 @@ def run_all(
     ):
         work = _Work(folder, runner, pool, workers, waiting, progress)
         work.to_the_end()
-    interrupt.check(f"with {len(work.waiting)} of {len(runs)} runs not begun")
+    left = sum(not folder.finished(run) for run in runs)
+    interrupt.check(f"with {left} of {len(runs)} runs left")
     return work.failed
 
 

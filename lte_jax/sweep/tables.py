@@ -28,7 +28,7 @@ def table(results: Mapping[str, Any]) -> str:
         flops = entry["gflops_per_token"] or {"mean": None, "error": None}
         share = {k: 100 * v if v is not None else v for k, v in entry["sparsity"].items()}
         cells = [
-            entry["method"] + " (oracle)" * entry["oracle"],
+            _name(entry),
             "" if entry["target"] is None else f"{entry['target']:.0%}",
             str(len(entry["seeds"])),
             with_spread(share["mean"], share["error"], ".1f", "%"),
@@ -58,6 +58,10 @@ def notes(results: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
+def _name(entry: Row) -> str:
+    return entry["method"] + " (oracle)" * entry["oracle"]
+
+
 def _in_points(results: Mapping[str, Any]) -> bool:
     """Whether quality is a task's metric, not perplexity."""
     return "metrics" in results["runs"][0]
@@ -78,12 +82,15 @@ def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
             title = "What sparsity costs"
             made["quality.png"] = figures.quality_panels({title: models}, large)
         if sparse and all("gflops_per_token" in model for model in models[0]["models"]):
-            title, across = "Quality against cost", figures.GFLOPS
+            most = max(model["gflops_per_token"] for model in models[0]["models"])
+            across = figures.GFLOPS if most >= 0.1 else figures.MFLOPS
+            title = "What sparsity costs, and saves"
             made["cost.png"] = figures.quality_panels({title: models}, large, across)
         if any("sparsity_per_layer" in model for model in sparse):
             made["layers.png"] = figures.layer_panels(models)
         if panels := _differences(results):
-            label = "loses more than the reference, " + ("points" if _in_points(results) else "%")
+            unit = "points" if _in_points(results) else "% of the best dense row's perplexity"
+            label = f"loses more than {results['grid']['reference']}, {unit}"
             made["ablation.png"] = figures.bar_panels(panels, label)
         for name, figure in made.items():
             style.save(figure, out / name)
@@ -97,7 +104,7 @@ def _models(results: Mapping[str, Any]) -> list[Row]:
         if not entry["experts"] and entry["method"] != results["dense"]:
             continue
         value = entry["quality"]["mean"]
-        model = {"name": entry["method"], "sparsity": entry["sparsity"]["mean"]}
+        model = {"name": _name(entry), "sparsity": entry["sparsity"]["mean"]}
         model |= {"metrics": {results["metric"]: value}} if points else {"token_ppl": value}
         model |= {"lte": True} if entry["experts"] else {}
         if "sparsity_per_layer" in entry:
@@ -119,8 +126,7 @@ def _differences(results: Mapping[str, Any]) -> dict[str, dict[str, tuple[float,
     for entry in results["summary"]:
         if entry["difference"] and entry["target"] is not None and entry["method"] != reference:
             bar = entry["difference"]["mean"], entry["difference"]["error"] or 0.0
-            title = f"{entry['target']:.0%}, against {reference}"
-            panels.setdefault(title, {})[entry["method"]] = bar
+            panels.setdefault(f"at {entry['target']:.0%}", {})[_name(entry)] = bar
     return panels
 
 
