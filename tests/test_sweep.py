@@ -35,7 +35,7 @@ def grid(**changes):
         "untouched": Row(DENSE, targets=()),
         "fine-tuned": Row((*DENSE, "stages.finetune.steps=5"), targets=()),
         "ours": Row(),
-        "the oracle": Row(("lte.grouping=random",), oracle=True),
+        "largest": Row(("lte.grouping=random",), oracle=True),
     }
     made = {"config": "demo.py", "methods": methods, "targets": (0.5, 0.9), "seeds": (0, 1, 2)}
     return Sweep(**made | {"reference": "ours"} | changes)
@@ -44,7 +44,7 @@ def grid(**changes):
 def quality(run):
     """A made-up perplexity and sparsity of a run, different in each."""
     rng = np.random.default_rng([*run.name.encode()])
-    base = {"untouched": 4.0, "fine-tuned": 3.9, "ours": 4.4, "the oracle": 4.3}
+    base = {"untouched": 4.0, "fine-tuned": 3.9, "ours": 4.4, "largest": 4.3}
     return base.get(run.method, 5.0) + 0.1 * rng.random() + (
         run.target or 0
     ), run.target and run.target + 0.01
@@ -62,6 +62,7 @@ class Fake:
         self.made.append(run.name)
         assert overrides == run.overrides and os.fstat(inherited[0])
         if run.name in self.broken:
+            processes.log(workdir).write_text("reading\nerror: too bad\n")
             return 1
         finish(run, workdir)
         return 0
@@ -100,8 +101,8 @@ def test_a_grid_expands_to_runs_that_train_py_takes(tmp_path):
     sweep = grid(overrides=("stages.adapt.steps=7", "log_every=3"))
     runs = expand(sweep, DEMO, tmp_path)
     assert [run.name for run in runs[:6]] == [
-        "untouched-0", "fine-tuned-0", "ours-0.5-0", "ours-0.9-0", "the-oracle-0.5-0",
-        "the-oracle-0.9-0",
+        "untouched-0", "fine-tuned-0", "ours-0.5-0", "ours-0.9-0", "largest-0.5-0",
+        "largest-0.9-0",
     ]  # fmt: skip
     assert len(runs) == 18 and [run.seed for run in runs[::6]] == [0, 1, 2]
     dense, ours = runs[1].experiment, runs[3].experiment
@@ -322,7 +323,8 @@ def test_a_failing_run_does_not_stop_the_others(made, capsys):
     [failed] = running.run_all(runs, folder, 2, fake)
     assert failed.name == "ours-0.5-1" and len(fake.made) == 18
     log = folder.root / "ours-0.5-1.log"
-    assert f"ours-0.5-1: failed with code 1, see {log}" in capsys.readouterr().out
+    said = f"ours-0.5-1: failed with code 1, see {log}: error: too bad\n"
+    assert said in capsys.readouterr().out
     fake.broken, fake.made = set(), []
     assert running.run_all(runs, folder, 2, fake) == [] and fake.made == ["ours-0.5-1"]
 
@@ -448,14 +450,14 @@ def test_the_summary_is_numpys(gathered):
     assert "lte.target_sparsity=0.9" in run["settings"] and run["quality"] == run["token_ppl"]
     ppl = {
         name: np.array([by_name[f"{name}-{seed}"][0] for seed in range(3)])
-        for name in ("fine-tuned", "untouched", "ours-0.9", "the-oracle-0.9")
+        for name in ("fine-tuned", "untouched", "ours-0.9", "largest-0.9")
     }
     assert ppl["fine-tuned"].mean() < ppl["untouched"].mean()
-    [oracle] = [e for e in found["summary"] if (e["method"], e["target"]) == ("the oracle", 0.9)]
-    loss = 100 * (ppl["the-oracle-0.9"] / ppl["fine-tuned"] - 1)
+    [oracle] = [e for e in found["summary"] if (e["method"], e["target"]) == ("largest", 0.9)]
+    loss = 100 * (ppl["largest-0.9"] / ppl["fine-tuned"] - 1)
     ours = 100 * (ppl["ours-0.9"] / ppl["fine-tuned"] - 1)
     for key, values in {
-        "quality": ppl["the-oracle-0.9"],
+        "quality": ppl["largest-0.9"],
         "loss": loss,
         "difference": loss - ours,
         "sparsity": np.full(3, 0.91),
@@ -500,14 +502,14 @@ def test_the_table(gathered):
     found, _ = gathered
     lines = tables.table(found).splitlines()
     by = {(e["method"], e["target"]): e for e in found["summary"]}
-    one = by["the oracle", 0.9]
+    one = by["largest", 0.9]
     assert lines[0] == (
         "| method | target | seeds | FFN sparsity | perplexity per token | against best dense | "
         "GFLOPs / token |"
     )
     told = f"{one['quality']['mean']:.3f} ± {one['quality']['error']:.3f}"
     against = f"{one['loss']['mean']:+.1f} ± {one['loss']['error']:.1f}%"
-    assert f"| the oracle (oracle) | 90% | 3 | 91.0% | {told} | {against} | 1.09 |" in lines
+    assert f"| largest (oracle) | 90% | 3 | 91.0% | {told} | {against} | 1.09 |" in lines
     [best] = [line for line in lines if "| best dense |" in line]
     assert best.startswith("| fine-tuned |  | 3 | 0.0% |") and best.endswith(" | 2 |")
     assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
@@ -555,12 +557,12 @@ def test_files_and_figures(gathered, tmp_path):
     panels = tables._differences(found)
     assert list(panels) == ["at 50%", "at 90%"]
     [shown] = panels["at 90%"].values()
-    assert shown[0] == by["the oracle", 0.9]["difference"]["mean"]
+    assert shown[0] == by["largest", 0.9]["difference"]["mean"]
     with style.applied():
         [left, _] = figures.bar_panels(panels, "x").axes
-    assert [text.get_text() for text in left.get_yticklabels()] == ["the oracle (oracle)"]
+    assert [text.get_text() for text in left.get_yticklabels()] == ["largest (oracle)"]
     np.testing.assert_allclose([bar.get_width() for bar in left.patches], [
-        by["the oracle", 0.5]["difference"]["mean"]
+        by["largest", 0.5]["difference"]["mean"]
     ])  # fmt: skip
 
 
@@ -637,10 +639,11 @@ def test_a_killed_sweep_of_real_runs_ends_as_if_nothing_happened(tmp_path):
     small = dataclasses.replace(tiny.CONFIG, vocab_size=259, max_length=64, d_ff=96)
     lte_jax.save(tmp_path / "model", *tiny.model_and_params(lte=None, config=small))
     data.byte_tokenizer().save_pretrained(tmp_path / "model")
-    texts = "".join(json.dumps({"text": f"{i} fox and hen " * 9}) + "\n" for i in range(64))
-    (tmp_path / "texts.jsonl").write_text(texts)
-    given = [f"--config.source.path={tmp_path / 'model'}", "--config.log_every=1"]
-    given += [f"--config.data.{key}={tmp_path / 'texts.jsonl'}" for key in ("train", "validation")]
+    given = [f"--config.source.path={tmp_path / 'model'}"]
+    for split, words in (("train", "fox and hen"), ("validation", "hen and hare")):
+        texts = (json.dumps({"text": f"{i} {words} " * 9}) + "\n" for i in range(64))
+        (tmp_path / f"{split}.jsonl").write_text("".join(texts))
+        given.append(f"--config.data.{split}={tmp_path / split}.jsonl")
     call = [sys.executable, "-m", "lte_jax.sweep", "--workers=2", *given]
     call += ["--config=configs/sweeps/tinystories.py:smoke"]
 

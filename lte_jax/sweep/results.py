@@ -19,7 +19,7 @@ from lte_jax.errors import UserError
 from lte_jax.sweep.expansion import Run
 from lte_jax.sweep.folder import Folder, plain
 
-Row = dict[str, Any]  # of a run, or of a method at a target
+Entry = dict[str, Any]  # of a run, or of a method at a target
 _KEPT = ("token_ppl", "metrics", "sparsity", "gflops_per_token", "sparsity_per_layer")
 
 
@@ -53,7 +53,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], folder: Folder) -> dict[str, Any]
     }
 
 
-def _measured(sweep: Sweep, run: Run, folder: Folder) -> Row:
+def _measured(sweep: Sweep, run: Run, folder: Folder) -> Entry:
     """A finished run, by its own report."""
     results = report.read(folder.workdir(run) / "results.json")
     model = results["models"][-1]
@@ -81,9 +81,9 @@ def _seconds(folder: Folder, run: Run) -> float:
     return sum(last.values())
 
 
-def best_dense(rows: Sequence[Row]) -> str | None:
+def best_dense(rows: Sequence[Entry]) -> str | None:
     """The method without experts of best mean quality, over the seeds that all such have."""
-    dense: dict[str, dict[int, Row]] = {}
+    dense: dict[str, dict[int, Entry]] = {}
     for row in rows:
         if not row["experts"]:
             dense.setdefault(row["method"], {})[row["seed"]] = row
@@ -98,16 +98,16 @@ def best_dense(rows: Sequence[Row]) -> str | None:
     return min(means, key=lambda method: sign * means[method])
 
 
-def summary(rows: Sequence[Row], best: str | None, reference: str = "") -> list[Row]:
+def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> list[Entry]:
     """The methods at their targets, in the order of their runs: see `collect`."""
-    groups: dict[tuple[str, float | None], dict[int, Row]] = {}
+    groups: dict[tuple[str, float | None], dict[int, Entry]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["target"]), {})[row["seed"]] = row
     dense = groups.get((best, None), {}) if best is not None else {}
     made = []
     for (method, target), seeds in groups.items():
         mine = [seeds[seed] for seed in sorted(seeds)]
-        entry: Row = {"method": method, "target": target, "seeds": sorted(seeds)}
+        entry: Entry = {"method": method, "target": target, "seeds": sorted(seeds)}
         entry |= {key: mine[0][key] for key in ("oracle", "experts")}
         for key in ("quality", "sparsity", "gflops_per_token", "seconds"):
             entry[key] = spread([row[key] for row in mine if row.get(key) is not None])
@@ -122,7 +122,7 @@ def summary(rows: Sequence[Row], best: str | None, reference: str = "") -> list[
 
 
 def _losses(
-    mine: Mapping[int, Row], dense: Mapping[int, Row], others: Mapping[int, Row] | None = None
+    mine: Mapping[int, Entry], dense: Mapping[int, Entry], others: Mapping[int, Entry] | None = None
 ) -> list[float]:
     """What each run loses to the dense one of its seed; with `others`, beyond what those lose."""
     losses = []

@@ -127,7 +127,7 @@ class _Work:
         elif not interrupt.requested():
             self.failed.append(run)
             log = processes.log(self.folder.workdir(run))
-            self.progress.say(f"{run.name}: failed with code {code}, see {log}")
+            self.progress.say(f"{run.name}: failed with code {code}, see {log}{_last(log)}")
 
 
 class _Progress:
@@ -175,6 +175,12 @@ class _Progress:
             each = (time.monotonic() - self.start) / (self.number - self.before)
             words += f"; about {_duration(left * each)} left"
         self.say(words)
+
+
+def _last(log: Path) -> str:
+    """The last line of a log, which is an error's own line if a user can mend it."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return f": {lines[-1][:300]}" if lines else ""
 
 
 def _duration(seconds: float) -> str:

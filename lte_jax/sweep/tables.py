@@ -11,7 +11,7 @@ from lte_jax import figures, report, style
 from lte_jax.errors import UserError
 from lte_jax.files import atomic_write
 from lte_jax.runs import with_spread
-from lte_jax.sweep.results import Row
+from lte_jax.sweep.results import Entry
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -21,18 +21,17 @@ def table(results: Mapping[str, Any]) -> str:
     heads.append("GFLOPs / token")
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for entry in results["summary"]:
-        gap = entry["loss"] or {"mean": None, "error": None}
-        if points and gap["mean"] is not None:
-            gap = gap | {"mean": -gap["mean"]}
-        against = with_spread(gap["mean"], gap["error"], *(("+.2f",) if points else ("+.1f", "%")))
-        flops = entry["gflops_per_token"] or {"mean": None, "error": None}
+        against, flops = "", entry["gflops_per_token"] or {"mean": None}
+        if gap := entry["loss"]:
+            how = (-gap["mean"], gap["error"], "+.2f") if points else (*_both(gap), "+.1f", "%")
+            against = with_spread(*how)
         share = {k: 100 * v if v is not None else v for k, v in entry["sparsity"].items()}
         cells = [
             _name(entry),
             "" if entry["target"] is None else f"{entry['target']:.0%}",
             str(len(entry["seeds"])),
-            with_spread(share["mean"], share["error"], ".1f", "%"),
-            with_spread(entry["quality"]["mean"], entry["quality"]["error"], ".3f"),
+            with_spread(*_both(share), ".1f", "%"),
+            with_spread(*_both(entry["quality"]), ".3f"),
             "best dense" if entry["method"] == best else against,
             with_spread(flops["mean"], None, ".3g"),
         ]
@@ -58,8 +57,13 @@ def notes(results: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def _name(entry: Row) -> str:
-    return entry["method"] + " (oracle)" * entry["oracle"]
+def _both(numbers: Mapping[str, Any]) -> tuple[float, float | None]:
+    return numbers["mean"], numbers["error"]
+
+
+def _name(entry: Entry) -> str:
+    marked = not entry["oracle"] or "oracle" in entry["method"]
+    return entry["method"] if marked else f"{entry['method']} (oracle)"
 
 
 def _in_points(results: Mapping[str, Any]) -> bool:
@@ -97,7 +101,7 @@ def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
     return [out / name for name in made]
 
 
-def _models(results: Mapping[str, Any]) -> list[Row]:
+def _models(results: Mapping[str, Any]) -> list[Entry]:
     """The summary as figures.py takes models; of the dense rows the best one."""
     points, models = _in_points(results), []
     for entry in results["summary"]:

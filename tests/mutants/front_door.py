@@ -59,7 +59,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "front: configs are found in the checkout alone",
         "lte_jax/config/loading.py",
-        'if name in own and str(file.parent) in (".", "configs"):',
+        'if name in own and str(file.parent) in (".", str(Path("configs", kind))):',
         "if False:",
         "tests/test_config.py::test_the_packages_configs_are_found_from_anywhere",
     ),
