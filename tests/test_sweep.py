@@ -583,7 +583,8 @@ def test_the_command_lists_collects_and_fails(tmp_path, monkeypatch, capsys):
     flags = (f"--out={out}", "--no-figures")
     sweep_command(*flags, "--list")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "2\tours-0.5-0\t" and len(lines) == 10 and not out.exists()
+    assert lines[1:3] == ["1\tdense-fine-tuned-0\t", "2\tours-0.5-0\t"]
+    assert len(lines) == 10 and not out.exists()
     with pytest.raises(SystemExit) as stopped:
         sweep_command(*flags, "--collect")
     assert stopped.value.code == 2 and "has no finished run" in capsys.readouterr().err
