@@ -7,11 +7,26 @@ Dimension key: T tokens  E experts  M neurons per expert
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lte_jax.baselines.method import Layer, Method
 from lte_jax.config import LTEConfig
-from lte_jax.selection import contribution, largest
+from lte_jax.selection import Active, Routing, Scores, contribution, largest
+
+
+class Static(Routing):
+    """The experts whose constant score is above 1/2: no threshold moves it."""
+
+    by_threshold: ClassVar[bool] = False
+    served: ClassVar[str] = "static"
+
+    def active(self, scores_BLE: Scores, threshold: Float[Array, ""] | float) -> Active:
+        """Those that stay."""
+        del threshold
+        return scores_BLE > 0.5
 
 
 def start(lte: LTEConfig, layer: Layer, key) -> dict:
@@ -29,7 +44,8 @@ METHODS = (
         "static",
         "static removal",
         "experts of least mean contribution removed for all tokens",
-        {"lte.router": "constant", "lte.router_init": "removal", "lte.routing": "hard"},
+        {"lte.router": "constant", "lte.router_init": "removal", "lte.routing": "static"},
+        routings={"static": Static},
         starts={"removal": start},
     ),
 )

@@ -9,7 +9,7 @@ RoutingName = Literal[
     "dense", "soft", "hard", "straight_through", "top_k",
     # of baselines/:
     "oracle_neurons", "oracle_experts", "activations", "top_k_unit", "softmax", "sigma",
-    "dynamic_k", "representative", "cats", "teal", "wina", "pruned",
+    "dynamic_k", "representative", "cats", "teal", "wina", "pruned", "static",
 ]  # fmt: skip
 RouterStart = Literal[
     "ridge", "normal", "open",
