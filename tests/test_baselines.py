@@ -117,7 +117,7 @@ def test_similarity_ranks_experts_by_the_distance_to_their_centers(layer):
 
 
 def test_the_trained_selection_starts_at_the_centers_and_learns(layer, monkeypatch):
-    many = np.random.default_rng(1).normal(size=(600, D)).astype(np.float32)
+    many = np.random.default_rng(1).normal(size=(4000, D)).astype(np.float32)
     layer.weights["gate"][:2] *= 5  # larger than the others, which centers do not tell
     gate = silu(np.einsum("TD,EMD->TEM", many, layer.weights["gate"]))
     layer = layer._replace(x_TD=many, gate_TEM=gate, h_TEM=gate)
