@@ -68,6 +68,8 @@ def get_config(arg=""):
         c.stages.finetune.learning_rate = 1e-4 if small else 2e-4
         c.stages.router.learning_rate, c.stages.adapt.learning_rate = 1e-4, 5e-5
         c.stages.router.router_lr_multiplier = 20.0
+        if preset == "ours":
+            c.lte.hidden_distill_weight = 1.0
     c.lte.target_sparsity = 0.8 if preset == "ours" else None
     if preset == "paper":  # one rate for router and model
         c.stages.router.router_lr_multiplier = 1.0

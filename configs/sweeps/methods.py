@@ -7,7 +7,7 @@ FOLDER holds babyllama, as for configs/sweeps/tinystories.py. Each method of lte
 a row in which the model adapts to it with as many steps as LTE takes and the same teacher, and, if
 it needs no training, one as it is published. MoEfication starts from a model with ReLU, fine-tuned.
 
-Cost:   not measured; some 250 runs, of three minutes on one core if they train.
+Cost:   not measured; 300 runs, of three minutes on one core if they train.
 Expect: not measured.
 
 Variant: ":smoke", one seed, one target, a few steps (a test).
