@@ -6,7 +6,7 @@ Dimension key: T tokens  D model width  R hidden units (lte.router_rank)  E expe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +97,10 @@ def fit(
         return (optax.apply_updates(weights, updates), state), None
 
     @jax.jit
-    def epoch(weights, state, order):
-        (weights, state), _ = jax.lax.scan(step, (weights, state), order)
-        return weights, state, loss(weights(held[0], act), held[1])
+    def epoch(weights: Weights, state: optax.OptState, order: Array):
+        (new, state), _ = jax.lax.scan(step, (weights, state), order)
+        fitted = cast(Weights, new)
+        return fitted, state, loss(fitted(held[0], act), held[1])
 
     weights, state = begin, how.optimizer.init(begin)
     best, least, waited = begin, float(loss(begin(held[0], act), held[1])), 0
