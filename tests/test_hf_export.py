@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -169,3 +170,19 @@ def test_export_of_a_model_in_the_hub_cache(shared_store, tmp_path, caplog):
     hf.save(tmp_path / "new", config, lte, params, source=snapshot)
     assert (tmp_path / "new" / "LICENSE").read_text() == "free" and not caplog.records
     assert (tmp_path / "new" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_another_activation_function_is_the_only_change_of_config_json(family, tmp_path):
+    folder = write_folder(tmp_path / "m", config_json(family))
+    config, _, params = load(folder)
+    hf.save(
+        tmp_path / "new",
+        dataclasses.replace(config, activation="relu"),
+        None,
+        params,
+        source=folder,
+    )
+    assert hf.read_config(tmp_path / "new")[0] == dataclasses.replace(config, activation="relu")
+    old, new = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "new"))
+    assert len(changed := [key for key in new if new[key] != old.get(key)]) == 1, changed

@@ -123,9 +123,13 @@ def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None
     if source is None:
         raw = write_config(config, config.dtype)
     else:
-        raw = read_json(source / CONFIG)
-        if _differs(config, parse(raw, CONFIG)[0], sentence.FIELDS):  # by its head alone
-            raw |= FAMILIES[config.family].write_head(config)
+        raw, family = read_json(source / CONFIG), FAMILIES[config.family]
+        different = _differs(config, parse(raw, CONFIG)[0], sentence.FIELDS)
+        if "activation" in different:  # source.activation of an experiment
+            key = family.keys["activation"]
+            raw |= {key.name: key.write(config.activation)}
+        if {*different} & {*HEAD}:
+            raw |= family.write_head(config)
     raw.pop("lte", None)
     return raw if lte is None else raw | {"lte": dataclasses.asdict(lte)}
 
@@ -151,7 +155,7 @@ def _main_dtype(tensors: list[_Tensor]) -> str:
 
 def _check_source(config: ModelConfig, source: Path) -> None:
     theirs = read_config(source)[0]
-    for name in _differs(config, theirs, HEAD):
+    for name in _differs(config, theirs, (*HEAD, "activation")):
         raise UserError(
             f"source {source} has {name}={getattr(theirs, name)!r}, the model to be saved "
             f"{getattr(config, name)!r}: name the folder the model was made from, or none"
