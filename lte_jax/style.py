@@ -61,7 +61,7 @@ def panels(count: int, columns: int = 3, height: float = 2.9) -> tuple[Any, list
 
     columns = min(columns, count)
     rows = -(-count // columns)
-    size = (WIDTH, 4.2 if count == 1 else height * rows + 0.5)
+    size = (WIDTH, max(4.2, height) if count == 1 else height * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for unused in grid[count:]:
@@ -88,14 +88,22 @@ def labels(figure: Any, x: str, y: str) -> None:
 
 
 def legend(figure: Any) -> None:
-    """One legend of all panels, below them and so off the data; each name once."""
+    """One legend of all panels, below them and so off the data; each name once.
+
+    A long one makes the figure higher, so that the panels keep their size.
+    """
     known = {}
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(name, handle)
-    room = 105 // (8 + max(map(len, known)))  # letters in the width, and in a column
+    many = len(known) > 12
+    room = (125 if many else 105) // (8 + max(map(len, known)))  # letters in width and column
     columns = max(1, min(len(known), room))
-    figure.legend(known.values(), known, loc="outside lower center", ncols=columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * max(0, -(-len(known) // columns) - 3))
+    size = "small" if many else "medium"
+    how = {"loc": "outside lower center", "ncols": columns, "fontsize": size}
+    figure.legend(known.values(), known, **how)
 
 
 def save(figure: Any, path: Path) -> None:

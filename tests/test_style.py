@@ -135,7 +135,16 @@ def of_benchmarks(out):
     script["draw"](out)
 
 
-@pytest.mark.parametrize("draw", [of_package, of_benchmarks])
+def of_many(out):
+    """As many methods as a sweep may have."""
+    many = [sparse(0.5, 4.4 + i, f"a method with a name, number {i}") for i in range(34)]
+    with style.applied():
+        style.save(figures.quality_panels({"many": [{"models": [DENSE, *many]}]}), out / "a.png")
+        bars = {model["name"]: (1.0, 0.1) for model in many}
+        style.save(figures.bar_panels({"many": bars}, "points"), out / "b.png")
+
+
+@pytest.mark.parametrize("draw", [of_package, of_benchmarks, of_many])
 def test_figures_read_at_the_width_of_a_readme(draw, tmp_path, monkeypatch):
     import matplotlib.text
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -17,7 +17,7 @@ from lte_jax import baselines, config
 
 NO_EXPERTS = ("stages.router.steps=0", "stages.adapt.steps=0")
 # One step at a rate of 0: a run without steps would end with the dense model.
-AS_PUBLISHED = ("stages.adapt.steps=1", "stages.adapt.learning_rate=0.0")
+UNTRAINED = ("stages.adapt.steps=1", "stages.adapt.learning_rate=0.0")
 RANK = 32  # of Deja Vu's predictors: a quarter of babyllama's width
 
 
@@ -60,5 +60,5 @@ def rows(method, steps):
     frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}")
     frozen += ("stages.adapt.learning_rate=5e-4",)
     yield method.title, config.Row((*own, *frozen), **more)
-    published = (*own, "stages.router.steps=0", *AS_PUBLISHED)
-    yield f"{method.title}, as published", config.Row(published, **more)
+    untrained = (*own, "stages.router.steps=0", *UNTRAINED)
+    yield f"{method.title}, untrained", config.Row(untrained, **more)
