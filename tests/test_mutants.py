@@ -68,7 +68,7 @@ def test_every_mutant_still_applies_and_names_a_test(monkeypatch):
     """The old text stands once where the mutant says, and the functions named as tests exist."""
     monkeypatch.syspath_prepend(MUTANTS)
     root = MUTANTS.parents[1]
-    names = ("learning", "running", "families_tasks", "faults")
+    names = ("learning", "running", "families_tasks", "faults", "methods")
     lists = [importlib.import_module(name).MUTANTS for name in names]
     for mutant in itertools.chain(*lists):
         found = (root / mutant.file).read_text().count(mutant.old)

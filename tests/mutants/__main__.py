@@ -26,12 +26,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import families_tasks
 import faults
 import learning
+import methods
 import running
 from forked import pytest
 from mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MUTANTS = learning.MUTANTS + running.MUTANTS + families_tasks.MUTANTS + faults.MUTANTS
+MUTANTS += methods.MUTANTS
 LIMIT = 180  # seconds for the tests of one mutant
 PASSED, FAILED = 0, 1  # exit codes of pytest; others say that it could not run the tests
 
