@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
 
 
 def silu(x):
-    return x / (1 + np.exp(-x))
+    return x / 2 * (1 + np.tanh(x / 2))
 
 
 def unit(x):
