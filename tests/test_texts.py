@@ -62,7 +62,7 @@ def test_records_joined_to_one_text(tmp_path):
 def test_hub_datasets(monkeypatch):
     asked = []
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, streaming=False):
         asked.append((name, config, split))
         return [{"text": "one"}, {"text": "two"}]
 

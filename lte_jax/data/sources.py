@@ -233,9 +233,10 @@ def _hub_rows(source: str, split: str | None, streaming: bool) -> Iterator[tuple
             f"datasets: pip install 'lte-jax[data]', or set {MIRROR} to a folder that holds it"
         ) from None
     # Offline there is only the cache, which a stream does not read.
-    how = {"streaming": True} if streaming and not constants.HF_HUB_OFFLINE else {}
+    stream = streaming and not constants.HF_HUB_OFFLINE
+    where = name, config or None
     try:
-        rows = datasets.load_dataset(name, config or None, split=part or split or "train", **how)
+        rows = datasets.load_dataset(*where, split=part or split or "train", streaming=stream)
         for number, row in enumerate(rows):
             yield f"{source}: row {number}", row
     except Exception as error:  # HTTP, offline, cache and disk errors have no common base
