@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +234,9 @@ def _hub_rows(source: str, split: str | None, streaming: bool) -> Iterator[tuple
         ) from None
     # Offline there is only the cache, which a stream does not read.
     stream = streaming and not constants.HF_HUB_OFFLINE
-    where = name, config or None
+    load: Callable[..., Any] = datasets.load_dataset  # whose overloads know no bool
     try:
-        rows = datasets.load_dataset(*where, split=part or split or "train", streaming=stream)
+        rows = load(name, config or None, split=part or split or "train", streaming=stream)
         for number, row in enumerate(rows):
             yield f"{source}: row {number}", row
     except Exception as error:  # HTTP, offline, cache and disk errors have no common base
