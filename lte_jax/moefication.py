@@ -199,7 +199,7 @@ def _layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> Ite
                 for name in ("gate", "up", "down")
                 if name in ffn
             }
-            yield Layer(x_NTD[place], gate_NTEM[place], h_NTEM[place], weights, config)
+            yield Layer(x_NTD[place], gate_NTEM[place], h_NTEM[place], weights, config, layer)
 
 
 def _rows(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray | Array]]:

@@ -62,7 +62,7 @@ class StraightThrough(Routing):
 
 
 class TopK(Largest):
-    """The experts of largest score, `count` of them; ties go to the lowest index."""
+    """The experts of largest score: (1 - target_sparsity) E of them on average."""
 
 
 KINDS: Mapping[str, type[Routing]] = {

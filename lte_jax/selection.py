@@ -9,6 +9,7 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -99,22 +100,36 @@ class Routing:
 
 @dataclasses.dataclass(frozen=True)
 class Largest(Routing):
-    """The `count` experts of largest score run; ties go to the lowest index."""
+    """The experts of largest score: `count` of them, one `more` for that share of the tokens.
+
+    So the mean number is any that is asked for, also where experts are few: half of 11 are 5 for
+    one half of the tokens and 6 for the other. Which tokens have one more is left to low digits of
+    their scores, as good as chance and the same at any time. Ties go to the lowest index.
+    """
 
     by_threshold: ClassVar[bool] = False
     served: ClassVar[str] = "top_k"
     count: int
+    more: float = 0.0
 
     @classmethod
     def of(cls, config: ModelConfig, lte: LTEConfig) -> Largest:
-        """As many experts as `lte.target_sparsity` leaves, at least one."""
+        """As many experts as `lte.target_sparsity` leaves on average, at least one."""
         kept = 1.0 - lte.wanted_sparsity(f"routing={cls.served!r}")
-        return cls(max(1, round(kept * (config.d_ff // lte.expert_size))))
+        number = max(1.0, kept * (config.d_ff // lte.expert_size))
+        whole = math.floor(number + 1e-6)  # 0.1 of 10 may be 0.9999999 of an expert
+        return cls(whole, max(0.0, number - whole))
 
     def active(self, scores_BLE: Scores, threshold: Float[Array, ""] | float) -> Active:
-        """Exactly `count` per token."""
+        """So many of each token."""
         del threshold
-        return largest(scores_BLE, self.count)
+        if self.more < 1e-6:
+            return largest(scores_BLE, self.count)
+        digits_B1 = jnp.mod(1021.0 * jnp.sum(scores_BLE**2, axis=-1, keepdims=True), 1.0)
+        extra_B1 = (digits_B1 < self.more).astype(jnp.int32)
+        top_BK = jax.lax.top_k(scores_BLE, self.count + 1)[0]
+        least_B1 = jnp.where(extra_B1 > 0, top_BK[..., -1:], top_BK[..., -2:-1])
+        return first_largest(scores_BLE, least_B1, self.count + extra_B1)
 
 
 def largest(x_BE: Float[Array, "*B E"], count: int) -> Active:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from lte_jax.baselines import cmoe, d2dmoe, deja_vu, predictor, static, wanda
 from lte_jax.baselines import moefication as moefied
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
-from lte_jax.selection import View
+from lte_jax.selection import Largest, View
 from lte_jax.sparsity import flops_per_token
 
 T, D, F, E, M = 7, 16, 24, 6, 4
@@ -47,7 +48,7 @@ def layer():
     }
     gate_TEM = silu(np.einsum("TD,EMD->TEM", x_TD, weights["gate"]))
     h_TEM = gate_TEM * np.einsum("TD,EMD->TEM", x_TD, weights["up"])
-    return baselines.Layer(x_TD, gate_TEM, h_TEM, weights, CONFIG)
+    return baselines.Layer(x_TD, gate_TEM, h_TEM, weights, CONFIG, 0)
 
 
 @pytest.fixture
@@ -70,8 +71,8 @@ def view(layer, logits=None, router=None, key=None):
     )
 
 
-def routing(name, **settings):
-    lte = LTEConfig(target_sparsity=0.75, **settings)
+def routing(name, target=0.75, **settings):
+    lte = LTEConfig(target_sparsity=target, **settings)
     return baselines.ROUTINGS[name].of(CONFIG, lte), lte
 
 
@@ -86,10 +87,25 @@ def test_the_oracle_keeps_the_largest_neurons(neurons):
 
 
 def test_the_oracle_keeps_the_experts_that_add_most(layer):
-    how, _ = routing("oracle_experts", expert_size=M)
+    how, _ = routing("oracle_experts", 2 / 3, expert_size=M)
     added_TED = np.einsum("TEM,EMD->TED", layer.h_TEM, layer.weights["down"])
-    expected = top(np.linalg.norm(added_TED, axis=-1), 2)  # 1.5 of 6, rounded to even
+    expected = top(np.linalg.norm(added_TED, axis=-1), 2)
     np.testing.assert_array_equal(active(how, view(layer)), expected)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.75, 0.9, 0.95])
+def test_a_number_of_experts_that_is_not_whole_is_one_on_average(target):
+    config = dataclasses.replace(CONFIG, d_ff=11 * M)
+    how = Largest.of(config, LTEConfig(target_sparsity=target, expert_size=M))
+    rng = np.random.default_rng(0)
+    for scores in (rng.random((4000, 11)), rng.dirichlet(np.ones(11), 4000)):
+        scores = scores.astype(np.float32)
+        kept = np.asarray(how.active(jnp.asarray(scores), 0.5))
+        number, wanted = kept.sum(axis=1), max(1.0, (1 - target) * 11)
+        assert set(number) == {math.floor(wanted), math.ceil(wanted)}
+        assert number.mean() == pytest.approx(wanted, abs=0.03)
+        for row, mask, count in zip(scores[:50], kept, number, strict=False):
+            np.testing.assert_array_equal(mask, top(row, count))
 
 
 def test_static_removal_keeps_the_experts_that_add_most_on_average(layer):
@@ -97,16 +113,19 @@ def test_static_removal_keeps_the_experts_that_add_most_on_average(layer):
     added_TED = np.einsum("TEM,EMD->TED", layer.h_TEM, layer.weights["down"])
     mean_E = np.linalg.norm(added_TED, axis=-1).mean(axis=0)
     np.testing.assert_array_equal(np.asarray(router["bias"]) > 0, top(mean_E, 3))
+    lte = LTEConfig(target_sparsity=0.75, expert_size=M)  # 1.5 of 6 experts stay
+    routers = [static.start(lte, layer._replace(index=n), None) for n in range(4)]
+    assert sorted(int(np.sum(r["bias"] > 0)) for r in routers) == [1, 1, 2, 2]
 
 
 def test_moefication_keeps_the_experts_of_largest_positive_activations(layer):
-    how, _ = routing("activations", expert_size=M)
+    how, _ = routing("activations", 2 / 3, expert_size=M)
     expected = top(np.maximum(layer.gate_TEM, 0).sum(axis=-1), 2)
     np.testing.assert_array_equal(active(how, view(layer)), expected)
 
 
 def test_similarity_ranks_experts_by_the_distance_to_their_centers(layer):
-    how, lte = routing("top_k_unit", expert_size=M)
+    how, lte = routing("top_k_unit", 2 / 3, expert_size=M)
     router = moefied.similar(lte, layer, None)
     center_ED = unit(layer.weights["gate"]).mean(axis=1)
     distance_TE = np.linalg.norm(unit(layer.x_TD)[:, None] - center_ED[None], axis=-1)
@@ -167,7 +186,7 @@ def test_a_predictor_learns_what_it_can_and_keeps_its_best():
 
 
 def test_d2dmoe_runs_what_is_near_the_tokens_largest(layer):
-    how, _ = routing("dynamic_k", expert_size=M)
+    how, _ = routing("dynamic_k", 2 / 3, expert_size=M)
     norm_TE = np.random.default_rng(4).normal(size=(T, E)).astype(np.float32)
     kept = np.abs(norm_TE) > 0.3 * np.abs(norm_TE).max(axis=1, keepdims=True)
     found = how.choose(view(layer, norm_TE), 0.3)
@@ -179,7 +198,7 @@ def test_d2dmoe_runs_what_is_near_the_tokens_largest(layer):
 
 
 def test_softmax_over_the_chosen_times_their_number(layer):
-    how, _ = routing("softmax", expert_size=M)
+    how, _ = routing("softmax", 2 / 3, expert_size=M)
     logit_TE = np.random.default_rng(6).normal(size=(T, E)).astype(np.float32)
     kept = top(logit_TE, 2)
     power = np.exp(logit_TE) * kept
@@ -193,7 +212,7 @@ def test_softmax_over_the_chosen_times_their_number(layer):
 
 
 def test_sigma_moe_counts_experts_by_their_scores(layer):
-    how, _ = routing("sigma", expert_size=M)
+    how, _ = routing("sigma", 2 / 3, expert_size=M)
     logit_TE = np.random.default_rng(7).normal(size=(T, E)).astype(np.float32)
     found = how.choose(view(layer, logit_TE), 0.5)
     expected = top(logit_TE, 2) * 2 / (1 + np.exp(-logit_TE))

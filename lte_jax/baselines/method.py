@@ -24,6 +24,7 @@ class Layer(NamedTuple):
     h_TEM: Float[np.ndarray, "T E M"]  # act(x gate) * (x up)
     weights: Mapping[str, Any]  # gate (if gated), up and down, [E, M, D]
     config: ModelConfig
+    index: int  # of the layer, from 0
 
     @property
     def first_EMD(self) -> Float[np.ndarray, "E M D"]:

@@ -39,7 +39,8 @@ class SoftmaxTopK(Largest):
     def gates(self, scores_BLE: Scores, active_BLE: Active) -> Scores:
         """The softmax over the chosen, times their number."""
         kept_BLE = jnp.where(active_BLE, scores_BLE, 0.0)
-        return self.count * kept_BLE / jnp.sum(kept_BLE, axis=-1, keepdims=True)
+        number_BL1 = jnp.sum(active_BLE, axis=-1, keepdims=True, dtype=jnp.float32)
+        return number_BL1 * kept_BLE / jnp.sum(kept_BLE, axis=-1, keepdims=True)
 
 
 METHODS = (

@@ -1,6 +1,7 @@
 """Static removal: the same experts run for every token. The null hypothesis of dynamic sparsity.
 
-Of each layer, the experts of least mean contribution to the residual stream are removed.
+Of each layer, the experts of least mean contribution to the residual stream are removed. Layers
+keep the same number, or one more where the share that is wanted is not whole.
 
 Dimension key: T tokens  E experts  M neurons per expert
 """
@@ -35,7 +36,8 @@ def start(lte: LTEConfig, layer: Layer, key) -> dict:
     down_EMD = layer.weights["down"]
     mean_E = jnp.mean(contribution(layer.h_TEM, down_EMD), axis=0)
     kept = 1.0 - lte.wanted_sparsity("lte.router_init='removal'")
-    stays_E = largest(mean_E, max(1, round(kept * len(mean_E))))
+    before, after = (round(kept * len(mean_E) * n) for n in (layer.index, layer.index + 1))
+    stays_E = largest(mean_E, max(1, after - before))
     return {"bias": jnp.where(stays_E, 4.0, -4.0)}  # scores 0.982 and 0.018
 
 
