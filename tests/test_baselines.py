@@ -219,11 +219,12 @@ def test_sigma_moe_counts_experts_by_their_scores(layer):
     np.testing.assert_allclose(found.gates, expected, rtol=1e-5)
 
 
-def test_cats_cuts_the_gate_at_its_quantile(neurons):
-    how, lte = routing("cats", expert_size=1)
+@pytest.mark.parametrize("target", [0.3, 0.75])  # at 0.3 large negative gates stay, too
+def test_cats_cuts_the_gate_at_its_quantile(neurons, target):
+    how, lte = routing("cats", target, expert_size=1)
     router = baselines.STARTS["quantile"](lte, neurons, None)
     gate_TF = np.abs(neurons.gate_TEM[..., 0])
-    expected = gate_TF > np.quantile(gate_TF, 0.75)
+    expected = gate_TF > np.quantile(gate_TF, target)
     np.testing.assert_array_equal(active(how, view(neurons, router=router)), expected)
     read = how.ffn_weights(CONFIG, 0.75)
     assert read == D * F * (1 + 2 * 0.25), "the gate is always read"
