@@ -239,7 +239,7 @@ def ffn(
 
     Both are None where all experts run (`routing.routed` False); see `selection.Choice`.
     """
-    logits = functools.partial(router, lte, w, routing.router_input(x_BLD))
+    logits = functools.partial(router, config, lte, w, routing.router_input(x_BLD))
     view = View(x_BLD, logits, w.vectors, key=w.key)
 
     def choose(h_BLEM=None, gate_BLEM=None) -> Choice:
@@ -258,8 +258,10 @@ def ffn(
 _BETWEEN = {"none": lambda x: x, "tanh": jnp.tanh}
 
 
-def router(lte: LTEConfig, w: Slice | Stack, x_BLD: Array) -> Float[Array, "B L E"]:
-    """The logit of each expert, float32."""
+def router(
+    config: ModelConfig, lte: LTEConfig, w: Slice | Stack, x_BLD: Float[Array, "B L D"]
+) -> Float[Array, "B L E"]:
+    """The logit of each expert, float32; see `LTEConfig.router`."""
     if lte.router == "linear":
         return w.linear("router", x_BLD, exact=True)
     within = w.at("router")
@@ -269,5 +271,5 @@ def router(lte: LTEConfig, w: Slice | Stack, x_BLD: Array) -> Float[Array, "B L 
         return exact("outer", act(exact("inner", x_BLD)))
     bias_BLE = as_last(within.vectors["bias"].astype(jnp.float32), x_BLD.astype(jnp.float32))
     if lte.router == "glu":
-        return ACTIVATIONS["silu"](exact("gate", x_BLD)) * exact("up", x_BLD) + bias_BLE
+        return ACTIVATIONS[config.activation](exact("gate", x_BLD)) * exact("up", x_BLD) + bias_BLE
     return jnp.broadcast_to(bias_BLE, (*x_BLD.shape[:-1], bias_BLE.shape[-1]))

@@ -43,7 +43,7 @@ from lte_jax.checkpoint import on_first, quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
-from lte_jax.moefication import add_routers, to_experts
+from lte_jax.moefication import add_routers, permute, to_experts
 from lte_jax.plan import Plan
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
@@ -225,7 +225,7 @@ class _Run:
         assert model.lte is not None
         control = SparsityController.start(model.lte)
         distils = any(stage.taught for stage in self.stages())
-        teacher = jax.tree.map(jnp.copy, params) if distils else None
+        teacher = self._teacher(model, params) if distils else None
         for stage in self.stages():
             if stage.sparse:
                 trained = self._fit(model, stage, params, control, teacher)
@@ -238,6 +238,12 @@ class _Run:
         lte = dataclasses.replace(model.lte, threshold=float(control.threshold))
         order_NEM = hf.load_expert_order(self.paths.experts)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
+
+    def _teacher(self, model: Transformer, params: Any) -> Any:
+        """The dense model's parameters, in expert order: the start's, unless that is pruned."""
+        if not kind(model.lte and model.lte.routing).keeps_zeros:
+            return jax.tree.map(jnp.copy, params)
+        return permute(self._load(self.paths.dense)[1], hf.load_expert_order(self.paths.experts))
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
         """Evaluates the result next to the dense model, if requested and not done.

@@ -104,7 +104,7 @@ class Largest(Routing):
 
     So the mean number is any that is asked for, also where experts are few: half of 11 are 5 for
     one half of the tokens and 6 for the other. Which tokens have one more is left to low digits of
-    their scores, as good as chance and the same at any time. Ties go to the lowest index.
+    a ratio of scores, as good as chance and the same at any time. Ties go to the lowest index.
     """
 
     by_threshold: ClassVar[bool] = False
@@ -125,10 +125,11 @@ class Largest(Routing):
         del threshold
         if self.more < 1e-6:
             return largest(scores_BLE, self.count)
-        digits_B1 = jnp.mod(1021.0 * jnp.sum(scores_BLE**2, axis=-1, keepdims=True), 1.0)
-        extra_B1 = (digits_B1 < self.more).astype(jnp.int32)
         top_BK = jax.lax.top_k(scores_BLE, self.count + 1)[0]
-        least_B1 = jnp.where(extra_B1 > 0, top_BK[..., -1:], top_BK[..., -2:-1])
+        last_B1, next_B1 = top_BK[..., -2:-1], top_BK[..., -1:]
+        ratio_B1 = next_B1 / jnp.where(last_B1 == 0, 1.0, last_B1)  # of any scale of the scores
+        extra_B1 = (jnp.mod(1021.0 * ratio_B1, 1.0) < self.more).astype(jnp.int32)
+        least_B1 = jnp.where(extra_B1 > 0, next_B1, last_B1)
         return first_largest(scores_BLE, least_B1, self.count + extra_B1)
 
 

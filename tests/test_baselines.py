@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -15,7 +16,7 @@ import lte_jax
 from lte_jax import baselines, moefication
 from lte_jax.baselines import cmoe, d2dmoe, deja_vu, predictor, static, wanda
 from lte_jax.baselines import moefication as moefied
-from lte_jax.config import LTEConfig, ModelConfig, num_experts
+from lte_jax.config import LTEConfig, ModelConfig, StageConfig, StagesConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.selection import Largest, View
 from lte_jax.sparsity import flops_per_token
@@ -98,7 +99,11 @@ def test_a_number_of_experts_that_is_not_whole_is_one_on_average(target):
     config = dataclasses.replace(CONFIG, d_ff=11 * M)
     how = Largest.of(config, LTEConfig(target_sparsity=target, expert_size=M))
     rng = np.random.default_rng(0)
-    for scores in (rng.random((4000, 11)), rng.dirichlet(np.ones(11), 4000)):
+    shared = np.concatenate([np.full((4000, 1), 1e6), rng.random((4000, 10))], axis=1)
+    large = 1e4 * rng.random((4000, 11))
+    for scores in (rng.random((4000, 11)), rng.dirichlet(np.ones(11), 4000), large, shared):
+        if scores is shared and target > 0.8:
+            continue  # what is shared alone runs; CMoE has no shared expert there
         scores = scores.astype(np.float32)
         kept = np.asarray(how.active(jnp.asarray(scores), 0.5))
         number, wanted = kept.sum(axis=1), max(1.0, (1 - target) * 11)
@@ -390,3 +395,21 @@ def test_every_name_of_a_method_is_one_of_the_config():
     for method in baselines.METHODS.values():
         lte = {k.removeprefix("lte."): v for k, v in method.settings.items() if k[:4] == "lte."}
         assert num_experts(tiny.CONFIG, LTEConfig(**{"expert_size": 8} | lte)) in (8, 64)
+
+
+@pytest.mark.slow
+def test_a_pruned_model_learns_from_the_one_that_is_not(tmp_path):
+    lte = LTEConfig(expert_size=8, calibration_records=4, router="none", router_init="wanda")
+    lte = dataclasses.replace(lte, routing="pruned")
+    none = StageConfig(steps=0)
+    two = StageConfig(steps=2, learning_rate=1e-3)
+    stages = StagesConfig(two, none, two)
+    _, params = lte_jax.train(
+        tiny.experiment(tmp_path / "data", lte=lte, stages=stages), tmp_path / "run"
+    )
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    adapt = [line for line in map(json.loads, lines) if line["stage"] == "adapt"]
+    assert adapt[0]["distill"] > 1e-5, "from itself it learns nothing"
+    for name in ("gate", "up", "down"):
+        zeros = np.mean(np.asarray(params["layers"]["ffn"][name]) == 0)
+        assert zeros == pytest.approx(0.5, abs=0.02)

@@ -6,8 +6,7 @@ start for its routers, a grouping. So `train.py` and a sweep run it like any oth
     from lte_jax import baselines
     baselines.METHODS["cats"].settings
 
-What a method leaves out of its publication is said
-at the top of its file.
+What a method leaves out of its publication is said at the top of its file.
 """
 
 from collections.abc import Mapping

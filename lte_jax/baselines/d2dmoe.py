@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from lte_jax.baselines.method import Layer, Method
 from lte_jax.config import LTEConfig
+from lte_jax.kernels.reference import ACTIVATIONS
 from lte_jax.selection import Routing, Scores, View, contribution
 
 _HIDDEN = 128  # of its routers
@@ -45,9 +45,9 @@ def start(lte: LTEConfig, layer: Layer, key) -> dict:
 
     norm_TE = contribution(layer.h_TEM, layer.weights["down"])
     sizes = layer.x_TD.shape[1], lte.router_rank or norm_TE.shape[1], norm_TE.shape[1]
-    begin = predictor.Weights.random(key, sizes, bias=True)
+    begin, gelu = predictor.Weights.random(key, sizes, bias=True), ACTIVATIONS["gelu"]
     how = predictor.Training(_EPOCHS, _BATCH, predictor.adam(_RATE), 0.1, _PATIENCE)
-    return predictor.fit(begin, layer.x_TD, norm_TE, loss, jax.nn.gelu, how, key).as_router()
+    return predictor.fit(begin, layer.x_TD, norm_TE, loss, gelu, how, key).as_router()
 
 
 METHODS = (

@@ -45,7 +45,7 @@ class Method:
     """A method of others, as a change of an experiment.
 
     Attributes:
-      name: as in a grid of sweep.py.
+      name: in METHODS.
       title: as in tables.
       source: publication.
       settings: key of an experiment -> value.

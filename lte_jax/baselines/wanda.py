@@ -76,10 +76,11 @@ def pruner(group: tuple[int, int] | None = None):
         pruned = {}
         for name, w_EMD in layer.weights.items():
             w_FD = w_EMD.reshape(-1, w_EMD.shape[-1])
-            # Rows of gate and up are outputs; of down, columns are.
-            stays = kept(w_FD.T, h_I, sparsity, group).T if name == "down" else None
-            stays = kept(w_FD, x_I, sparsity, group) if stays is None else stays
-            pruned[name] = (w_FD * stays).reshape(w_EMD.shape)
+            if name == "down":  # whose columns are outputs
+                stays_FD = kept(w_FD.T, h_I, sparsity, group).T
+            else:
+                stays_FD = kept(w_FD, x_I, sparsity, group)
+            pruned[name] = (w_FD * stays_FD).reshape(w_EMD.shape)
         return pruned
 
     return prune
