@@ -64,8 +64,8 @@ def get_config(arg=""):
     if model == "minilm":
         small = EXAMPLES[task] < 10_000
         c.data.pack, c.data.length, c.data.batch_size = True, 128, 4
-        c.stages.finetune.steps = 400 if small else 1800
-        c.stages.router.steps, c.stages.adapt.steps = (160, 80) if small else (400, 200)
+        c.stages.finetune.steps = 900 if small else 3400
+        c.stages.router.steps, c.stages.adapt.steps = (120, 60) if small else (300, 150)
         c.stages.finetune.learning_rate = 1e-4 if small else 2e-4
         c.stages.router.learning_rate, c.stages.adapt.learning_rate = 1e-4, 5e-5
         c.stages.router.router_lr_multiplier = 20.0
