@@ -14,6 +14,7 @@ K kv heads  C head width  V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses as _dataclasses
 import functools as _functools
 import logging as _logging
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ from lte_jax.generation import generate, generate_text
 from lte_jax.hf import load_tokenizer
 from lte_jax.model import Output, Transformer
 from lte_jax.router_init import enough_records as _enough_records
+from lte_jax.routing import dial as _dial
+from lte_jax.routing import kind as _kind
 from lte_jax.scoring import embed_texts
 from lte_jax.selection import Routing
 from lte_jax.writers import Writer
@@ -62,6 +65,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "apply",
+    "calibrate",
     "embed_texts",
     "evaluate",
     "generate",
@@ -197,6 +201,51 @@ def moefy(
     return sparse, _moefication.add_routers(sparse, params, rows, masked, seed=seed)
 
 
+def calibrate(
+    model: Transformer,
+    params: Mapping[str, Any],
+    calibration: Given[Tokens],
+    mask: Given[Mask | None] = None,
+    *,
+    batch_size: Given[int] = 8,
+) -> Transformer:
+    """The model with a curve of thresholds, so that it can be asked for a sparsity.
+
+        model = lte_jax.calibrate(model, params, tokens)
+        out = lte_jax.apply(model, params, tokens, sparsity=0.7)
+
+    Training with an `lte.sparsity_range` ends with it. A model that was trained for one sparsity
+    can be moved, too, but loses more the further it is from there.
+
+    Args:
+      model: with experts, under a routing by threshold.
+      params: its parameters; they do not change.
+      calibration: token ids of typical text, some thousands.
+      mask: True (or > 0) where `calibration` is not padding; None: no padding.
+      batch_size: of the forward passes, about twenty over all of it.
+
+    Raises:
+      UserError: on a dense model, a routing that no threshold decides, and bad calibration data.
+    """
+    from lte_jax import calibration as thresholds
+    from lte_jax import data
+
+    _checks.model(model, params)
+    if model.lte is None or not _kind(model.lte.routing).by_threshold:
+        raise UserError("calibrate: expected a model with experts that a threshold chooses")
+    _checks.integer("batch_size", batch_size, 1)
+    rows_RL = np.asarray(_checks.array(calibration, "calibration"))
+    mask_RL = None if mask is None else np.asarray(_checks.array(mask, "mask"))
+    _checks.batch(model.config, rows_RL, mask_RL, name="calibration")
+    segments_RL = np.ones(rows_RL.shape, np.int32) if mask_RL is None else mask_RL.astype(np.int32)
+    records = data.Records(rows_RL.astype(np.int32), segments_RL)
+    histogram = thresholds.histogram_over(
+        model, params, lambda: data.eval_batches(records, min(batch_size, len(records)))
+    )
+    curve = thresholds.curve(model, histogram)
+    return model.clone(lte=_dataclasses.replace(model.lte, curve=curve))
+
+
 def apply(
     model: Transformer,
     params: Mapping[str, Any],
@@ -206,6 +255,7 @@ def apply(
     mask: Given[Mask | None] = None,
     types: Given[Tokens | None] = None,
     threshold: Given[Float[Array, ""] | float | None] = None,
+    sparsity: Given[float | None] = None,
 ) -> Output:
     """The forward pass; works under `jax.jit` (model and routing static) and `jax.grad`.
 
@@ -225,6 +275,8 @@ def apply(
         Padding may be anywhere: a token's position is the number of real tokens before it.
       types: the tokenizer's token_type_ids, for models that have them; None: all 0.
       threshold: in [0, 1]; experts with a larger score run. None: the model's own.
+      sparsity: share of experts to skip, in place of a threshold: that of the model's curve, see
+        `calibrate`.
 
     Raises:
       UserError: on arguments that do not fit the model or each other. Under `jax.jit` only shapes
@@ -235,6 +287,7 @@ def apply(
     mask = None if mask is None else _checks.array(mask, "mask")
     types = None if types is None else _checks.array(types, "types")
     _checks.routing_of(model, routing)
+    threshold = _dial(model.lte, routing, threshold, sparsity)
     settings = {"routing": routing, "mask": mask, "types": types, "threshold": threshold}
     return model.apply({"params": params}, tokens, **settings)
 

@@ -130,10 +130,8 @@ def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def make_context(
-    config: ModelConfig, segments_BL, threshold, cache: Cache | None
-) -> dict[str, Array]:
-    """What all layers share: who sees whom, rotary angles, the threshold, the cache index."""
+def make_context(config: ModelConfig, segments_BL, cache: Cache | None) -> dict[str, Array]:
+    """What all layers share: who sees whom, rotary angles, the cache index."""
     if cache is None:
         index, segments_BT = jnp.zeros((), jnp.int32), segments_BL
     else:
@@ -151,7 +149,6 @@ def make_context(
         "positions_BL": positions_BL,
         "angles_BLC": positions_BL[..., None].astype(jnp.float32)  # where layers rotate alike
         * jnp.asarray(rope_frequencies(config))[None, None],
-        "threshold": jnp.asarray(threshold, jnp.float32),
         "index": index,
         "segments_BT": segments_BT,
         "positions_BT": positions_BT,

@@ -203,14 +203,24 @@ def array(value: Any, name: str) -> Any:
         ) from None
 
 
-def threshold(value: Any) -> None:
-    """Refuses anything but a number in [0, 1], or None for the model's own; 0 runs all experts."""
+def threshold(value: Any, num_layers: int) -> None:
+    """Refuses anything but numbers in [0, 1], one or one a layer; None: the model's own.
+
+    0 runs all experts.
+    """
     if value is None or isinstance(value, jax.core.Tracer):
         return
+    each = value if isinstance(value, list | tuple) else [value]
+    if np.ndim(value) == 1 and hasattr(value, "dtype"):
+        each = np.asarray(value)
+    if len(each) not in (1, num_layers) or not all(_is_share(number) for number in each):
+        raise UserError(f"threshold={value!r}: expected one number in [0, 1], or one of each layer")
+
+
+def _is_share(value: Any) -> bool:
     dtype = getattr(value, "dtype", None)
     numeric = dtype is not None and not np.ndim(value) and jnp.issubdtype(dtype, jnp.number)
-    if not (numeric or is_number(value)) or not 0 <= float(value) <= 1:
-        raise UserError(f"threshold={value!r}: expected one number in [0, 1]")
+    return (numeric or is_number(value)) and 0 <= float(value) <= 1
 
 
 def is_number(value: Any) -> bool:

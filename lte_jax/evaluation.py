@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lte_jax import checks, interrupt
-from lte_jax.config import RoutingName
+from lte_jax.config import RoutingName, own_threshold
 from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import Given, UserError
 from lte_jax.generation import complete, decode, generate_text
@@ -28,6 +28,7 @@ from lte_jax.generation.latency import decode_latency
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import predicted, task_loss
+from lte_jax.routing import dials
 from lte_jax.routing import make as make_routing
 from lte_jax.selection import Routing
 from lte_jax.sparsity import bytes_per_token, flops_per_token
@@ -48,6 +49,7 @@ def evaluate(
     tokenizer: Any = None,
     routing: Given[Routing | RoutingName | None] = None,
     threshold: Given[float | None] = None,
+    sparsity: Given[float | Sequence[float] | None] = None,
     name: Given[str | None] = None,
     batch_size: Given[int] = 8,
     prompt: Given[str] = "Once upon a time",
@@ -71,6 +73,8 @@ def evaluate(
         generate need it.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
+      sparsity: share of experts to skip, in place of a threshold, see `lte_jax.calibrate`; of
+        several, the model is measured at each.
       name: of `model` in the results; None: "LTE" or "dense".
       batch_size: of the forward passes, in records.
       prompt: start of the sample text.
@@ -93,7 +97,8 @@ def evaluate(
     checks.routing_of(model, routing)
     entrants = [] if baseline is None else [_Entrant("dense", *baseline)]
     name = name or ("dense" if model.lte is None else "LTE")
-    entrants.append(_Entrant(name, model, params, routing, threshold))
+    at = dials(name, model.lte, routing, threshold, sparsity)
+    entrants += [_Entrant(name, model, params, routing, at[name]) for name in at]
     sample = (tokenizer, prompt, sample_tokens, sample_temperature)
     results = _measured(entrants, records, batch_size, task, sample)
     if latency_rounds and model.config.head == "lm":
@@ -170,9 +175,10 @@ class _Entrant:
         }
 
     def _threshold(self) -> float | None:
-        """The threshold in use; None for a dense model."""
-        own = None if self.model.lte is None else self.model.lte.threshold
-        return own if self.threshold is None else float(self.threshold)
+        """The threshold in use, of several layers their mean; None for a dense model."""
+        own = None if self.model.lte is None else own_threshold(self.model.lte)
+        used = own if self.threshold is None else self.threshold
+        return None if used is None else float(np.mean(used))
 
     def written(
         self, records: Records, batch_size: int, task: Task, tokenizer: Any
@@ -364,7 +370,7 @@ def _check_records(model: Transformer, records: Any, routing: Any, threshold: An
         )
     checks.batch(model.config, records.tokens_RL, records.segments_RL, name="records.tokens_RL")
     make_routing(routing, model.config, model.lte)
-    checks.threshold(threshold)
+    checks.threshold(threshold, model.config.num_layers)
     if not _count_predicted(records):
         raise UserError("records has no token to predict: expected texts of at least 2 tokens")
 

@@ -59,7 +59,7 @@ def transformer(
     tokens_BL: Integer[Array | np.ndarray, "B L"],
     types_BL: Integer[Array | np.ndarray, "B L"] | None,
     segments_BL: Int[Array, "B L"],
-    threshold: Float[Array, ""],
+    threshold: Float[Array, "*N"],
     cache: Cache | None,
     texts: int | None = None,
 ) -> Output:
@@ -69,19 +69,20 @@ def transformer(
       config: of the model.
       w: reads the weights outside the layers.
       blocks: runs the layers: (x, kv, own, context) -> (x, (kv, (scores, active))), where kv is
-        the keys and values of the cache, or None, and own is what `per_layer` returns.
+        the keys and values of the cache, or None, and own what `per_layer` returns, and thresholds.
       tokens_BL: token ids.
       types_BL: token types, of models that have them; None: all 0.
       segments_BL: > 0 at real tokens; see `make_context`.
-      threshold: of the routing.
+      threshold: of the routing, or of each layer's.
       cache: to be extended, or None.
       texts: S, of each row, to classify; None: one, and the logits have no such axis.
     """
-    context = make_context(config, segments_BL, threshold, cache)
+    context = make_context(config, segments_BL, cache)
     with jax.named_scope("embed"):
         x_BLD = sharding.constrain(embed(config, w, tokens_BL, types_BL, context))
     kv = None if cache is None else (cache["k"], cache["v"])
     own = jax.tree.map(jnp.asarray, per_layer(config))
+    own["threshold"] = jnp.broadcast_to(threshold, config.num_layers)
     x_BLD, (kv, (scores_NBLE, active_NBLE)) = blocks(x_BLD, kv, own, context)
     with jax.named_scope("head"):
         hidden_BLD = x_BLD
@@ -181,7 +182,7 @@ def block(config: ModelConfig, w: Slice | Stack, ffn: Callable, x_BLD, kv, own, 
     with jax.named_scope("ffn"):
         read_BLD = x_BLD if config.parallel else y_BLD
         y_BLD, outputs = residual(
-            "ffn", y_BLD, lambda h_BLD: ffn(h_BLD, context["threshold"]), read_BLD
+            "ffn", y_BLD, lambda h_BLD: ffn(h_BLD, own["threshold"]), read_BLD
         )
     return y_BLD, kv, tuple(outputs)
 

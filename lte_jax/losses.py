@@ -117,9 +117,14 @@ def efficiency(
     token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
     power: int = 2,
+    weight_N: Float[Array, " N"] | float = 1.0,
 ) -> Float[Array, ""]:
-    """Mean score to the `power` over layers, real tokens and experts (Eq. 4 prints the square)."""
-    return jnp.mean(layer_means(scores_NBLE.astype(jnp.float32) ** power, token_mask_BL, count))
+    """Mean score to the `power` over layers, real tokens and experts (Eq. 4 prints the square).
+
+    With `weight`, each layer's counts so much.
+    """
+    scores_NBLE = scores_NBLE.astype(jnp.float32)
+    return jnp.mean(weight_N * layer_means(scores_NBLE**power, token_mask_BL, count))
 
 
 @jax.named_scope("separability")
@@ -127,7 +132,7 @@ def separability(
     scores_NBLE: Float[Array, "N B L E"],
     token_mask_BL: Bool[Array, "B L"],
     count: Float[Array, ""],
-    threshold: Float[Array, ""] | float,
+    threshold: Float[Array, "*N"] | float,
     eps: float,
 ) -> Float[Array, ""]:
     """Mean of 1 / ((G - tau)^2 + eps): pushes scores away from the threshold.
@@ -135,7 +140,7 @@ def separability(
     Eq. 5 with a guard: as printed (eps = 0), a score at the threshold divides by zero, and the
     expectation is infinite for any continuous density of scores that is positive there.
     """
-    distance_NBLE = scores_NBLE.astype(jnp.float32) - threshold
+    distance_NBLE = scores_NBLE.astype(jnp.float32) - jnp.reshape(threshold, (-1, 1, 1, 1))
     return jnp.mean(layer_means(1.0 / (distance_NBLE**2 + eps), token_mask_BL, count))
 
 

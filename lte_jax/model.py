@@ -24,7 +24,7 @@ from lte_jax import checks, layers, reading
 from lte_jax import params as parameters
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
-from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax.config import LTEConfig, ModelConfig, own_threshold
 from lte_jax.layers import Output
 from lte_jax.selection import Routing
 
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         routing: Routing | str | None = None,
         types: Int[Array | np.ndarray, "B L"] | Any = None,
         mask: Bool[Array | np.ndarray, "B L"] | Int[Array | np.ndarray, "B L"] | Any = None,
-        threshold: Float[Array, ""] | float | Any = None,
+        threshold: Float[Array, "*N"] | float | Any = None,
         cache: Cache | None = None,
         texts: int | None = None,
     ) -> Output:
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
           types: the type of each token, of models that have token types; None: all 0.
           mask: True (or a segment id > 0) at real tokens; tokens attend only to their own segment,
             and positions count its real tokens. None: all real, one segment per row.
-          threshold: in place of `lte.threshold`.
+          threshold: in place of the model's own: one number, or one of each layer.
           cache: of earlier tokens (`init_cache`), to which these are appended.
           texts: of each row, to classify, which are its segments 1, 2, ...: logits [B, texts, Y];
             None: one text a row, logits [B, Y].
@@ -75,12 +75,12 @@ class Transformer(nn.Module):
         """
         config, lte = self.config, self.lte
         checks.batch(config, tokens, mask, cache, types=types)
-        checks.threshold(threshold)
+        checks.threshold(threshold, config.num_layers)
         if texts is not None:
             checks.integer("texts", texts, 1)
         how = routings.make(routing, config, lte)
         if threshold is None:
-            threshold = 0.5 if lte is None else lte.threshold
+            threshold = own_threshold(lte)
         threshold = jnp.asarray(threshold, jnp.float32)
         segments_BL = (
             jnp.ones(tokens.shape, jnp.int32) if mask is None else jnp.asarray(mask, jnp.int32)
@@ -196,7 +196,7 @@ def decode(
     cache: Cache,
     *,
     routing: Routing,
-    threshold: Float[Array, ""] | float,
+    threshold: Float[Array, "*N"] | float,
     live_B: Bool[Array, " B"],
     implementation: str = "auto",
 ) -> Output:
@@ -234,6 +234,7 @@ def decode(
     w = reading.Stack(vectors, matrices, 0, live_B, implementation)
     tokens_B1 = tokens_B[:, None]
     ones_B1 = jnp.ones_like(tokens_B1)
+    threshold = jnp.asarray(threshold, jnp.float32)
     return layers.transformer(config, w, blocks, tokens_B1, None, ones_B1, threshold, cache)
 
 

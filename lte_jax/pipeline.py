@@ -223,19 +223,19 @@ class _Run:
         """Runs the sparse stages and writes the LTE folder."""
         model, params = self._load(self.paths.experts)
         assert model.lte is not None
-        control = SparsityController.start(model.lte)
+        on_text = self.calibration, self.experiment.data.batch_size, self.mesh
+        layers = model.config.num_layers
+        control = SparsityController.start(model.lte, layers)
+        if model.lte.sparsity_range:
+            curve = trainer.measure_curve(model, params, *on_text)
+            control = SparsityController.start(model.lte, layers, curve)
         distils = any(stage.taught for stage in self.stages())
         teacher = self._teacher(model, params) if distils else None
         for stage in self.stages():
             if stage.sparse:
                 trained = self._fit(model, stage, params, control, teacher)
                 params, control = trained.params, trained.control
-        if model.lte.target_sparsity is not None and kind(model.lte.routing).by_threshold:
-            batch_size = self.experiment.data.batch_size
-            control = trainer.settle_threshold(
-                model, params, control, self.calibration, batch_size, self.mesh
-            )
-        lte = dataclasses.replace(model.lte, threshold=float(control.threshold))
+        lte = trainer.calibrated(model, params, control, *on_text)
         order_NEM = hf.load_expert_order(self.paths.experts)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 

@@ -198,7 +198,7 @@ def _needs(
     optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
     def begin(params: Any) -> training_step.TrainState:
-        control = SparsityController.start(experiment.lte)
+        control = SparsityController.start(experiment.lte, config.num_layers)
         step = jnp.zeros((), jnp.int32)
         return training_step.TrainState(step, params, optimizer.init(params), control)
 

@@ -16,13 +16,14 @@ Dimension key: B batch  E experts
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from lte_jax import baselines
-from lte_jax.config import LTEConfig, ModelConfig
+from lte_jax import baselines, checks
+from lte_jax.config import LTEConfig, ModelConfig, threshold_at
 from lte_jax.errors import UserError, nearest
 from lte_jax.selection import Active, Choice, Largest, Routing, Scores, View
 
@@ -53,12 +54,21 @@ class Soft(Routing):
 
 
 class StraightThrough(Routing):
-    """Hard in the forward pass, with the gradient of soft routing."""
+    """Hard in the forward pass, with the gradient of soft routing.
 
-    def gates(self, scores_BLE: Scores, active_BLE: Active) -> Scores:
-        """0 or 1, with the gradient of the scores."""
+    That of scores moved so that the threshold is one half, where the sigmoid is steepest: far from
+    it, experts next to the threshold would hardly learn.
+    """
+
+    def choose(self, view: View, threshold: Float[Array, ""] | float) -> Choice:
+        """Gates of 0 or 1, with the gradient of the scores."""
+        logits_BLE = view.logits()
+        scores_BLE = jax.nn.sigmoid(logits_BLE)
+        active_BLE = self.active(scores_BLE, threshold)
+        centred_BLE = jax.nn.sigmoid(logits_BLE - jax.scipy.special.logit(threshold))
         ones_BLE = active_BLE.astype(scores_BLE.dtype)
-        return jax.lax.stop_gradient(ones_BLE - scores_BLE) + scores_BLE
+        gates_BLE = jax.lax.stop_gradient(ones_BLE - centred_BLE) + centred_BLE
+        return Choice(scores_BLE, active_BLE, gates_BLE)
 
 
 class TopK(Largest):
@@ -89,6 +99,57 @@ def make(routing: Routing | str | None, config: ModelConfig, lte: LTEConfig | No
     if lte is None:
         return Dense()
     return kind(lte.routing if routing is None else routing).of(config, lte)
+
+
+def dial(
+    lte: LTEConfig | None,
+    routing: Routing | str | None,
+    threshold: Float[Array, ""] | float | Any,
+    sparsity: float | Any,
+) -> Float[Array, ""] | float | Any:
+    """`threshold`, or that at which the share `sparsity` of experts is skipped, by `lte.curve`.
+
+    Raises:
+      UserError: on a sparsity that is no number, or that the model has no threshold for; if both
+        are given; with a routing that no threshold decides.
+    """
+    if sparsity is None:
+        return threshold
+    if threshold is not None:
+        raise UserError(f"threshold={threshold} and sparsity={sparsity}: expected one of them")
+    if not checks.is_number(sparsity):
+        raise UserError(
+            f"sparsity={sparsity!r}: expected a number, such as 0.7 for 70% of experts skipped"
+        )
+    if lte is None:
+        raise UserError(f"sparsity={sparsity}: a dense model runs all neurons: expected experts")
+    how = routing if isinstance(routing, Routing) else kind(routing or lte.routing)
+    if not how.by_threshold:
+        raise UserError(
+            f"sparsity={sparsity}: no threshold decides under routing "
+            f"{routing or lte.routing!r}; its sparsity is lte.target_sparsity"
+        )
+    return threshold_at(lte, sparsity)
+
+
+def dials(
+    name: str,
+    lte: LTEConfig | None,
+    routing: Routing | str | None,
+    threshold: float | Any,
+    sparsity: float | Sequence[float] | Any,
+) -> dict[str, float | Any]:
+    """Thresholds of a model to measure, by its name; of several sparsities, one each, see `dial`.
+
+    Raises:
+      UserError: as `dial` does; if a sparsity is there twice.
+    """
+    if not isinstance(sparsity, list | tuple):
+        return {name: dial(lte, routing, threshold, sparsity)}
+    found = {s: dial(lte, routing, threshold, s) for s in sparsity}
+    if not sparsity or len(found) < len(sparsity):
+        raise UserError(f"sparsity={sparsity}: expected one or more, each once")
+    return {f"{name}, {100 * s:g}%": chosen for s, chosen in found.items()}
 
 
 def kind(name: str | None) -> type[Routing]:

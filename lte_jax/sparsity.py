@@ -3,24 +3,26 @@
 Sparsity is the fraction of (real token, layer, expert) that is skipped. The user sets a target; the
 efficiency-loss weight that reaches it depends on model, data and initialisation. So a PI controller
 sets the weight while routers train. Once they are frozen, the threshold follows in small steps, as
-scores still drift with the model. `settle` then measures the final threshold on many batches.
+scores still drift with the model. calibration.py then measures the final threshold on many batches.
 
-Dimension key: B batch  L length  E experts  N layers  S bins of a histogram of scores
+With a sparsity_range, each step draws its target, and its threshold is read off a curve of K points
+that follows what the steps measure. With `per_layer`, each layer has its own weight and threshold.
+
+Dimension key: N layers  K points of a curve  [R]: a scalar, or [N] with `per_layer`
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lte_jax.config import LTEConfig, ModelConfig
-from lte_jax.model import Transformer, forward
 from lte_jax.params import dimension_sizes, is_router, table
 from lte_jax.routing import kind
 
@@ -37,91 +39,105 @@ _WEIGHT_RANGE = (-5.0, 50.0)
 # error, where d is the density of scores at the threshold (fraction per unit of score; 1 if
 # uniform). It oscillates from d = 10 on and diverges from 20 on.
 _THRESHOLD_GAIN = 0.1
-_THRESHOLD_RANGE = (0.01, 0.99)
+THRESHOLD_RANGE = (0.002, 0.998)
 
-SETTLED = 0.002  # of sparsity: tolerance of the final threshold
-_SETTLING_PASSES = 8
-_BINS = 2**14  # edges are exact in float32
+# A step corrects the points next to its target, and all of them a little, as scores drift together.
+# In logits, as the scores of the few best experts differ by little.
+_CURVE_GAIN, _SHARED_GAIN = 1.5, 0.3
+_LOGIT_RANGE = (-6.0, 6.0)
+_CURVE_POINTS = 9  # while training
+
+
+# Points of a sparsity and its threshold, or the thresholds of all layers; both ascending.
+Curve = tuple[tuple[float, ...], ...]
 
 
 @flax.struct.dataclass
 class SparsityController:
-    """The state that controls sparsity; part of every checkpoint. Scalars, float32."""
+    """The state that controls sparsity; part of every checkpoint. Float32."""
 
     # Any, because shardings and abstract values may stand in for the arrays.
-    efficiency_weight: Any  # eta of Eq. 6
-    integral: Any  # of the PI controller
-    threshold: Any  # tau of Eq. 2
+    efficiency_weight: Any  # eta of Eq. 6, [R]
+    integral: Any  # of the PI controller, [R]
+    threshold: Any  # tau of Eq. 2, [R]
     target_sparsity: Any  # an array, so that one compiled step serves every target; 0: none
+    # The curve, from targets [K] to the logits of thresholds [K, R], ascending; None: one target.
+    targets_K: Any = None
+    logits_K: Any = None
 
     @classmethod
-    def start(cls, lte: LTEConfig) -> SparsityController:
-        """The controller before the first step."""
-        weight = lte.efficiency_weight
-        values = (weight, weight, lte.threshold, lte.target_sparsity or 0.0)
-        return cls(*(jnp.asarray(value, jnp.float32) for value in values))
+    def start(cls, lte: LTEConfig, num_layers: int = 1, curve: Curve = ()) -> SparsityController:
+        """The controller before the first step; with an lte.sparsity_range, on this `curve`."""
+        shape = (num_layers,) if lte.per_layer else ()
+        values = (lte.efficiency_weight, lte.efficiency_weight, lte.threshold)
+        target = jnp.asarray(lte.target_sparsity or 0.0, jnp.float32)
+        control = cls(*(jnp.full(shape, value, jnp.float32) for value in values), target)
+        if not lte.sparsity_range:
+            return control
+        targets_K = np.linspace(*lte.sparsity_range, _CURVE_POINTS, dtype=np.float32)
+        points_P, *columns_P = np.asarray(curve or ((0.0, 0.0), (1.0, 1.0))).T
+        thresholds_KR = np.stack([np.interp(targets_K, points_P, c_P) for c_P in columns_P], 1)
+        thresholds_KR = np.clip(thresholds_KR if shape else thresholds_KR[:, 0], *THRESHOLD_RANGE)
+        logits_K = jnp.float32(np.log(thresholds_KR / (1 - thresholds_KR)))
+        logits_K = jnp.broadcast_to(logits_K, (_CURVE_POINTS, *shape))
+        return control.replace(targets_K=jnp.asarray(targets_K)).on_curve(logits_K)
+
+    def on_curve(self, logits_K: Float[Array, "K ..."]) -> SparsityController:
+        """With these logits of the targets' thresholds, and so that of `target_sparsity`."""
+        logit = jnp.tensordot(self._shares(self.target_sparsity), logits_K, 1)
+        return self.replace(logits_K=logits_K, threshold=jax.nn.sigmoid(logit))
+
+    def _shares(self, target_sparsity: Float[Array, ""]) -> Float[Array, " K"]:
+        """What each point of the curve has in a value at the target, interpolated."""
+        step = self.targets_K[1] - self.targets_K[0]
+        return jnp.maximum(0.0, 1.0 - jnp.abs(self.targets_K - target_sparsity) / step)
+
+    def drawn(self, key: Array) -> SparsityController:
+        """The controller for one step: with a curve, a random target and its threshold."""
+        if self.targets_K is None:
+            return self
+        low, high = self.targets_K[0], self.targets_K[-1]
+        target = jax.random.uniform(key, minval=low, maxval=high)
+        return self.replace(target_sparsity=target).on_curve(self.logits_K)
 
     def steer_weight(
-        self, active_fraction: Float[Array, ""], integral_gain: float = INTEGRAL_GAIN
+        self, active_fraction: Float[Array, "*R"], integral_gain: float = INTEGRAL_GAIN
     ) -> SparsityController:
         """Updates the efficiency weight after a step with this active fraction."""
-        error = active_fraction - (1.0 - self.target_sparsity)
+        return self._steer_weight(active_fraction - (1.0 - self.target_sparsity), integral_gain)
+
+    def _steer_weight(self, error: Float[Array, "*R"], integral_gain: float) -> SparsityController:
         integral = jnp.clip(self.integral + integral_gain * error, *_WEIGHT_RANGE)
         weight = jnp.clip(integral + _PROPORTIONAL_GAIN * error, *_WEIGHT_RANGE)
         return self.replace(integral=integral, efficiency_weight=weight)
 
-    def steer_threshold(self, active_fraction: Float[Array, ""]) -> SparsityController:
+    def steer_threshold(self, active_fraction: Float[Array, "*R"]) -> SparsityController:
         """Updates the threshold after a step with this active fraction."""
         error = active_fraction - (1.0 - self.target_sparsity)
         threshold = self.threshold + _THRESHOLD_GAIN * error
-        return self.replace(threshold=jnp.clip(threshold, *_THRESHOLD_RANGE))
+        return self.replace(threshold=jnp.clip(threshold, *THRESHOLD_RANGE))
+
+    def steer_curve(
+        self, active_fraction: Float[Array, "*R"], target_sparsity: Float[Array, ""]
+    ) -> SparsityController:
+        """Updates the curve after a step with this active fraction, for the target it drew."""
+        error = active_fraction - (1.0 - target_sparsity)
+        gains_K = _CURVE_GAIN * self._shares(target_sparsity) + _SHARED_GAIN
+        logits_K = self.logits_K + jnp.tensordot(gains_K, error, 0)
+        return self.on_curve(jax.lax.cummax(jnp.clip(logits_K, *_LOGIT_RANGE)))
+
+    def centre_curve(self, integral_gain: float = INTEGRAL_GAIN) -> SparsityController:
+        """Updates the efficiency weight so that scores lie around one half.
+
+        Where the thresholds follow the scores, nothing else keeps these from drifting to 0 or 1.
+        """
+        slope = 0.25  # of the sigmoid there
+        return self._steer_weight(slope * jnp.mean(self.logits_K, axis=0), integral_gain)
 
 
 def integral_gain(router_rate: float) -> float:
     """The integral gain for routers with this peak learning rate, see above."""
     return INTEGRAL_GAIN * router_rate / _REFERENCE_RATE
-
-
-def settle(
-    histogram: Callable[[float], Int[np.ndarray, " S"]], threshold: float, target_sparsity: float
-) -> tuple[float, float]:
-    """Finds the threshold that gives the target; returns it and the sparsity there.
-
-    Scores depend on the threshold through earlier layers. So the next try is the quantile of the
-    scores under the last one, or the middle of the bracket found so far if that is outside it.
-
-    Args:
-      histogram: from a threshold to `score_histogram` under it, summed over the data.
-      threshold: to start from.
-      target_sparsity: fraction of scores to lie at or below the threshold.
-    """
-    least, most = (round(bound * _BINS) for bound in _THRESHOLD_RANGE)
-    low, high = 0, _BINS  # edges known to give too little and too much
-    edge, tried = min(max(round(threshold * _BINS), least), most), {}
-    while edge not in tried and len(tried) < _SETTLING_PASSES:
-        counts_S = histogram(edge / _BINS)
-        below_S = np.append(0, np.cumsum(counts_S)) / np.sum(counts_S)
-        tried[edge] = float(below_S[edge])
-        if abs(tried[edge] - target_sparsity) <= SETTLED / 4:
-            break
-        low, high = (edge, high) if tried[edge] < target_sparsity else (low, edge)
-        edge = int(np.argmin(np.abs(below_S - target_sparsity)))
-        edge = min(max(edge if low < edge < high else (low + high) // 2, least), most)
-    best = min(tried, key=lambda edge: abs(tried[edge] - target_sparsity))
-    return best / _BINS, tried[best]
-
-
-def score_histogram(
-    model: Transformer, params: Any, batch: Mapping[str, Array], threshold: Float[Array, ""] | float
-) -> Int[Array, " S"]:
-    """Counts scores of real tokens in each bin of (0, 1], under the served routing; jittable."""
-    token_mask_BL = batch["segments"] > 0
-    served = kind(model.lte.routing).served
-    out = forward(model, params, batch, routing=served, threshold=threshold)
-    # A score equal to an edge is not above it, so it belongs to the bin below.
-    bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
-    real_NBLE = jnp.broadcast_to(token_mask_BL[None, :, :, None], bin_NBLE.shape).astype(jnp.int32)
-    return jnp.zeros(_BINS, jnp.int32).at[bin_NBLE].add(real_NBLE)
 
 
 def flops_per_token(

@@ -58,6 +58,11 @@ def make(stages: StagesConfig, lte: LTEConfig) -> tuple[Stage, ...]:
             f"lte.routing={lte.routing!r} runs all experts: expected 'hard', which the stages "
             "train for"
         )
+    if lte.sparsity_range and not kind(served).by_threshold:
+        raise UserError(
+            f"lte.sparsity_range={lte.sparsity_range} moves the threshold, which does not decide "
+            f"under lte.routing={lte.routing!r}: expected 'hard', or an empty range"
+        )
     sparse = lte.target_sparsity is not None
     by_threshold = kind(lte.stage1_routing).by_threshold  # else the share of experts is given
     router_rate = stages.router.learning_rate * stages.router.router_lr_multiplier

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -22,12 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from lte_jax import data, interrupt, optim, sharding, sparsity, training_step
+from lte_jax import calibration, data, interrupt, optim, sharding, training_step
 from lte_jax.checkpoint import Checkpointer
-from lte_jax.config import Experiment
+from lte_jax.config import Experiment, LTEConfig, threshold_at
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
-from lte_jax.sparsity import SparsityController
+from lte_jax.routing import kind
+from lte_jax.sparsity import Curve, SparsityController
 from lte_jax.stages import Stage
 from lte_jax.training_step import Batch, TrainState
 from lte_jax.writers import Writer
@@ -293,25 +293,62 @@ def settle_threshold(
 
     If many scores are equal, the target may be out of reach: a warning gives the sparsity reached.
     """
-    function = functools.partial(sparsity.score_histogram, model)
-    count = jax.jit(function, out_shardings=sharding.replicated(mesh))
-
-    def histogram(threshold: float) -> np.ndarray:
-        total = np.zeros((), np.int64)
-        for batch in data.eval_batches(records, batch_size, **_share()):
-            interrupt.check("while setting the threshold")
-            total = total + np.asarray(count(params, _to_mesh(batch, mesh), np.float32(threshold)))
-        return total
-
-    target = float(control.target_sparsity)
+    histogram = _histogram(model, params, records, batch_size, mesh)
+    target, start_R = float(control.target_sparsity), np.array([float(control.threshold)])
     with jax.set_mesh(mesh):
-        threshold, reached = sparsity.settle(histogram, float(control.threshold), target)
+        [threshold], [reached] = calibration.settle(histogram, start_R, target)
     log.log(
-        logging.INFO if abs(reached - target) <= sparsity.SETTLED else logging.WARNING,
+        logging.INFO if abs(reached - target) <= calibration.SETTLED else logging.WARNING,
         "threshold set to %.4f on %d calibration records: sparsity %.4f (target %.4f)",
         *(threshold, len(records), reached, target),
     )
     return control.replace(threshold=jnp.asarray(threshold, jnp.float32))
+
+
+def calibrated(
+    model: Transformer,
+    params: Any,
+    control: SparsityController,
+    records: data.Records,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> LTEConfig:
+    """The config of the trained model, with its final threshold, or curve of thresholds."""
+    on_text, lte = (records, batch_size, mesh), model.lte
+    lte = dataclasses.replace(lte, threshold=float(jnp.mean(control.threshold)))
+    if lte.sparsity_range or lte.per_layer:
+        lte = dataclasses.replace(lte, curve=measure_curve(model.clone(lte=lte), params, *on_text))
+        at = threshold_at(lte, lte.target_sparsity)
+        return dataclasses.replace(lte, threshold=float(np.mean(at)))
+    if lte.target_sparsity is None or not kind(lte.routing).by_threshold:
+        return lte
+    control = settle_threshold(model, params, control, *on_text)
+    return dataclasses.replace(lte, threshold=float(control.threshold))
+
+
+def measure_curve(
+    model: Transformer,
+    params: Any,
+    records: data.Records,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Curve:
+    """The curve of thresholds on `records`, hard routing, see `calibration.curve`."""
+    histogram = _histogram(model, params, records, batch_size, mesh)
+    with jax.set_mesh(mesh):
+        return calibration.curve(model, histogram)
+
+
+def _histogram(model, params, records, batch_size, mesh) -> calibration.Histogram:
+    """Of the scores over `records`."""
+
+    def batches() -> Iterator[Batch]:
+        for batch in data.eval_batches(records, batch_size, **_share()):
+            interrupt.check("while setting the threshold")
+            yield _to_mesh(batch, mesh)
+
+    replicated = sharding.replicated(mesh)
+    return calibration.histogram_over(model, params, batches, out_shardings=replicated)
 
 
 def _fetched(metrics: Mapping[str, Array]) -> dict[str, float]:

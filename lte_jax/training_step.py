@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from lte_jax import losses, optim, sharding
 from lte_jax.model import Transformer, forward
@@ -23,6 +23,8 @@ from lte_jax.objective import Batch, counts_of, distilled, predicted, task_loss
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
+
+_TARGET = 2**31 - 1  # of the random numbers of a step, those of its target
 
 
 @flax.struct.dataclass
@@ -77,7 +79,10 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             parts["active_fraction_N"] = losses.layer_means(out.active, real, count)
             parts["active_fraction"] = jnp.mean(parts["active_fraction_N"])
             parts["efficiency"] = losses.efficiency(out.scores, real, count, power)
-            if stage.efficiency:
+            if stage.efficiency and model.lte.per_layer:
+                weight_N = control.efficiency_weight
+                total += losses.efficiency(out.scores, real, count, power, weight_N)
+            elif stage.efficiency:
                 total += control.efficiency_weight * parts["efficiency"]
             if stage.separability_weight:
                 parts["separability"] = losses.separability(
@@ -107,9 +112,10 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = counts_of(model, batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        drawn = state.control.drawn(jax.random.fold_in(key, _TARGET))
 
         def gradient_of(part, key):
-            return gradient(state.params, teacher, part, state.control, counts, key)
+            return gradient(state.params, teacher, part, drawn, counts, key)
 
         def accumulate(total, scanned):
             return jax.tree.map(jnp.add, total, gradient_of(*scanned)), None
@@ -127,21 +133,32 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             if kind(stage.routing).keeps_zeros:
                 params = _with_zeros(state.params, params)
-        control = state.control
-        if stage.steer == "weight":
-            control = control.steer_weight(parts["active_fraction"], stage.integral_gain)
-        elif stage.steer == "threshold":
-            control = control.steer_threshold(parts["active_fraction"])
+        measured = "active_fraction" + "_N" * (model.lte is not None and model.lte.per_layer)
+        control = _steered(state.control, drawn, stage, parts.get(measured))
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
         metrics["learning_rate"] = rate(state.step)
         if "active_fraction" in parts:
             metrics["sparsity"] = 1.0 - metrics.pop("active_fraction")
             metrics["sparsity_per_layer"] = 1.0 - metrics.pop("active_fraction_N")
             metrics["efficiency_weight"] = state.control.efficiency_weight
-            metrics["threshold"] = state.control.threshold
+            metrics["threshold"] = drawn.threshold
+            if drawn.targets_K is not None:
+                metrics["drawn_sparsity"] = drawn.target_sparsity
         return TrainState(state.step + 1, params, opt_state, control), metrics
 
     return step
+
+
+def _steered(control, drawn, stage: Stage, active_fraction) -> SparsityController:
+    """The controller after a step with the target and threshold `drawn`."""
+    if stage.steer is None:
+        return control
+    if control.targets_K is not None:
+        control = control.steer_curve(active_fraction, drawn.target_sparsity)
+        return control.centre_curve(stage.integral_gain) if stage.steer == "weight" else control
+    if stage.steer == "weight":
+        return control.steer_weight(active_fraction, stage.integral_gain)
+    return control.steer_threshold(active_fraction)
 
 
 def _with_zeros(before: Any, after: Any) -> Any:
@@ -163,7 +180,7 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
     """Sums over a batch under the served routing: (params, batch, threshold) -> sums."""
     routing = kind(stage.routing).served
 
-    def step(params: Any, batch: Batch, threshold: Float[Array, ""]):
+    def step(params: Any, batch: Batch, threshold: Array):
         out = forward(model, params, batch, routing=routing, threshold=threshold)
         real = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
         return {

@@ -45,6 +45,7 @@ ORDER = {
     "lte_jax.clustering": 14.5,
     "lte_jax.moefication": 15,
     "lte_jax.sparsity": 16,
+    "lte_jax.calibration": 16.5,
     "lte_jax.optim": 17,
     "lte_jax.stages": 17.5,
     "lte_jax.data": 17.8,  # asks a model where texts end

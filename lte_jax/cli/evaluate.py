@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         if flags.model is None or not (flags.tasks or flags.data):
             parser.error("give --model and --data; or --model and --tasks; or --workdir; or --runs")
         model, params = lte_jax.load(flags.model, flags.dtype)
-        chosen = {k: getattr(flags, k) for k in ("name", "routing", "threshold", "batch_size")}
+        chosen = {
+            k: getattr(flags, k) for k in ("name", "routing", "threshold", "sparsity", "batch_size")
+        }
         chosen["baseline"] = lte_jax.load(flags.dense, flags.dtype) if flags.dense else None
         chosen["tokenizer"] = lte_jax.load_tokenizer(flags.model)
         if flags.tasks:
@@ -69,6 +71,8 @@ def _parser(prog: str | None) -> errors.Parser:
     tasks.add_to(parser)
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
+    several = "shares of experts to skip, joined by commas, of a model with a curve of thresholds"
+    add("--sparsity", type=config.flag(tuple[config.Share, ...]), help=several)
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     add("--prompt", type=errors.argument, default="Once upon a time", help="of the sample text")
     add("--name", help="name of the model in the table and figures")

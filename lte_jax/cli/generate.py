@@ -57,6 +57,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--seed", type=flag(config.Whole), default=0, help="of the sampling")
     add("--routing", choices=["dense", "soft", "hard"], help="default: the model's own")
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
+    skipped = "share of experts to skip, of a model with a curve of thresholds (docs/sparsity.md)"
+    add("--sparsity", type=flag(config.Share), help=skipped)
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     kernels = f"kernels of the sparse FFN: auto (default), {', '.join(IMPLEMENTATIONS)}"
     add("--implementation", default="auto", help=kernels)

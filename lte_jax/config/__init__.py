@@ -1,7 +1,8 @@
 """Configurations of models, sparsity and experiments, and how they are read.
 
-schema.py defines the keys, fields.py their types and ranges, reference.py shows both; loading.py
-reads files and flags; grid.py has sweeps: many experiments as one table.
+schema.py defines the keys, fields.py their types and ranges, reference.py shows both; experts.py
+has what follows from those of LTE, and presets; loading.py reads files and flags; grid.py has
+sweeps: many experiments as one table.
 A file in configs/ starts from `to_config_dict(Experiment(...))` and sets what it needs:
 
     from lte_jax import config
@@ -12,10 +13,15 @@ A file in configs/ starts from `to_config_dict(Experiment(...))` and sets what i
         return c
 """
 
+from lte_jax.config.experts import PRESETS as PRESETS
+from lte_jax.config.experts import num_experts as num_experts
+from lte_jax.config.experts import own_threshold as own_threshold
+from lte_jax.config.experts import threshold_at as threshold_at
 from lte_jax.config.fields import Count as Count
 from lte_jax.config.fields import Inside as Inside
 from lte_jax.config.fields import Length as Length
 from lte_jax.config.fields import NotNegative as NotNegative
+from lte_jax.config.fields import Share as Share
 from lte_jax.config.fields import TopShare as TopShare
 from lte_jax.config.fields import Whole as Whole
 from lte_jax.config.fields import describe as describe
@@ -32,7 +38,6 @@ from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
 from lte_jax.config.names import RoutingName as RoutingName
 from lte_jax.config.reference import keys as keys
-from lte_jax.config.schema import PRESETS as PRESETS
 from lte_jax.config.schema import Activation as Activation
 from lte_jax.config.schema import CheckpointConfig as CheckpointConfig
 from lte_jax.config.schema import ComputeConfig as ComputeConfig
@@ -46,6 +51,5 @@ from lte_jax.config.schema import RopeScaling as RopeScaling
 from lte_jax.config.schema import SourceConfig as SourceConfig
 from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig
-from lte_jax.config.schema import num_experts as num_experts
 from lte_jax.config.settings import LTESettings as LTESettings
 from lte_jax.errors import UserError as UserError

@@ -10,8 +10,7 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import itertools
 from typing import Literal
 
 from lte_jax.config.fields import (
@@ -195,6 +194,14 @@ class LTEConfig(Checked):
     # Routing of the router stage; "soft" in the paper.
     stage1_routing: Literal["soft", "straight_through", "softmax", "sigma"] = "straight_through"
     target_sparsity: Target | None = 0.5  # share of experts to skip; None: fixed efficiency_weight
+    # Least and largest share of experts to skip, between which each training step draws its own, so
+    # that one model serves all of them (`sparsity=`); (): the target_sparsity alone.
+    sparsity_range: tuple[Target, ...] = ()
+    per_layer: bool = False  # whether each layer skips so much, by a threshold of its own; or all
+    # Where `sparsity=` finds thresholds: points of a share skipped and its threshold (per_layer: of
+    # each layer), ascending. Written by training with a sparsity_range or per_layer, and by
+    # `lte_jax.calibrate`.
+    curve: tuple[tuple[Share, ...], ...] = ()
     efficiency_weight: Finite = 0.0  # eta of Eq. 6; with a target_sparsity, its initial value
     efficiency_power: Literal[1, 2] = 2  # power of a score in the efficiency loss; 2 in Eq. 4
     separability_weight: NotNegative = 0.0  # lambda of Eq. 6; 0.5 in the paper
@@ -202,6 +209,35 @@ class LTEConfig(Checked):
     distill_weight: Share = 1.0  # 1: only the KL to the dense model; 0: only the task loss
     # Weight of the squared distance of each FFN's input to the dense model's, over its square.
     hidden_distill_weight: NotNegative = 0.0
+
+    def _check_together(self):
+        low_high = self.sparsity_range
+        if low_high and not (len(low_high) == 2 and low_high[0] < low_high[1]):
+            raise UserError(
+                f"sparsity_range={low_high}: expected the least and the largest, such as "
+                "(0.5, 0.9), or (): none"
+            )
+        if low_high and not low_high[0] <= (self.target_sparsity or 0.0) <= low_high[1]:
+            raise UserError(
+                f"target_sparsity={self.target_sparsity} is outside sparsity_range={low_high}: "
+                "expected one that lies within, which is served by default"
+            )
+        if low_high and self.stage1_routing != "straight_through":
+            raise UserError(
+                f"sparsity_range={low_high} with stage1_routing={self.stage1_routing!r}: expected "
+                "'straight_through', which runs as many experts as a step has drawn"
+            )
+        if self.per_layer and self.target_sparsity is None:
+            raise UserError("target_sparsity=None: expected a share for each layer, with per_layer")
+        rising = all(
+            len(a) == len(b) and all(x < y for x, y in zip(a, b, strict=True))
+            for a, b in itertools.pairwise(self.curve)
+        )
+        if not rising or any(len(point) < 2 for point in self.curve):
+            raise UserError(
+                f"curve={self.curve}: expected points of a sparsity and its threshold (or one of "
+                "each layer), all ascending"
+            )
 
     def wanted_sparsity(self, who: str) -> float:
         """`target_sparsity`, or a UserError that says that `who` needs one."""
@@ -211,43 +247,6 @@ class LTEConfig(Checked):
                 "number, found None"
             )
         return self.target_sparsity
-
-
-def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
-    """E, the number of experts of an FFN; 1 for a dense model.
-
-    Raises:
-      UserError: if the expert size does not divide the FFN width.
-    """
-    if lte is None:
-        return 1
-    if config.d_ff % lte.expert_size:
-        small = [m for m in range(1, math.isqrt(config.d_ff) + 1) if config.d_ff % m == 0]
-        sizes = {*small, *(config.d_ff // m for m in small)}
-        near = sorted(sorted(sizes, key=lambda m: abs(m - lte.expert_size))[:4])
-        raise UserError(
-            f"lte.expert_size={lte.expert_size} does not divide the FFN width {config.d_ff}: "
-            f"nearby sizes that do are {', '.join(map(str, near))}"
-        )
-    return config.d_ff // lte.expert_size
-
-
-PRESETS: Mapping[str, LTEConfig] = {
-    "ours": LTEConfig(),
-    # The paper's settings (section 5.1), except for the guard of Eq. 5. It does not state the
-    # initialisation of routers: small normal weights are the usual choice.
-    "paper": LTEConfig(
-        grouping="kmeans",
-        router_bias=False,
-        router_init="normal",
-        router_init_std=1.0,
-        stage1_routing="soft",
-        target_sparsity=None,
-        efficiency_weight=1.0,
-        separability_weight=0.5,
-        distill_weight=0.0,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)

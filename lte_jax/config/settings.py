@@ -29,6 +29,9 @@ class LTESettings(TypedDict, total=False):
     routing: RoutingName
     stage1_routing: Literal["soft", "straight_through", "softmax", "sigma"]
     target_sparsity: float | None
+    sparsity_range: tuple[float, ...]
+    per_layer: bool
+    curve: tuple[tuple[float, ...], ...]
     efficiency_weight: float
     efficiency_power: Literal[1, 2]
     separability_weight: float

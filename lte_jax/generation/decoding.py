@@ -18,6 +18,7 @@ from jax import Array
 from lte_jax import layers, reading
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
+from lte_jax.config import own_threshold
 from lte_jax.kernels import resolve
 from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.selection import Routing, first_largest, largest
@@ -88,7 +89,7 @@ class Decoder:
         resolve(implementation)
         routing = routings.make(routing, model.config, model.lte)
         if threshold is None:
-            threshold = 0.5 if model.lte is None else model.lte.threshold
+            threshold = own_threshold(model.lte)
         scalars = (threshold, temperature, 1.0 if top_p is None else top_p)
         return cls(
             computed(model, params),

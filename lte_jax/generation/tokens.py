@@ -21,6 +21,7 @@ from lte_jax.errors import Given, UserError
 from lte_jax.generation import beam
 from lte_jax.generation.decoding import Decoder, DecodeState, round_up
 from lte_jax.model import Transformer
+from lte_jax.routing import dial
 from lte_jax.selection import Routing
 
 STREAM_CHUNK = 8  # tokens between two calls of `stream`
@@ -41,6 +42,7 @@ class Settings(TypedDict, total=False):
     eos_ids: Iterable[int] | None
     routing: Routing | RoutingName | None
     threshold: float | None
+    sparsity: float | None
     implementation: str
     measured: Callable[[Measured], None] | None
 
@@ -80,6 +82,7 @@ def generate(
     eos_ids: Given[Iterable[int] | None] = None,
     routing: Given[Routing | RoutingName | None] = None,
     threshold: Given[float | None] = None,
+    sparsity: Given[float | None] = None,
     implementation: Given[str] = "auto",
     mask: Any = None,
     stream: Given[Callable[[list[list[int]]], None] | None] = None,
@@ -105,6 +108,7 @@ def generate(
       eos_ids: tokens that end a text. None: those of the model; (): none.
       routing: as in `lte_jax.apply`; all but "dense" and "soft" read active experts only.
       threshold: in place of `model.lte.threshold`.
+      sparsity: share of experts to skip, in place of a threshold, see `lte_jax.calibrate`.
       implementation: of the sparse FFN, see `lte_jax.kernels.sparse_ffn`.
       mask: True (or > 0) at real tokens [B, L], where `tokens` is a padded array.
       stream: called with each prompt's newest tokens as soon as there are some.
@@ -121,6 +125,7 @@ def generate(
     search = {"length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
     search |= {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     settings = {"implementation": implementation, "eos_ids": _eos_ids(model.config, eos_ids)}
+    threshold = dial(model.lte, routing, threshold, sparsity)
     decoder = Decoder.of(model, params, routing, threshold, **sampling, **settings)
     _check_search(decoder, stream, beams, **search)
     if beams > 1:
@@ -245,7 +250,7 @@ def _check(
     if top_p is not None and not (checks.is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p={top_p!r}: expected within (0, 1], or None for all tokens")
     checks.seed(seed)
-    checks.threshold(threshold)
+    checks.threshold(threshold, config.num_layers)
 
 
 def _check_search(

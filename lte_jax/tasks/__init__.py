@@ -15,6 +15,7 @@ from typing import Any
 from lte_jax.config import Count, flag
 from lte_jax.errors import UserError, nearest
 from lte_jax.model import Transformer
+from lte_jax.routing import dials
 from lte_jax.selection import Routing
 from lte_jax.tasks import glue, mmlu, nlg, wikitext
 from lte_jax.tasks.measurement import Run
@@ -81,6 +82,7 @@ def measure(
     batch_size: int = 8,
     routing: Routing | str | None = None,
     threshold: float | None = None,
+    sparsity: float | Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Measures a model, and the dense model it was made from, on tasks.
 
@@ -101,6 +103,7 @@ def measure(
       batch_size: of the forward passes.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
+      sparsity: share of experts to skip, in place of a threshold; one or several.
 
     Returns:
       Rows of JSON: "task", "model", "metric", "value", "error" (standard error, or None),
@@ -110,9 +113,11 @@ def measure(
       UserError: on an unknown task, before anything is measured, and as the tasks do.
     """
     chosen = [find(task, MEASURED, "--tasks") for task in names]
-    how = {"batch_size": batch_size, "routing": routing, "threshold": threshold}
+    how = {"batch_size": batch_size, "routing": routing}
     run = Run(model, params, tokenizer, source or "", length, limit, beams, max_new_tokens, how)
-    runs = {name or ("dense" if model.lte is None else "LTE"): run}
+    name = name or ("dense" if model.lte is None else "LTE")
+    at = dials(name, model.lte, routing, threshold, sparsity)
+    runs = {who: dataclasses.replace(run, how=how | {"threshold": t}) for who, t in at.items()}
     if baseline is not None:
         model, params = baseline
         dense = dataclasses.replace(run, model=model, params=params, how={"batch_size": batch_size})
