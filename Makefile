@@ -81,7 +81,7 @@ bench: $(READY)  ## time kernels, decoding, training steps and the grouping of a
 tinystories: $(READY)  ## README's table, from babyllama/ and stories260k/ in MODELS=FOLDER: half an hour
 	$(BIN)/python benchmarks/tinystories.py --models='$(MODELS)' --out=runs/tinystories-table
 
-comparison: $(READY)  ## a small table of every method, from babyllama/ in MODELS=FOLDER: 20 minutes at most
+comparison: $(READY)  ## a small table of every method, from babyllama/ in MODELS=FOLDER: a quarter of an hour (estimated)
 	@test -f '$(MODELS)/babyllama/config.json' || { echo "error: '$(MODELS)' has no" \
 	  "babyllama/config.json: name its folder, as in make comparison MODELS=FOLDER" >&2; exit 2; }
 	$(BIN)/python -m lte_jax.sweep --config=configs/sweeps/methods.py:quick --workers=2 \

@@ -9,7 +9,9 @@ says; a value that `ours` has already has no row. Two changes do not come alone.
 layers with a function between starts at random, so it stands beside "routers start at random". A
 fixed efficiency weight leaves ridge routers no target to start from, so it stands beside "routers
 start open"; it has the sparsity that it happens to reach, and the second command reads the quality
-at 75% between two weights. Expert sizes divide babyllama's 352 neurons, as 64 does not.
+at 75% between two weights. Expert sizes divide babyllama's 352 neurons, as 64 does not. Without a
+row, as no key sets them: targets for each layer, a threshold that does not move, the union over a
+batch.
 
 Cost:   81 runs, not measured; 75 of them train for 300 steps with experts, three minutes each on
         one core (experts of 1 take longer).
