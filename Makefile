@@ -14,8 +14,8 @@ READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 OPTIMISED := $(patsubst %,tests/test_%.py,kernels model decoding)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check test-optimised test-sources lint docs format bench tinystories thousand \
-  resume fuzz journeys mutants clean
+.PHONY: help env demo test check test-optimised test-sources lint docs format bench tinystories comparison \
+  thousand resume fuzz journeys mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,12 @@ bench: $(READY)  ## time kernels, decoding, training steps and the grouping of a
 
 tinystories: $(READY)  ## README's table, from babyllama/ and stories260k/ in MODELS=FOLDER: half an hour
 	$(BIN)/python benchmarks/tinystories.py --models='$(MODELS)' --out=runs/tinystories-table
+
+comparison: $(READY)  ## a small table of every method, from babyllama/ in MODELS=FOLDER: a quarter of an hour (estimated)
+	@test -f '$(MODELS)/babyllama/config.json' || { echo "error: '$(MODELS)' has no" \
+	  "babyllama/config.json: name its folder, as in make comparison MODELS=FOLDER" >&2; exit 2; }
+	$(BIN)/python -m lte_jax.sweep --config=configs/sweeps/methods.py:quick --workers=2 \
+	  --out=runs/comparison --config.source.path='$(MODELS)/babyllama'
 
 thousand: $(READY)  ## check that 1,000 steps stay finite, also on MODELS=FOLDER: 15 minutes
 	$(BIN)/python benchmarks/thousand.py --models='$(MODELS)' --out=runs/thousand

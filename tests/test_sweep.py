@@ -251,14 +251,75 @@ def test_every_grid_expands(file, words, tmp_path, monkeypatch):
     sweep, place = config.load_sweep(f"{file.stem}{words}")  # by its name, from anywhere
     runs = expand(sweep, place, tmp_path)
     for run in runs:
-        stages = run.experiment.stages
+        stages, lte = run.experiment.stages, run.experiment.lte
         assert max(s.steps for s in (stages.router, stages.adapt)) <= (20 if words else 10**6)
-        assert (run.target is None) == (stages.router.steps + stages.adapt.steps == 0)
+        sparse = stages.router.steps + stages.adapt.steps > 0
+        # Without a target it is dense, or has a fixed weight: the configuration's target is not it.
+        assert sparse if run.target is not None else not sparse or lte.target_sparsity is None
         assert run.experiment.latency_rounds == 0
     text = file.read_text().split('"""')[1]
     for part in (f"--config=configs/sweeps/{file.name} --out=", "Cost:", "Expect"):
         assert part in text
     assert f"{len(runs)} runs" in text or words
+
+
+def runs_of(spec, tmp_path):
+    """The runs of one of the package's grids, by name."""
+    return {run.name: run for run in expand(*config.load_sweep(spec), tmp_path)}
+
+
+def test_the_quick_grid_has_every_method_once(tmp_path):
+    quick, whole = (runs_of(f"methods{words}", tmp_path) for words in (":quick", ""))
+    assert {run.method for run in quick.values()} == {run.method for run in whole.values()}
+    assert len(quick) == len({run.method for run in quick.values()})
+    for run in quick.values():
+        stages, data_ = run.experiment.stages, run.experiment.data
+        assert sum(s.steps for s in (stages.finetune, stages.router, stages.adapt)) <= 30
+        assert data_.max_validation_records == 64 and data_.length == 256
+
+
+# Of an ablation, by how its name begins, the keys that go together.
+TOGETHER = {
+    "separability": {"separability_weight", "separability_eps"},
+    "low-rank": {"router", "router_rank"},
+    "two-layer": {"router", "router_rank", "router_activation", "router_init"},
+    "fixed eta": {"router_init", "target_sparsity", "efficiency_weight"},
+}
+
+
+def test_an_ablation_changes_one_thing(tmp_path):
+    runs = runs_of("ablations", tmp_path)
+    ours, names = runs["ours-0.75-0"].experiment, []
+    for run in runs.values():
+        if run.seed or run.method.startswith(("dense", "ours")):
+            continue
+        names.append(run.method)
+        theirs = dataclasses.replace(run.experiment, lte=ours.lte, stages=ours.stages)
+        assert theirs == ours and (run.experiment.stages != ours.stages) == ("longer" in run.method)
+        before, after = (dataclasses.asdict(e.lte) for e in (ours, run.experiment))
+        changed = {key for key in before if before[key] != after[key]}
+        allowed = [keys for start, keys in TOGETHER.items() if run.method.startswith(start)]
+        assert changed <= allowed[0] if allowed else len(changed) == ("longer" not in run.method)
+    assert len(names) == len(runs) / 3 - 3
+
+
+def test_the_search_of_eta_never_sees_the_stories_of_results(tmp_path):
+    search, lambdas = (runs_of(f"paper{words}", tmp_path) for words in ("", ":separability"))
+    assert {run.experiment.data.validation for run in search.values()} == {""}
+    assert "" not in {run.experiment.data.validation for run in lambdas.values()}
+    weights = {run.experiment.lte.separability_weight for run in lambdas.values() if run.target}
+    assert weights == {0, 0.5, 1}
+    for run in search.values():
+        lte, free = run.experiment.lte, ("efficiency_weight", "separability_eps")
+        own = {key: getattr(lte, key) for key in free}
+        assert "dense" in run.method or lte == dataclasses.replace(config.PRESETS["paper"], **own)
+
+
+def test_a_preset_as_overrides():
+    base = str(ROOT / "configs/tinystories.py:babyllama")
+    for name, preset in config.PRESETS.items():
+        assert config.load_config(base, config.preset(name)).lte == preset
+    assert config.preset("ours") == ()
 
 
 def test_the_rows_of_tinystories_are_those_of_its_benchmark(tmp_path):

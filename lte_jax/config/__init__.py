@@ -31,6 +31,7 @@ from lte_jax.config.fields import to_config_dict as to_config_dict
 from lte_jax.config.grid import Row as Row
 from lte_jax.config.grid import Sweep as Sweep
 from lte_jax.config.grid import load_sweep as load_sweep
+from lte_jax.config.grid import preset as preset
 from lte_jax.config.loading import flag as flag
 from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import packaged as packaged

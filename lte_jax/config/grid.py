@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lte_jax.config.fields import Checked, Target, Whole
 from lte_jax.config.loading import find, run_file, split
+from lte_jax.config.schema import PRESETS
 from lte_jax.errors import UserError, nearest
 
 FOLDER = "sweeps"  # of configs/
@@ -32,7 +33,8 @@ class Row(Checked):
     """A method of a sweep, by what its runs change; it has a row of the table for each target."""
 
     overrides: tuple[str, ...] = ()  # "key=value" each, of the Experiment
-    targets: tuple[Target, ...] | None = None  # None: the sweep's; (): it has none, as a dense row
+    # None: the sweep's; (): it has none, as a dense row, or one of a fixed efficiency weight.
+    targets: tuple[Target, ...] | None = None
     target: str = "lte.target_sparsity={target}"  # the override that sets its target; "": none does
     # More overrides of single targets, such as the efficiency weight that a search has found.
     at: Mapping[float, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -109,6 +111,13 @@ class Sweep(Checked):
         """The number of runs that a run of the method goes on from."""
         before = self.methods[method].after
         return 1 + self.depth(before) if before else 0
+
+
+def preset(name: str) -> tuple[str, ...]:
+    """The overrides that make a preset of the preset `ours`, for a row that stands beside it."""
+    ours = dataclasses.asdict(PRESETS["ours"])
+    wanted = dataclasses.asdict(PRESETS[name])
+    return tuple(f"lte.{key}={value}" for key, value in wanted.items() if value != ours[key])
 
 
 def load_sweep(spec: str, overrides: Iterable[str] = ()) -> tuple[Sweep, str]:

@@ -11,11 +11,13 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lte_jax import figures, report
 from lte_jax.config import Sweep
 from lte_jax.errors import UserError
+from lte_jax.files import expand, read_json
 from lte_jax.sweep.expansion import Run
 from lte_jax.sweep.folder import Folder, plain
 
@@ -51,6 +53,19 @@ def collect(sweep: Sweep, runs: Sequence[Run], folder: Folder) -> dict[str, Any]
         "missing": [run.name for run in runs if not folder.finished(run)],
         "environment": report.environment(),
     }
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Reads the results.json of a sweep.
+
+    Raises:
+      UserError: if the file is absent or something else.
+    """
+    place, hint = expand(path), "expected the results.json that a sweep writes to its --out"
+    made = read_json(place, hint)
+    if not {"grid", "metric", "runs", "missing"} <= made.keys():
+        raise UserError(f"{place}: no results of a sweep: {hint}")
+    return made
 
 
 def _measured(sweep: Sweep, run: Run, folder: Folder) -> Entry:
@@ -98,11 +113,17 @@ def best_dense(rows: Sequence[Entry]) -> str | None:
     return min(means, key=lambda method: sign * means[method])
 
 
-def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> list[Entry]:
-    """The methods at their targets, in the order of their runs: see `collect`."""
+def by_method(rows: Sequence[Entry]) -> dict[tuple[str, float | None], dict[int, Entry]]:
+    """(method, target) -> seed -> its run, in the order of the runs."""
     groups: dict[tuple[str, float | None], dict[int, Entry]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["target"]), {})[row["seed"]] = row
+    return groups
+
+
+def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> list[Entry]:
+    """The methods at their targets, in the order of their runs: see `collect`."""
+    groups = by_method(rows)
     dense = groups.get((best, None), {}) if best is not None else {}
     made = []
     for (method, target), seeds in groups.items():
@@ -111,9 +132,9 @@ def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> lis
         entry |= {key: mine[0][key] for key in ("oracle", "experts")}
         for key in ("quality", "sparsity", "gflops_per_token", "seconds"):
             entry[key] = spread([row[key] for row in mine if row.get(key) is not None])
-        entry["loss"] = spread(_losses(seeds, dense))
+        entry["loss"] = spread(losses(seeds, dense))
         others = groups.get((reference, target), {})
-        entry["difference"] = spread(_losses(seeds, dense, others)) if others else None
+        entry["difference"] = spread(losses(seeds, dense, others)) if others else None
         if all(row.get("sparsity_per_layer") for row in mine):
             layers = zip(*(row["sparsity_per_layer"] for row in mine), strict=True)
             entry["sparsity_per_layer"] = [statistics.fmean(layer) for layer in layers]
@@ -121,18 +142,18 @@ def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> lis
     return made
 
 
-def _losses(
+def losses(
     mine: Mapping[int, Entry], dense: Mapping[int, Entry], others: Mapping[int, Entry] | None = None
 ) -> list[float]:
     """What each run loses to the dense one of its seed; with `others`, beyond what those lose."""
-    losses = []
+    lost = []
     for seed in sorted(mine.keys() & dense.keys()):
         loss = figures.loss_of_quality(mine[seed], dense[seed])
         if others is None:
-            losses.append(loss)
+            lost.append(loss)
         elif seed in others:
-            losses.append(loss - figures.loss_of_quality(others[seed], dense[seed]))
-    return losses
+            lost.append(loss - figures.loss_of_quality(others[seed], dense[seed]))
+    return lost
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None] | None:

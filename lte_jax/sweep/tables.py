@@ -71,11 +71,11 @@ def _in_points(results: Mapping[str, Any]) -> bool:
     return "metrics" in results["runs"][0]
 
 
-def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
+def draw(results: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]:
     """Draws the figures that the results have numbers for; returns their paths.
 
     quality.png and cost.png: quality against sparsity and GFLOPs, layers.png: sparsity of each
-    layer, ablation.png: differences to the reference. Bars are standard errors.
+    layer, ablation.png: differences to the reference; after `prefix`. Bars are standard errors.
     """
     models = [{"models": _models(results)}]
     sparse = [model for model in models[0]["models"] if model["sparsity"]]
@@ -97,8 +97,8 @@ def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
             label = f"loses more than {results['grid']['reference']}, {unit}"
             made["ablation.png"] = figures.bar_panels(panels, label)
         for name, figure in made.items():
-            style.save(figure, out / name)
-    return [out / name for name in made]
+            style.save(figure, out / f"{prefix}{name}")
+    return [out / f"{prefix}{name}" for name in made]
 
 
 def _models(results: Mapping[str, Any]) -> list[Entry]:
