@@ -323,7 +323,7 @@ def draw_experts(axes: Any, run_EL: Bool[np.ndarray, "E L"], pieces: Sequence[st
     """A map of which experts run for each token: dark where one runs.
 
         out = lte_jax.apply(model, params, tokens)
-        figures.draw_experts(axes, np.asarray(out.scores[layer, 0] > model.lte.threshold).T, pieces)
+        figures.draw_experts(axes, np.asarray(out.active[layer, 0]).T, pieces)
 
     Args:
       axes: of matplotlib.

@@ -20,6 +20,7 @@ from lte_jax import checks
 from lte_jax.errors import UserError
 from lte_jax.generation import generate
 from lte_jax.model import Transformer
+from lte_jax.routing import dial
 from lte_jax.scoring import loglikelihoods
 from lte_jax.selection import Routing
 
@@ -48,6 +49,7 @@ class LMEval(TemplateLM):
       tokenizer: its tokenizer, as from `lte_jax.load_tokenizer`.
       routing: as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
+      sparsity: share of experts to skip, in place of a threshold, see `lte_jax.calibrate`.
       batch_size: of forward passes and generation.
       seed: of sampled generation.
 
@@ -63,6 +65,7 @@ class LMEval(TemplateLM):
         *,
         routing: Routing | str | None = None,
         threshold: float | Any = None,
+        sparsity: float | Any = None,
         batch_size: int | Any = 8,
         seed: int = 0,
     ):
@@ -72,6 +75,7 @@ class LMEval(TemplateLM):
         checks.language_model(model.config, "lm-eval")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.batch_size, self.seed = batch_size, seed
+        threshold = dial(model.lte, routing, threshold, sparsity)
         self.how = {"routing": routing, "threshold": threshold}
 
     @property

@@ -104,9 +104,9 @@ def make(routing: Routing | str | None, config: ModelConfig, lte: LTEConfig | No
 def dial(
     lte: LTEConfig | None,
     routing: Routing | str | None,
-    threshold: Float[Array, ""] | float | Any,
+    threshold: Any,
     sparsity: float | Any,
-) -> Float[Array, ""] | float | Any:
+) -> Any:
     """`threshold`, or that at which the share `sparsity` of experts is skipped, by `lte.curve`.
 
     Raises:

@@ -5,8 +5,8 @@ efficiency-loss weight that reaches it depends on model, data and initialisation
 sets the weight while routers train. Once they are frozen, the threshold follows in small steps, as
 scores still drift with the model. calibration.py then measures the final threshold on many batches.
 
-With a sparsity_range, each step draws its target, and its threshold is read off a curve of K points
-that follows what the steps measure. With `per_layer`, each layer has its own weight and threshold.
+With a sparsity_range, each step draws targets, whose thresholds are read off a curve of K points.
+It follows what the steps measure. With `per_layer`, each layer has its own weight and threshold.
 
 Dimension key: N layers  K points of a curve  [R]: a scalar, or [N] with `per_layer`
 """
@@ -61,26 +61,31 @@ class SparsityController:
     integral: Any  # of the PI controller, [R]
     threshold: Any  # tau of Eq. 2, [R]
     target_sparsity: Any  # an array, so that one compiled step serves every target; 0: none
-    # The curve, from targets [K] to the logits of thresholds [K, R], ascending; None: one target.
-    targets_K: Any = None
+    # The curve, from depths (see `_depth`) [K] to the logits of thresholds [K, R], both ascending;
+    # None: one target alone.
+    depths_K: Any = None
     logits_K: Any = None
 
     @classmethod
     def start(cls, lte: LTEConfig, num_layers: int = 1, curve: Curve = ()) -> SparsityController:
         """The controller before the first step; with an lte.sparsity_range, on this `curve`."""
         shape = (num_layers,) if lte.per_layer else ()
-        values = (lte.efficiency_weight, lte.efficiency_weight, lte.threshold)
+        weight, threshold = (
+            jnp.full(shape, x, jnp.float32) for x in (lte.efficiency_weight, lte.threshold)
+        )
         target = jnp.asarray(lte.target_sparsity or 0.0, jnp.float32)
-        control = cls(*(jnp.full(shape, value, jnp.float32) for value in values), target)
+        control = cls(weight, jnp.copy(weight), threshold, target)
         if not lte.sparsity_range:
             return control
-        targets_K = np.linspace(*lte.sparsity_range, _CURVE_POINTS, dtype=np.float32)
+        low, high = -np.log1p(-np.array(lte.sparsity_range))
+        depths_K = np.linspace(low, high, _CURVE_POINTS, dtype=np.float32)
+        targets_K = -np.expm1(-depths_K)
         points_P, *columns_P = np.asarray(curve or ((0.0, 0.0), (1.0, 1.0))).T
         thresholds_KR = np.stack([np.interp(targets_K, points_P, c_P) for c_P in columns_P], 1)
         thresholds_KR = np.clip(thresholds_KR if shape else thresholds_KR[:, 0], *THRESHOLD_RANGE)
         logits_K = jnp.float32(np.log(thresholds_KR / (1 - thresholds_KR)))
         logits_K = jnp.broadcast_to(logits_K, (_CURVE_POINTS, *shape))
-        return control.replace(targets_K=jnp.asarray(targets_K)).on_curve(logits_K)
+        return control.replace(depths_K=jnp.asarray(depths_K)).on_curve(logits_K)
 
     def on_curve(self, logits_K: Float[Array, "K ..."]) -> SparsityController:
         """With these logits of the targets' thresholds, and so that of `target_sparsity`."""
@@ -89,16 +94,20 @@ class SparsityController:
 
     def _shares(self, target_sparsity: Float[Array, ""]) -> Float[Array, " K"]:
         """What each point of the curve has in a value at the target, interpolated."""
-        step = self.targets_K[1] - self.targets_K[0]
-        return jnp.maximum(0.0, 1.0 - jnp.abs(self.targets_K - target_sparsity) / step)
+        step = self.depths_K[1] - self.depths_K[0]
+        return jnp.maximum(0.0, 1.0 - jnp.abs(self.depths_K - _depth(target_sparsity)) / step)
 
-    def drawn(self, key: Array) -> SparsityController:
-        """The controller for one step: with a curve, a random target and its threshold."""
-        if self.targets_K is None:
+    def drawn(self, key: Array, place: Float[Array, ""] | float = 0.0) -> SparsityController:
+        """The controller for a (micro)batch: with a curve, a random target and its threshold.
+
+        Depths are drawn uniformly. Microbatches of one step, at places 0, 1/P, 2/P, ..., draw them
+        as far apart.
+        """
+        if self.depths_K is None:
             return self
-        low, high = self.targets_K[0], self.targets_K[-1]
-        target = jax.random.uniform(key, minval=low, maxval=high)
-        return self.replace(target_sparsity=target).on_curve(self.logits_K)
+        low, high = self.depths_K[0], self.depths_K[-1]
+        depth = low + (high - low) * jnp.mod(jax.random.uniform(key) + place, 1.0)
+        return self.replace(target_sparsity=-jnp.expm1(-depth)).on_curve(self.logits_K)
 
     def steer_weight(
         self, active_fraction: Float[Array, "*R"], integral_gain: float = INTEGRAL_GAIN
@@ -117,14 +126,23 @@ class SparsityController:
         threshold = self.threshold + _THRESHOLD_GAIN * error
         return self.replace(threshold=jnp.clip(threshold, *THRESHOLD_RANGE))
 
-    def steer_curve(
-        self, active_fraction: Float[Array, "*R"], target_sparsity: Float[Array, ""]
-    ) -> SparsityController:
-        """Updates the curve after a step with this active fraction, for the target it drew."""
-        error = active_fraction - (1.0 - target_sparsity)
-        gains_K = _CURVE_GAIN * self._shares(target_sparsity) + _SHARED_GAIN
-        logits_K = self.logits_K + jnp.tensordot(gains_K, error, 0)
-        return self.on_curve(jax.lax.cummax(jnp.clip(logits_K, *_LOGIT_RANGE)))
+    def correction(
+        self, active_fraction: Float[Array, "*R"], share: Float[Array, ""] | float = 1.0
+    ) -> Float[Array, "K ..."]:
+        """What a microbatch with the target drawn adds to the logits of the curve.
+
+        Args:
+          active_fraction: of the microbatch, times `share`.
+          share: of the whole batch's tokens that the microbatch has.
+        """
+        error = active_fraction - (1.0 - self.target_sparsity) * share
+        gains_K = _CURVE_GAIN * self._shares(self.target_sparsity) + _SHARED_GAIN
+        return jnp.tensordot(gains_K, error, 0)
+
+    def steer_curve(self, correction_K: Float[Array, "K ..."]) -> SparsityController:
+        """Updates the curve after a step, by the sum of its microbatches' `correction`."""
+        logits_K = jnp.clip(self.logits_K + correction_K, *_LOGIT_RANGE)
+        return self.on_curve(jax.lax.cummax(logits_K))
 
     def centre_curve(self, integral_gain: float = INTEGRAL_GAIN) -> SparsityController:
         """Updates the efficiency weight so that scores lie around one half.
@@ -133,6 +151,11 @@ class SparsityController:
         """
         slope = 0.25  # of the sigmoid there
         return self._steer_weight(slope * jnp.mean(self.logits_K, axis=0), integral_gain)
+
+
+def _depth(sparsity: Float[Array, ""]) -> Float[Array, ""]:
+    """From 50 to 75% is as far as from 80 to 90%: so quality falls more evenly with the depth."""
+    return -jnp.log1p(-sparsity)
 
 
 def integral_gain(router_rate: float) -> float:

@@ -78,6 +78,11 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
             count, power = counts["real"], model.lte.efficiency_power
             parts["active_fraction_N"] = losses.layer_means(out.active, real, count)
             parts["active_fraction"] = jnp.mean(parts["active_fraction_N"])
+            if control.depths_K is not None:
+                share = losses.count_true(real) / count
+                active = parts[_steers(model)]
+                parts["correction_K"] = control.correction(active, share)
+                parts["drawn_sparsity"] = control.target_sparsity * share
             parts["efficiency"] = losses.efficiency(out.scores, real, count, power)
             if stage.efficiency and model.lte.per_layer:
                 weight_N = control.efficiency_weight
@@ -112,19 +117,21 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, teacher: Any = None):
         counts = counts_of(model, batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        drawn = state.control.drawn(jax.random.fold_in(key, _TARGET))
+        target_key = jax.random.fold_in(key, _TARGET)
+        places = jnp.arange(microbatches) / microbatches
 
-        def gradient_of(part, key):
-            return gradient(state.params, teacher, part, drawn, counts, key)
+        def gradient_of(part, key, place):
+            control = state.control.drawn(target_key, place)
+            return gradient(state.params, teacher, part, control, counts, key)
 
         def accumulate(total, scanned):
             return jax.tree.map(jnp.add, total, gradient_of(*scanned)), None
 
         if microbatches == 1:
-            grads, parts = gradient_of(batch, key)
+            grads, parts = gradient_of(batch, key, places[0])
         else:
             cut = jax.tree.map(lambda x: _interleave(x, microbatches), batch)
-            scanned = cut, jax.random.split(key, microbatches)
+            scanned = cut, jax.random.split(key, microbatches), places
             shapes = jax.eval_shape(gradient_of, *jax.tree.map(lambda x: x[0], scanned))
             (grads, parts), _ = jax.lax.scan(accumulate, optax.tree.zeros_like(shapes), scanned)
 
@@ -133,28 +140,33 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             if kind(stage.routing).keeps_zeros:
                 params = _with_zeros(state.params, params)
-        measured = "active_fraction" + "_N" * (model.lte is not None and model.lte.per_layer)
-        control = _steered(state.control, drawn, stage, parts.get(measured))
+        control = _steered(state.control, stage, parts.get(_steers(model)), parts)
+        parts.pop("correction_K", None)
         metrics = parts | {"grad_norm": optax.tree.norm(grads), "tokens": counts["real"]}
         metrics["learning_rate"] = rate(state.step)
         if "active_fraction" in parts:
             metrics["sparsity"] = 1.0 - metrics.pop("active_fraction")
             metrics["sparsity_per_layer"] = 1.0 - metrics.pop("active_fraction_N")
             metrics["efficiency_weight"] = state.control.efficiency_weight
-            metrics["threshold"] = drawn.threshold
-            if drawn.targets_K is not None:
-                metrics["drawn_sparsity"] = drawn.target_sparsity
+            metrics["threshold"] = state.control.threshold
         return TrainState(state.step + 1, params, opt_state, control), metrics
 
     return step
 
 
-def _steered(control, drawn, stage: Stage, active_fraction) -> SparsityController:
-    """The controller after a step with the target and threshold `drawn`."""
+def _steers(model: Transformer) -> str:
+    """Which part of the loss the controller looks at."""
+    return (
+        "active_fraction_N" if model.lte is not None and model.lte.per_layer else "active_fraction"
+    )
+
+
+def _steered(control: SparsityController, stage: Stage, active_fraction, parts):
+    """The controller after a step."""
     if stage.steer is None:
         return control
-    if control.targets_K is not None:
-        control = control.steer_curve(active_fraction, drawn.target_sparsity)
+    if control.depths_K is not None:
+        control = control.steer_curve(parts["correction_K"])
         return control.centre_curve(stage.integral_gain) if stage.steer == "weight" else control
     if stage.steer == "weight":
         return control.steer_weight(active_fraction, stage.integral_gain)

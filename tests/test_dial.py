@@ -163,8 +163,9 @@ def controller():
 
 def test_the_controller_starts_on_the_curve():
     control = controller()
-    np.testing.assert_allclose(control.targets_K, np.linspace(0.3, 0.9, 9), rtol=1e-6)
-    expected = np.interp(control.targets_K, [0, 0.4, 1], [0, 0.2, 1])
+    targets_K = 1 - np.exp(-control.depths_K)
+    np.testing.assert_allclose(targets_K, 1 - np.geomspace(0.7, 0.1, 9), rtol=1e-5)
+    expected = np.interp(targets_K, [0, 0.4, 1], [0, 0.2, 1])
     np.testing.assert_allclose(jax.nn.sigmoid(control.logits_K), expected, rtol=1e-5)
     # That of the target, 0.5, is between two points of the curve.
     assert float(control.threshold) == pytest.approx(0.2 + 0.1 / 0.6 * 0.8, abs=0.01)
@@ -174,17 +175,24 @@ def test_each_step_draws_its_target():
     control = controller()
     drawn = [control.drawn(jax.random.key(i)) for i in range(200)]
     targets = np.array([d.target_sparsity for d in drawn])
-    assert targets.min() < 0.33 and targets.max() > 0.87 and abs(targets.mean() - 0.6) < 0.04
-    expected = jax.nn.sigmoid(jnp.interp(targets, control.targets_K, control.logits_K))
+    assert targets.min() < 0.33 and targets.max() > 0.87
+    depths = -np.log(1 - targets)  # uniform: as many between 30 and 50% as between 80 and 86%
+    assert np.median(targets) == pytest.approx(1 - (0.7 * 0.1) ** 0.5, abs=0.05)
+    expected = jax.nn.sigmoid(jnp.interp(depths, control.depths_K, control.logits_K))
     np.testing.assert_allclose([d.threshold for d in drawn], expected, rtol=1e-5)
+    # Microbatches of a step draw targets that are evenly apart.
+    four = np.sort([control.drawn(jax.random.key(3), i / 4).target_sparsity for i in range(4)])
+    np.testing.assert_allclose(np.diff(np.log(1 - four)), -np.log(7) / 4, rtol=1e-4)
     alone = tiny.control()
     assert alone.drawn(jax.random.key(0)) is alone  # without a range nothing is drawn
 
 
 def test_a_step_corrects_the_curve_near_its_target():
     control = controller()
-    target = control.targets_K[2] + 0.25 * (control.targets_K[3] - control.targets_K[2])
-    after = control.steer_curve(1.0 - target + 0.1, target)  # a tenth too many are active
+    between = control.depths_K[2] + 0.25 * (control.depths_K[3] - control.depths_K[2])
+    target = 1 - jnp.exp(-between)
+    at = control.replace(target_sparsity=target)
+    after = control.steer_curve(at.correction(1.0 - target + 0.1))  # a tenth too many are active
     moved_K = np.asarray(after.logits_K - control.logits_K)
     far = pytest.approx(0.1 * sparsity._SHARED_GAIN, rel=1e-3)
     assert moved_K[0] == far and moved_K[-1] == far
@@ -194,7 +202,7 @@ def test_a_step_corrects_the_curve_near_its_target():
     assert float(after.threshold) > float(control.threshold)
     pushed = control
     for _ in range(50):  # too few are active at one target, again and again
-        pushed = pushed.steer_curve(1.0 - target - 0.9, target)
+        pushed = pushed.steer_curve(at.correction(1.0 - target - 0.9))
     assert np.all(np.diff(pushed.logits_K) >= 0) and float(pushed.logits_K[0]) >= -6
 
 
@@ -279,7 +287,8 @@ def test_layers_are_steered_apart():
     both = dataclasses.replace(EACH, sparsity_range=(0.3, 0.9))
     control = SparsityController.start(both, 2, ((0.0, 0.0, 0.2), (1.0, 0.6, 1.0)))
     np.testing.assert_allclose(control.threshold, [0.36, 0.68], rtol=1e-5)
-    moved = control.steer_curve(jnp.array([0.5, 0.3]), jnp.float32(0.6)).threshold
+    at = control.replace(target_sparsity=jnp.float32(0.6))
+    moved = control.steer_curve(at.correction(jnp.array([0.5, 0.3]))).threshold
     assert float(moved[0]) > 0.37 and float(moved[1]) < 0.67
 
 

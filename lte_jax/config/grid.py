@@ -20,9 +20,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lte_jax.config.experts import PRESETS
 from lte_jax.config.fields import Checked, Target, Whole
 from lte_jax.config.loading import find, run_file, split
-from lte_jax.config.schema import PRESETS
 from lte_jax.errors import UserError, nearest
 
 FOLDER = "sweeps"  # of configs/

@@ -195,7 +195,7 @@ class LTEConfig(Checked):
     stage1_routing: Literal["soft", "straight_through", "softmax", "sigma"] = "straight_through"
     target_sparsity: Target | None = 0.5  # share of experts to skip; None: fixed efficiency_weight
     # Least and largest share of experts to skip, between which each training step draws its own, so
-    # that one model serves all of them (`sparsity=`); (): the target_sparsity alone.
+    # that one model serves all of them (docs/sparsity.md); (): the target_sparsity alone.
     sparsity_range: tuple[Target, ...] = ()
     per_layer: bool = False  # whether each layer skips so much, by a threshold of its own; or all
     # Where `sparsity=` finds thresholds: points of a share skipped and its threshold (per_layer: of
