@@ -15,7 +15,7 @@ OPTIMISED := $(patsubst %,tests/test_%.py,kernels model decoding)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check test-optimised test-sources lint docs format bench tinystories comparison \
-  thousand resume fuzz journeys mutants clean
+  thousand resume fuzz journeys blocks mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ demo: $(READY)  ## train a small dense model and make it sparse: four minutes
 
 # Most of their time is compiling, of which a sixth is left without optimisation, with the older
 # emitters of fused loops and each program in one piece. `make test XLA_FLAGS=` optimises fully.
-test check test-optimised mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
+test check test-optimised blocks mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
   --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
   --xla_cpu_parallel_codegen_split_count=1
 test: $(READY)  ## run the fast tests, which are nearly all
@@ -99,6 +99,9 @@ fuzz: $(READY)  ## try hostile files, flags and arguments for ten minutes: succe
 
 journeys: $(READY)  ## do what someone new does, in a clone and an environment of its own: 15 minutes
 	$(BIN)/python tests/journeys
+
+blocks: $(READY)  ## run each command of README and docs, made small: ten minutes
+	LTE_JAX_BLOCKS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/test_docs_commands.py
 
 mutants: $(READY)  ## check that the tests catch one-line faults: ten minutes
 	$(BIN)/python tests/mutants

@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=3, help="counted from 1")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs")
     flags = parser.parse_args()
+    flags.out.mkdir(parents=True, exist_ok=True)
     draw(flags.out)
     if flags.model:
         skipped = idea(flags.model, flags.text, flags.layer, flags.out / "idea.png")

@@ -2,36 +2,26 @@
 
 Python blocks run in order, in one namespace a page, with small random models and made-up texts in
 place of those they name. Of shell blocks every line is parsed by the program it calls, so that
-flags, configuration keys and files exist; those in RUN are run. What is only parsed has its reason
-in PARSED_ONLY, by program, and a program that is in neither fails: say here how it is checked.
+flags, configuration keys and files exist, and those in RUN are run. test_docs_commands.py runs
+those of programs of ours to their end.
 """
 
 import argparse
-import importlib
 import json
 import os
-import pathlib
 import re
-import runpy
-import shlex
 import sys
-import tomllib
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from docs_code import COMMANDS, FENCE, NOT_RUN, OURS, PAGES, PROJECT, ROOT, WRITTEN, blocks, program
 
 import lte_jax
 import lte_jax.sweep.command
-from lte_jax import cli, data
+from lte_jax import data
 from lte_jax.config import LTEConfig, ModelConfig
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAGES = ["README.md", "CONTRIBUTING.md", "kernels/README.md"]
-PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 HUB = ("HuggingFaceTB/SmolLM-135M",)  # ids whose place a small random Llama takes
 SLOW = {"docs/metrics.md": "trains a run of configs/demo.py:smoke"}
@@ -42,45 +32,6 @@ RUN = (
     "lte-jax convert runs/mine/lte",
     "python evaluate.py --model=runs/mine/lte --dense=runs/mine/dense --data=",
 )
-PARSED_ONLY = {
-    "make": "builds environments, or runs for minutes; targets are looked up in the Makefile",
-    "pip": "needs the network; its extras are looked up in pyproject.toml",
-    "git": "needs the network, or changes this checkout",
-    "pytest": "would run tests within tests; its files are looked up",
-    "pre-commit": "would install hooks into this checkout",
-    "train": "runs for minutes and needs models; tests/journeys runs what README says, made small",
-    "evaluate": "needs a task's data; tests/test_measured_tasks.py runs them",
-    "generate": "needs a model of its own",
-    "convert": "needs a model of its own",
-    "sweep": "runs for minutes; tests/test_sweep.py runs a grid, made small",
-    "benchmark": "runs for minutes; tests/test_benchmarks.py runs them small",
-}
-
-
-def _blocks(page, *languages):
-    """Line and text of the page's blocks in one of the languages."""
-    text = (ROOT / page).read_text()
-    return [
-        (text.count("\n", 0, found.start()) + 2, found[3])
-        for found in FENCE.finditer(text)
-        if found[2] in languages
-    ]
-
-
-def _commands():
-    """Page and words of each line of the shell blocks; lines that end in a backslash are joined."""
-    for page in PAGES:
-        for _, block in _blocks(page, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                    words.pop(0)  # a variable of the environment
-                if words:
-                    yield page, words
-
-
-COMMANDS = list(_commands())
-WRITTEN = [f"{page}: {' '.join(words)}" for page, words in COMMANDS]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +71,7 @@ def test_every_block_says_its_language():
         outside = FENCE.sub("", (ROOT / page).read_text())
         code = re.search(r"^\n {4}(python|import|from|pip|make) .*", outside, re.MULTILINE)
         assert not code, f"{page}: code without a fence, which no test sees: {code[0]}"
-    assert _blocks("README.md", "python") and len(COMMANDS) > 20
+    assert blocks("README.md", "python") and len(COMMANDS) > 20
 
 
 def _kernels():
@@ -144,7 +95,7 @@ GIVEN = {"docs/kernels.md": _kernels}
     [
         pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
         for page in PAGES
-        if _blocks(page, "python")
+        if blocks(page, "python")
     ],
 )
 def test_python_blocks_run(page, here, monkeypatch):
@@ -156,7 +107,7 @@ def test_python_blocks_run(page, here, monkeypatch):
         monkeypatch.setattr(lm_eval.utils, "make_table", str)
     namespace = {"__name__": "__main__"} | GIVEN.get(page, dict)()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for line, block in _blocks(page, "python"):
+        for line, block in blocks(page, "python"):
             exec(compile("\n" * (line - 1) + block, ROOT / page, "exec"), namespace)
 
 
@@ -166,28 +117,6 @@ class _Parsed(BaseException):
 
 def _stop(*_, **__):
     raise _Parsed
-
-
-def _program(words):
-    """Which of PARSED_ONLY a command calls, its arguments, and a function that calls it."""
-    name, *args = words
-    if name == "python" and args[:1] == ["-m"]:
-        name, *args = args[1:]
-        if name.startswith("lte_jax"):  # lte_jax.sweep is lte-jax sweep
-            package, _, command = name.partition(".")
-            name, args = package.replace("_", "-"), [*filter(None, [command]), *args]
-    elif name == "python":
-        script, *args = args
-        assert (ROOT / script).is_file(), f"no script {script}"
-        kind = "benchmark" if script.startswith("benchmarks/") else script.removesuffix(".py")
-        return kind, args, lambda: runpy.run_path(str(ROOT / script), run_name="__main__")
-    name = name.removeprefix(".venv/bin/")
-    if name == "lte-jax":
-        assert name in PROJECT["scripts"]
-        command, *args = args
-        assert command in cli.COMMANDS, f"no command {command}"
-        return command, args, importlib.import_module(f"lte_jax.cli.{command}").main
-    return name, args, None
 
 
 def _look_up(name, args):
@@ -207,13 +136,12 @@ def _look_up(name, args):
 @pytest.mark.parametrize("command", range(len(COMMANDS)), ids=WRITTEN)
 def test_commands_are_parsed(command, here, monkeypatch, record_property):
     _, words = COMMANDS[command]
-    name, args, call = _program(words)
-    assert name in PARSED_ONLY, f"say in {__name__} how {name} is checked"
-    if not " ".join(words).startswith(RUN):
-        record_property("only parsed", PARSED_ONLY[name])
+    name, args, call = program(words)
     if call is None:
+        assert name in NOT_RUN, f"say in docs_code.py why {name} is not run"
+        record_property("only looked up", NOT_RUN[name])
         return _look_up(name, args)
-    args[:] = [arg.replace("$SLURM_ARRAY_TASK_ID", "0") for arg in args]
+    assert name in OURS
     monkeypatch.setattr(sys, "argv", [words[0], *args])
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
@@ -236,7 +164,7 @@ def test_commands_run(start, here, monkeypatch, capsys):
     chosen = [words for _, words in COMMANDS if " ".join(words).startswith(start)]
     assert chosen, f"no page says {start} any more"
     for words in chosen:
-        _, args, call = _program(words)
+        _, args, call = program(words)
         monkeypatch.setattr(sys, "argv", [words[0], *args])
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             call()
