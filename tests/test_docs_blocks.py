@@ -51,8 +51,11 @@ def world(tmp_path_factory):
     for hub_id in HUB:
         lte_jax.save(folder / "hub" / hub_id, *dense)
         data.byte_tokenizer().save_pretrained(folder / "hub" / hub_id)
-    for name, made in (("dense", dense), ("lte", sparse)):
-        lte_jax.save(folder / "runs/mine" / name, *made, source=folder / "hub" / HUB[0])
+    curve = tuple((i / 20, i / 20) for i in range(1, 20))
+    asked = sparse[0].clone(lte=LTEConfig(expert_size=8, curve=curve)), sparse[1]
+    runs = {"mine/dense": dense, "mine/lte": sparse, "dial/dense": dense, "dial/lte": asked}
+    for name, made in runs.items():
+        lte_jax.save(folder / "runs" / name, *made, source=folder / "hub" / HUB[0])
     return folder
 
 

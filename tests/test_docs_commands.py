@@ -107,7 +107,9 @@ def _train(words, said):
 
 
 def _evaluate(words, said):
-    assert "| LTE |" in said.out
+    shares = (_flag(words, "sparsity") or "").split(",")
+    for name in (f"LTE, {100 * float(s):g}%" if s else "LTE" for s in shares):
+        assert f"| {name} |" in said.out
     assert ("| dense |" in said.out) == any(word.startswith("--dense=") for word in words)
     for task in filter(None, (_flag(words, "tasks") or "").split(",")):
         assert f"| {task} |" in said.out

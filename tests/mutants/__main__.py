@@ -23,6 +23,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import dial
 import families_tasks
 import faults
 import learning
@@ -34,6 +35,7 @@ from mutant import Mutant
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MUTANTS = learning.MUTANTS + running.MUTANTS + families_tasks.MUTANTS + faults.MUTANTS
 MUTANTS += methods.MUTANTS
+MUTANTS += dial.MUTANTS
 LIMIT = 180  # seconds for the tests of one mutant
 PASSED, FAILED = 0, 1  # exit codes of pytest; others say that it could not run the tests
 

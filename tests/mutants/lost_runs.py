@@ -163,15 +163,15 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "9 a threshold may be 7",
         _CHECKS,
-        "or not 0 <= float(value) <= 1:",
-        "or np.isnan(float(value)):",
+        "and 0 <= float(value) <= 1\n",
+        "and not np.isnan(float(value))\n",
         "tests/test_checks.py::test_thresholds[checked-7]",
     ),
     Mutant(
         "9 a threshold may be NaN",
         _CHECKS,
-        "or not 0 <= float(value) <= 1:",
-        "or float(value) < 0 or float(value) > 1:",
+        "and 0 <= float(value) <= 1\n",
+        "and not (float(value) < 0 or float(value) > 1)\n",
         "tests/test_checks.py::test_thresholds[checked-nan]",
     ),
     Mutant(
