@@ -210,10 +210,9 @@ def threshold(value: Any, num_layers: int) -> None:
     """
     if value is None or isinstance(value, jax.core.Tracer):
         return
-    each = value if isinstance(value, list | tuple) else [value]
-    if np.ndim(value) == 1 and hasattr(value, "dtype"):
-        each = np.asarray(value)
-    if len(each) not in (1, num_layers) or not all(_is_share(number) for number in each):
+    several = isinstance(value, list | tuple) or np.ndim(value) == 1
+    right = len(value) == num_layers if several else True
+    if not right or not all(map(_is_share, value if several else [value])):
         raise UserError(f"threshold={value!r}: expected one number in [0, 1], or one of each layer")
 
 

@@ -77,9 +77,9 @@ class SparsityController:
         control = cls(weight, jnp.copy(weight), threshold, target)
         if not lte.sparsity_range:
             return control
-        low, high = -np.log1p(-np.array(lte.sparsity_range))
+        low, high = 1 - np.sqrt(1 - np.array(lte.sparsity_range))
         depths_K = np.linspace(low, high, _CURVE_POINTS, dtype=np.float32)
-        targets_K = -np.expm1(-depths_K)
+        targets_K = 1 - (1 - depths_K) ** 2
         points_P, *columns_P = np.asarray(curve or ((0.0, 0.0), (1.0, 1.0))).T
         thresholds_KR = np.stack([np.interp(targets_K, points_P, c_P) for c_P in columns_P], 1)
         thresholds_KR = np.clip(thresholds_KR if shape else thresholds_KR[:, 0], *THRESHOLD_RANGE)
@@ -107,7 +107,7 @@ class SparsityController:
             return self
         low, high = self.depths_K[0], self.depths_K[-1]
         depth = low + (high - low) * jnp.mod(jax.random.uniform(key) + place, 1.0)
-        return self.replace(target_sparsity=-jnp.expm1(-depth)).on_curve(self.logits_K)
+        return self.replace(target_sparsity=1 - (1 - depth) ** 2).on_curve(self.logits_K)
 
     def steer_weight(
         self, active_fraction: Float[Array, "*R"], integral_gain: float = INTEGRAL_GAIN
@@ -154,8 +154,8 @@ class SparsityController:
 
 
 def _depth(sparsity: Float[Array, ""]) -> Float[Array, ""]:
-    """From 50 to 75% is as far as from 80 to 90%: so quality falls more evenly with the depth."""
-    return -jnp.log1p(-sparsity)
+    """From 50 to 75% is as far as from 90 to 99%. So much more evenly does quality fall with it."""
+    return 1 - jnp.sqrt(1 - sparsity)
 
 
 def integral_gain(router_rate: float) -> float:

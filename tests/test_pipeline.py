@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import hf, pipeline, sharding, sparsity, trainer
+from lte_jax import hf, pipeline, sharding, trainer
+from lte_jax.calibration import SETTLED
 from lte_jax.config import LTEConfig, StageConfig
 from lte_jax.workdir import Paths
 
@@ -125,7 +126,7 @@ def test_the_threshold_of_a_run_is_set_on_its_calibration_rows(experiment, run):
     model, params = lte_jax.load(root / "lte")
     rows = calibration(experiment, root)
     out = lte_jax.apply(model, params, rows.tokens_RL, mask=rows.segments_RL)
-    assert abs(float(out.sparsity) - 0.5) <= sparsity.SETTLED
+    assert abs(float(out.sparsity) - 0.5) <= SETTLED
     said = f"threshold set to {model.lte.threshold:.4f} on 4 calibration records"
     assert any(said in line for line in logged)
 

@@ -13,7 +13,7 @@ MUTANTS: list[Mutant] = [
         ("microbatches draw the same target", "test_each_step_draws_its_target",
          "jax.random.uniform(key) + place", "jax.random.uniform(key)"),
         ("targets are drawn by sparsity", "test_each_step_draws_its_target",
-         "target_sparsity=-jnp.expm1(-depth)",
+         "target_sparsity=1 - (1 - depth) ** 2",
          "target_sparsity=0.3 + 0.6 * jnp.mod(jax.random.uniform(key) + place, 1.0)"),
         ("the curve is corrected the wrong way", "test_a_step_corrects_the_curve_near_its_target",
          "error = active_fraction - (1.0 - self.target_sparsity) * share",
