@@ -112,8 +112,9 @@ def _judged(count: int, columns: tuple[str, ...]) -> Iterable[dict]:
 def _described(number: int) -> dict:
     """A meaning and its text; two in a row have the same meaning."""
     name, area = NAMES[number // 2 % len(NAMES)], AREAS[number // 2 % len(AREAS)]
-    text = (f"{name} is in the {area}.", f"In the {area} there is {name}.")[number % 2]
-    meaning = f"name[{name}], area[{area}]"
+    first = (f"{name} is a place to eat in the {area}.", f"In the {area} there is {name}.")
+    meaning = f"name[{name}], eatType[restaurant], food[Italian], priceRange[cheap], area[{area}]"
+    text = first[number % 2] + " It is a cheap restaurant, its food is Italian, and people like it."
     return {"meaning_representation": meaning, "human_reference": text}
 
 
