@@ -25,6 +25,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import lte_jax
@@ -114,6 +115,24 @@ def result(run: Run, flags: argparse.Namespace) -> dict:
     if row["settings"] != settings:
         raise UserError(f"{path} was made with other settings: expected another --out")
     return row
+
+
+def measured(names: Sequence[str], flags: argparse.Namespace, pool: Executor) -> list[dict]:
+    """The rows of all runs, task by task; one that goes on from a start waits for that."""
+    begun: dict[str, Future[dict]] = {}
+
+    def after(run: Run) -> dict:
+        begun[start(run)].result()
+        return result(run, flags)
+
+    queued = []
+    for task in names:
+        starts = [Run(task, seed, start=True) for seed in range(flags.seeds)]
+        begun |= {run.name: pool.submit(result, run, flags) for run in starts}
+        targets = (None, *flags.targets)
+        rest = [Run(task, seed, target) for seed in range(flags.seeds) for target in targets]
+        queued += [*(begun[run.name] for run in starts), *(pool.submit(after, run) for run in rest)]
+    return [future.result() for future in queued]
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
@@ -214,12 +233,8 @@ def main() -> None:
     import transformers.models.auto  # noqa: F401  # once, before threads do it together
 
     begin, names = time.monotonic(), flags.tasks.split(",")
-    both = [(task, seed) for task in names for seed in range(flags.seeds)]
-    starts = [Run(task, seed, start=True) for task, seed in both]
-    rest = [Run(task, seed, target) for task, seed in both for target in (None, *flags.targets)]
     with processes.side_by_side(flags.workers) as pool:
-        rows = list(pool.map(lambda run: result(run, flags), starts))
-        rows += pool.map(lambda run: result(run, flags), rest)
+        rows = measured(names, flags, pool)
     means = summary(rows)
     atomic_write(flags.out / "table.md", table(means))
     record = {"runs": rows, "summary": means, "environment": report.environment()}
@@ -227,7 +242,9 @@ def main() -> None:
     print(table(means))
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in spent)
+    runs = sum(row["seconds"] for row in rows) / 60
     print(f"{(time.monotonic() - begin) / 60:.1f} min, {cpu / 60:.1f} CPU min; in {flags.out}")
+    print(f"all runs, those of earlier calls too: {runs:.0f} min, {flags.workers} side by side")
 
 
 if __name__ == "__main__":
