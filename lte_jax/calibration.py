@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from lte_jax.model import Transformer, forward
 from lte_jax.routing import kind
-from lte_jax.sparsity import THRESHOLD_RANGE, Curve
+from lte_jax.sparsity import Curve
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,9 @@ SETTLED = 0.002  # of sparsity: tolerance of a threshold
 CURVE_ENDS = (0.05, 0.95)  # sparsities that a curve reaches from and to, at least
 _CURVE_STEP = 0.05  # of sparsity, from point to point
 _PASSES = 8  # over the data, for one threshold
-_BINS = 2**14  # edges are exact in float32
+# Bins are equal parts of the logits of scores, as those of the few best experts differ by little.
+_BINS, _LOGITS = 2**14, 12.0  # edges are from -12 to 12
+_LEAST, _MOST = _BINS // 12, _BINS - _BINS // 12  # of edges that may be thresholds: -10 to 10
 
 # Counts of scores [R, S], given the edges [R] that are their thresholds.
 Histogram = Callable[[tuple[int, ...]], Int[np.ndarray, "R S"]]
@@ -53,16 +55,16 @@ def settle(
       target_sparsity: fraction of scores to lie at or below each threshold.
       tolerance: of that.
     """
-    least, most = (round(bound * _BINS) for bound in THRESHOLD_RANGE)
     low, high = 0, _BINS  # edges known to give too little and too much, of the first threshold
-    edges_R = np.clip(np.round(np.asarray(thresholds_R) * _BINS).astype(int), least, most)
+    logits_R = np.log(thresholds_R / (1 - thresholds_R))
+    edges_R = np.round((logits_R / _LOGITS + 1) / 2 * _BINS).astype(int).clip(_LEAST, _MOST)
     tried: dict[tuple[int, ...], np.ndarray] = {}
-    while tuple(edges_R) not in tried and len(tried) < _PASSES:
+    while tuple(edges_R.tolist()) not in tried and len(tried) < _PASSES:
         counts_RS = histogram(tuple(edges_R.tolist()))
         below_RS = np.cumsum(counts_RS, axis=1) / np.sum(counts_RS, axis=1, keepdims=True)
         below_RS = np.pad(below_RS, ((0, 0), (1, 0)))
         shares_R = below_RS[np.arange(len(edges_R)), edges_R]
-        tried[tuple(edges_R)] = shares_R
+        tried[tuple(edges_R.tolist())] = shares_R
         if np.max(np.abs(shares_R - target_sparsity)) <= tolerance:
             break
         first = int(edges_R[0])
@@ -70,9 +72,14 @@ def settle(
         edges_R = np.argmin(np.abs(below_RS - target_sparsity), axis=1)
         if not low < edges_R[0] < high:
             edges_R[0] = (low + high) // 2
-        edges_R = np.clip(edges_R, least, most)
+        edges_R = edges_R.clip(_LEAST, _MOST)
     best = min(tried, key=lambda edges: np.max(np.abs(tried[edges] - target_sparsity)))
-    return np.array(best) / _BINS, tried[best]
+    return _thresholds(best), tried[best]
+
+
+def _thresholds(edges_R: tuple[int, ...]) -> Float[np.ndarray, " R"]:
+    logits_R = _LOGITS * (2 * np.asarray(edges_R) / _BINS - 1)
+    return 1 / (1 + np.exp(-logits_R))
 
 
 def curve(model: Transformer, histogram: Histogram) -> Curve:
@@ -117,7 +124,7 @@ def histogram_over(
 
     @functools.cache
     def histogram(edges_R: tuple[int, ...]) -> np.ndarray:
-        thresholds_R = np.asarray(edges_R, np.float32) / _BINS
+        thresholds_R = np.float32(_thresholds(edges_R))
         threshold = thresholds_R[0] if together else thresholds_R
         parts = (np.asarray(count(params, batch, threshold), np.int64) for batch in batches())
         counts_NS = sum(parts, np.zeros((), np.int64))
@@ -129,11 +136,15 @@ def histogram_over(
 def score_histogram(
     model: Transformer, params: Any, batch: Mapping[str, Array], threshold: Float[Array, "*N"] | Any
 ) -> Int[Array, "N S"]:
-    """Counts scores of real tokens in each bin of (0, 1], under the served routing; jittable."""
+    """Counts scores of real tokens in each bin of their logits, under the served routing; jittable.
+
+    Those beyond the edges are in the first and the last bin.
+    """
     token_mask_BL = batch["segments"] > 0
     served = kind(model.lte and model.lte.routing).served
     out = forward(model, params, batch, routing=served, threshold=threshold)
     # A score equal to an edge is not above it, so it belongs to the bin below.
-    bin_NBLE = jnp.clip(jnp.ceil(out.scores * _BINS) - 1, 0, _BINS - 1).astype(jnp.int32)
+    place_NBLE = (jax.scipy.special.logit(out.scores) / _LOGITS + 1) / 2 * _BINS
+    bin_NBLE = jnp.clip(jnp.ceil(place_NBLE) - 1, 0, _BINS - 1).astype(jnp.int32)
     real_BLE = jnp.broadcast_to(token_mask_BL[..., None], bin_NBLE.shape[1:]).astype(jnp.int32)
     return jax.vmap(lambda bin_BLE: jnp.zeros(_BINS, jnp.int32).at[bin_BLE].add(real_BLE))(bin_NBLE)

@@ -39,12 +39,12 @@ _WEIGHT_RANGE = (-5.0, 50.0)
 # error, where d is the density of scores at the threshold (fraction per unit of score; 1 if
 # uniform). It oscillates from d = 10 on and diverges from 20 on.
 _THRESHOLD_GAIN = 0.1
-THRESHOLD_RANGE = (0.002, 0.998)
+_THRESHOLD_RANGE = (0.01, 0.99)
 
 # A step corrects the points next to its target, and all of them a little, as scores drift together.
 # In logits, as the scores of the few best experts differ by little.
 _CURVE_GAIN, _SHARED_GAIN = 1.5, 0.3
-_LOGIT_RANGE = (-6.0, 6.0)
+_LOGIT_RANGE = (-8.0, 8.0)
 _CURVE_POINTS = 9  # while training
 
 
@@ -82,7 +82,7 @@ class SparsityController:
         targets_K = 1 - (1 - depths_K) ** 2
         points_P, *columns_P = np.asarray(curve or ((0.0, 0.0), (1.0, 1.0))).T
         thresholds_KR = np.stack([np.interp(targets_K, points_P, c_P) for c_P in columns_P], 1)
-        thresholds_KR = np.clip(thresholds_KR if shape else thresholds_KR[:, 0], *THRESHOLD_RANGE)
+        thresholds_KR = np.clip(thresholds_KR if shape else thresholds_KR[:, 0], 1e-4, 1 - 1e-4)
         logits_K = jnp.float32(np.log(thresholds_KR / (1 - thresholds_KR)))
         logits_K = jnp.broadcast_to(logits_K, (_CURVE_POINTS, *shape))
         return control.replace(depths_K=jnp.asarray(depths_K)).on_curve(logits_K)
@@ -124,7 +124,7 @@ class SparsityController:
         """Updates the threshold after a step with this active fraction."""
         error = active_fraction - (1.0 - self.target_sparsity)
         threshold = self.threshold + _THRESHOLD_GAIN * error
-        return self.replace(threshold=jnp.clip(threshold, *THRESHOLD_RANGE))
+        return self.replace(threshold=jnp.clip(threshold, *_THRESHOLD_RANGE))
 
     def correction(
         self, active_fraction: Float[Array, "*R"], share: Float[Array, ""] | float = 1.0

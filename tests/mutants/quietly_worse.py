@@ -122,7 +122,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "E the quantile under the first threshold is the last threshold",
         "lte_jax/calibration.py",
-        "while tuple(edges_R) not in tried and len(tried) < _PASSES:",
+        "while tuple(edges_R.tolist()) not in tried and len(tried) < _PASSES:",
         "while not tried:",
         "tests/test_sparsity.py::test_the_last_threshold_is_that_of_the_calibration_records",
     ),
