@@ -93,7 +93,7 @@ def _seconds(folder: Folder, run: Run) -> float:
     path = folder.workdir(run) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []  # a run of no steps has none
     last = {record["stage"]: record["seconds"] for record in map(json.loads, lines)}
-    return sum(last.values())
+    return float(sum(last.values()))
 
 
 def best_dense(rows: Sequence[Entry]) -> str | None:
