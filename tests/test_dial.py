@@ -204,7 +204,8 @@ def test_a_step_corrects_the_curve_near_its_target():
     pushed = control
     for _ in range(50):  # too few are active at one target, again and again
         pushed = pushed.steer_curve(at.correction(1.0 - target - 0.9))
-    assert np.all(np.diff(pushed.logits_K) >= 0) and float(pushed.logits_K[0]) >= -8
+        assert np.all(np.diff(pushed.logits_K) >= 0)
+    assert float(pushed.logits_K[0]) >= -8
 
 
 def test_scores_are_kept_from_drifting():
