@@ -154,7 +154,7 @@ class SparsityController:
 
 
 def _depth(sparsity: Float[Array, ""]) -> Float[Array, ""]:
-    """From 50 to 75% is as far as from 90 to 99%. So much more evenly does quality fall with it."""
+    """From 50 to 75% is about as far as from 90 to 99%: quality falls more evenly with it."""
     return 1 - jnp.sqrt(1 - sparsity)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from lte_jax import calibration, data, interrupt, optim, sharding, training_step
 from lte_jax.checkpoint import Checkpointer
-from lte_jax.config import Experiment, LTEConfig, threshold_at
+from lte_jax.config import Experiment, LTEConfig, own_threshold
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer
 from lte_jax.routing import kind
@@ -318,8 +318,8 @@ def calibrated(
     lte = dataclasses.replace(lte, threshold=float(jnp.mean(control.threshold)))
     if lte.sparsity_range or lte.per_layer:
         lte = dataclasses.replace(lte, curve=measure_curve(model.clone(lte=lte), params, *on_text))
-        at = threshold_at(lte, lte.target_sparsity)
-        return dataclasses.replace(lte, threshold=float(np.mean(at)))
+    if lte.per_layer:
+        return dataclasses.replace(lte, threshold=float(np.mean(own_threshold(lte))))
     if lte.target_sparsity is None or not kind(lte.routing).by_threshold:
         return lte
     control = settle_threshold(model, params, control, *on_text)

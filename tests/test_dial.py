@@ -18,13 +18,15 @@ from lte_jax import (
     data,
     losses,
     routing,
+    sharding,
     sparsity,
     stages,
     tasks,
+    trainer,
     training_step,
 )
 from lte_jax.cli import evaluate, generate
-from lte_jax.config import LTEConfig, UserError
+from lte_jax.config import LTEConfig, MeshConfig, UserError
 from lte_jax.sparsity import SparsityController
 
 RANGE = LTEConfig(expert_size=8, target_sparsity=0.5, sparsity_range=(0.3, 0.9))
@@ -277,6 +279,25 @@ def test_each_layer_skips_what_is_asked():
     assert read[0].sparsity == pytest.approx(0.6, abs=0.15)
     with pytest.raises(UserError, match="or one of each layer"):
         lte_jax.apply(model, params, given[0], threshold=(0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_run_whose_scores_are_all_equal_ends_with_a_model(per_layer, caplog):
+    """No threshold lies between them: that is said, and what was trained is not lost."""
+    lte = dataclasses.replace(RANGE, per_layer=per_layer)
+    model, params = tiny.model_and_params(lte)
+    router = jax.tree.map(jnp.zeros_like, params["layers"]["ffn"]["router"])
+    ffn = params["layers"]["ffn"] | {"router": router}
+    params = params | {"layers": params["layers"] | {"ffn": ffn}}
+    control = SparsityController.start(lte, tiny.CONFIG.num_layers)
+    mesh = sharding.make_mesh(MeshConfig())
+    made = trainer.calibrated(model, params, control, CALIBRATION, 8, mesh)
+    assert made.curve == () and 0 < made.threshold < 1
+    assert "of 0 sparsities measured; out of reach: [0.05, " in caplog.text
+    lte_jax.apply(model.clone(lte=made), params, CALIBRATION.tokens_RL)
+    low = dataclasses.replace(lte, curve=((0.1, 0.2), (0.2, 0.3)))
+    expected = (0.3,) if per_layer else lte.threshold  # the nearest point has 20%
+    assert config.own_threshold(low) == expected
 
 
 def test_layers_are_steered_apart():

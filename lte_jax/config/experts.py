@@ -31,11 +31,14 @@ def num_experts(config: ModelConfig, lte: LTEConfig | None) -> int:
 
 
 def own_threshold(lte: LTEConfig | None) -> float | tuple[float, ...]:
-    """The model's own threshold; with `per_layer` and a curve, one of each layer."""
+    """The model's own threshold; with `per_layer` and a curve, one of each layer.
+
+    Where the curve does not reach the target, that of its nearest point.
+    """
     if lte is None:
         return 0.5
     if lte.per_layer and lte.curve and lte.target_sparsity is not None:
-        return threshold_at(lte, lte.target_sparsity)
+        return _between(lte, lte.target_sparsity)
     return lte.threshold
 
 
@@ -53,12 +56,17 @@ def threshold_at(lte: LTEConfig, sparsity: float) -> float | tuple[float, ...]:
             "`lte_jax.calibrate` measures those of other sparsities, as does training with an "
             "lte.sparsity_range"
         )
-    shares, *columns = zip(*lte.curve, strict=True)
+    shares = [point[0] for point in lte.curve]
     if not shares[0] <= sparsity <= shares[-1]:
         raise UserError(
             f"sparsity={sparsity}: expected {shares[0]:.3f} to {shares[-1]:.3f}, for which this "
             "model has thresholds"
         )
+    return _between(lte, sparsity)
+
+
+def _between(lte: LTEConfig, sparsity: float) -> float | tuple[float, ...]:
+    shares, *columns = zip(*lte.curve, strict=True)
     found = tuple(float(np.interp(sparsity, shares, column)) for column in columns)
     return found if lte.per_layer else found[0]
 
