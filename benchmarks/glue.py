@@ -132,7 +132,11 @@ def measured(names: Sequence[str], flags: argparse.Namespace, pool: Executor) ->
         targets = (None, *flags.targets)
         rest = [Run(task, seed, target) for seed in range(flags.seeds) for target in targets]
         queued += [*(begun[run.name] for run in starts), *(pool.submit(after, run) for run in rest)]
-    return [future.result() for future in queued]
+    try:
+        return [future.result() for future in queued]
+    except BaseException:  # of a run that failed, or a signal: no other is begun
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
