@@ -124,7 +124,7 @@ def histogram_over(
 
     @functools.cache
     def histogram(edges_R: tuple[int, ...]) -> np.ndarray:
-        thresholds_R = np.float32(_thresholds(edges_R))
+        thresholds_R = _thresholds(edges_R).astype(np.float32)
         threshold = thresholds_R[0] if together else thresholds_R
         parts = (np.asarray(count(params, batch, threshold), np.int64) for batch in batches())
         counts_NS = sum(parts, np.zeros((), np.int64))
