@@ -69,12 +69,10 @@ def evaluate(
       records: the text to predict, see `data.pad`.
       baseline: the dense model to compare with, and its parameters.
       task: that made the records, for its metrics; None: perplexity.
-      tokenizer: for figures per byte and a sample text; without it these are left out. Tasks that
-        generate need it.
+      tokenizer: for figures per byte and a sample text, else left out; tasks that generate need it.
       routing: of `model`, as in `lte_jax.apply`.
       threshold: in place of `model.lte.threshold`.
-      sparsity: share of experts to skip, in place of a threshold, see `lte_jax.calibrate`; of
-        several, the model is measured at each.
+      sparsity: in place of a threshold, see `lte_jax.calibrate`; of several, each is measured.
       name: of `model` in the results; None: "LTE" or "dense".
       batch_size: of the forward passes, in records.
       prompt: start of the sample text.
@@ -86,19 +84,16 @@ def evaluate(
       JSON-serialisable {"tokens", "bytes", "records", "of_records", "length", "models": [...]}, the
       baseline first. Of "of_records" (None: unknown), "records" were measured, in a task of labels
       texts. Each model has "name", "token_ppl", "sparsity", "gflops_per_token", "latency_ms" and
-      more. Latency is per decoded token at batch size 1. An LTE model without a baseline is
-      compared with itself with all experts active.
+      more. Latency is per decoded token at batch size 1, beside all experts if without a baseline.
 
     Raises:
-      UserError: on arguments that do not fit the models or each other, before anything is
-        measured, and as `perplexity` does.
+      UserError: on arguments that do not fit, before anything is measured; as `perplexity` does.
     """
     _check(model, params, baseline, name, batch_size, sample_tokens, latency_rounds)
     checks.routing_of(model, routing)
     entrants = [] if baseline is None else [_Entrant("dense", *baseline)]
-    name = name or ("dense" if model.lte is None else "LTE")
     at = dials(name, model.lte, routing, threshold, sparsity)
-    entrants += [_Entrant(name, model, params, routing, at[name]) for name in at]
+    entrants += [_Entrant(who, model, params, routing, used) for who, used in at.items()]
     sample = (tokenizer, prompt, sample_tokens, sample_temperature)
     results = _measured(entrants, records, batch_size, task, sample)
     if latency_rounds and model.config.head == "lm":
@@ -176,9 +171,8 @@ class _Entrant:
 
     def _threshold(self) -> float | None:
         """The threshold in use, of several layers their mean; None for a dense model."""
-        own = None if self.model.lte is None else own_threshold(self.model.lte)
-        used = own if self.threshold is None else self.threshold
-        return None if used is None else float(np.mean(used))
+        used = own_threshold(self.model.lte) if self.threshold is None else self.threshold
+        return None if self.model.lte is None else float(np.mean(used))
 
     def written(
         self, records: Records, batch_size: int, task: Task, tokenizer: Any
@@ -210,7 +204,7 @@ class _Entrant:
 def _add_latency(entries, entrants: Sequence[_Entrant], records: Records, rounds: int) -> None:
     """Adds times per token, and their ratio to the first: the baseline, or all experts active."""
     decoders = [Decoder.of(e.model, e.params, e.routing, e.threshold) for e in entrants]
-    if len(entrants) == 1 and entrants[0].model.lte is not None:
+    if entrants[0].model.lte is not None:
         decoders.insert(0, Decoder.of(entrants[0].model, entrants[0].params, "dense"))
     first = records.tokens_RL[0][records.segments_RL[0] == 1]
     times = decode_latency(decoders, first, rounds=rounds)

@@ -133,7 +133,7 @@ def dial(
 
 
 def dials(
-    name: str,
+    name: str | None,
     lte: LTEConfig | None,
     routing: Routing | str | None,
     threshold: float | Any,
@@ -141,9 +141,12 @@ def dials(
 ) -> dict[str, float | Any]:
     """Thresholds of a model to measure, by its name; of several sparsities, one each, see `dial`.
 
+    Without a name it is "LTE", or "dense" without experts.
+
     Raises:
       UserError: as `dial` does; if a sparsity is there twice.
     """
+    name = name or ("dense" if lte is None else "LTE")
     if not isinstance(sparsity, list | tuple):
         return {name: dial(lte, routing, threshold, sparsity)}
     found = {s: dial(lte, routing, threshold, s) for s in sparsity}

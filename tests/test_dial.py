@@ -80,6 +80,9 @@ def test_every_entry_takes_it(dialled):
     assert less["sparsity"] == pytest.approx(0.2, abs=0.01)
     assert more["sparsity"] == pytest.approx(0.8, abs=0.01) and more["threshold"] == at
     [alone] = lte_jax.evaluate(model, params, CALIBRATION, latency_rounds=0, sparsity=0.8)["models"]
+    timed = lte_jax.evaluate(model, params, CALIBRATION, latency_rounds=1, sparsity=(0.2, 0.8))
+    ratios = [entry["latency_ratio"] for entry in timed["models"]]
+    assert 1.0 not in ratios  # to all experts active, not to the first of them
     assert alone["name"] == "LTE" and alone["loss"] == more["loss"]
 
 

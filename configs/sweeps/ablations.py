@@ -10,10 +10,9 @@ layers with a function between starts at random, so it stands beside "routers st
 fixed efficiency weight leaves ridge routers no target to start from, so it stands beside "routers
 start open"; it has the sparsity that it happens to reach, and the second command reads the quality
 at 75% between two weights. Expert sizes divide babyllama's 352 neurons, as 64 does not. Without a
-row, as no key sets them: targets for each layer, a threshold that does not move, the union over a
-batch.
+row, as no key sets them: a threshold that does not move, the union over a batch.
 
-Cost:   81 runs, not measured; 75 of them train for 300 steps with experts, three minutes each on
+Cost:   84 runs, not measured; 78 of them train for 300 steps with experts, three minutes each on
         one core (experts of 1 take longer).
 Expect: not measured.
 
@@ -39,6 +38,7 @@ VALUES = {
     "distill_weight": {0.0: "no distillation", 1.0: "distillation only"},
     "hidden_distill_weight": {x: f"hidden distillation {x:g}" for x in (0.0, 1.0, 2.0)},
     "expert_size": {m: f"experts of {m}" for m in (1, 8, 16, 32, 44, 88)},
+    "per_layer": {False: "all layers together", True: "each layer by itself"},
     "threshold": {tau: f"tau {tau}" for tau in (0.3, 0.5, 0.7)},
 }
 GUARDS = (0.01, 0.25)  # of the separability loss, which is at most 1 / guard

@@ -115,7 +115,6 @@ def measure(
     chosen = [find(task, MEASURED, "--tasks") for task in names]
     how = {"batch_size": batch_size, "routing": routing}
     run = Run(model, params, tokenizer, source or "", length, limit, beams, max_new_tokens, how)
-    name = name or ("dense" if model.lte is None else "LTE")
     at = dials(name, model.lte, routing, threshold, sparsity)
     runs = {who: dataclasses.replace(run, how=how | {"threshold": t}) for who, t in at.items()}
     if baseline is not None:
