@@ -39,11 +39,15 @@ from lte_jax.generation.decoding import Decoder, DecodeState
 from lte_jax.model import Transformer, abstract_params, init_cache
 from lte_jax.sparsity import bytes_per_token
 
+SMALL = {"vocab_size": 128, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 128}
 
-def random_model(layers: int | None, dtype: str) -> tuple[Transformer, dict]:
+
+def random_model(layers: int | None, dtype: str, small: bool) -> tuple[Transformer, dict]:
     """LLaMA2-7B with experts of 32, cut to `layers`; parameters of `dtype`, all layers alike."""
     experiment = load_config(str(pathlib.Path(__file__).parents[1] / "configs/llama7b.py"))
     config = experiment.source.scratch
+    if small:
+        config = dataclasses.replace(config, num_layers=2, **SMALL)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
     model = Transformer(config, LTEConfig(expert_size=32, router_bias=False), dtype)
 
@@ -151,6 +155,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, help="fewer than LLaMA2-7B's 32, to save memory")
+    parser.add_argument(
+        "--small", action="store_true", help="two layers of 64: to see that everything runs"
+    )
     parser.add_argument("--model", help="an LTE folder, in place of random weights")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=listed(int), default=(1,))
@@ -162,7 +169,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here as well")
     flags = parser.parse_args()
     if flags.model is None:
-        model, params = random_model(flags.layers, flags.dtype)
+        model, params = random_model(flags.layers, flags.dtype, flags.small)
     else:
         model, params = lte_jax.load(flags.model)
         if model.lte is None:

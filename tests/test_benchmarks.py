@@ -1,6 +1,7 @@
 """The benchmarks run, and what they write is what the README's tables are made of."""
 
 import json
+import os
 import pathlib
 import runpy
 import subprocess
@@ -55,6 +56,23 @@ def test_rows(measured):
         assert row["ratio_to_dense"] == pytest.approx(row["time_ms"] / row["dense_ms"])
     assert decode[0]["ratio_to_dense"] == 1 and decode[1]["predicted_ratio"] < 1
     assert decode[1]["tokens_per_s"] == pytest.approx(1e3 / decode[1]["time_ms"])
+
+
+@pytest.mark.slow
+def test_gpu_rehearsed(tmp_path):
+    """All that benchmarks/gpu.sh runs on a GPU runs, and it ends in a device's file."""
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--rehearse", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = tmp_path.glob("*.json")
+    rows = {name: part["rows"] for name, part in json.loads(path.read_text()).items()}
+    assert rows.keys() == {"ffn", "decode"}
+    assert {(r["batch"], r["prompt"]) for r in rows["decode"]} == {(1, 8), (1, 16), (2, 8), (4, 8)}
 
 
 @pytest.mark.slow
