@@ -62,14 +62,18 @@ def _with_promotion(function):
 
 def _let_others_promote():
     """Optax mixes its step count with floats, JAX's attention bfloat16 with float32: not ours."""
-    cosine, adam = optax.cosine_decay_schedule, optax.scale_by_adam
+    cosine = optax.cosine_decay_schedule
 
-    def scale_by_adam(*args, **kwargs):
-        made = adam(*args, **kwargs)
-        return optax.GradientTransformation(made.init, _with_promotion(made.update))
+    def updating(scale_by):
+        def transformation(*args, **kwargs):
+            made = scale_by(*args, **kwargs)
+            return optax.GradientTransformation(made.init, _with_promotion(made.update))
+
+        return transformation
 
     optax.cosine_decay_schedule = lambda *args, **kwargs: _with_promotion(cosine(*args, **kwargs))
-    optax.scale_by_adam = scale_by_adam
+    optax.scale_by_adam = updating(optax.scale_by_adam)
+    optax.contrib.scale_by_muon = updating(optax.contrib.scale_by_muon)
     jax.nn.dot_product_attention = _with_promotion(jax.nn.dot_product_attention)
 
 

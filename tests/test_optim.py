@@ -1,5 +1,7 @@
 """Optimizers against steps worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import tiny
 
 from lte_jax import optim, stages
+from lte_jax import params as model_params
 from lte_jax.config import LTEConfig, OptimConfig, StageConfig, StagesConfig
 from lte_jax.errors import UserError
 
@@ -109,3 +112,55 @@ def test_a_parameter_without_an_optimizer_rule_is_an_error():
     _, params = tiny.model_and_params()
     with pytest.raises(UserError, match="embed/embedding"):
         optim.labels(params, [("layers/.*", 1.0)])
+
+
+def _muon_steps(gradient_scale=1.0):
+    """The gradient, and the first updates by Muon and by AdamW, of a model of two layers."""
+    lte = tiny.LTE
+    shapes = model_params.abstract(tiny.CONFIG, lte)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+    gradient = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), shapes)
+    first = gradient["layers"]["ffn"]["gate"].at[0].multiply(gradient_scale)
+    gradient["layers"]["ffn"]["gate"] = first
+    values = jax.tree.map(jnp.zeros_like, gradient)
+    made = {}
+    for name in ("muon", "adamw"):
+        at = stage("router")
+        optimizer = optim.make(OptimConfig(name=name, clip_norm=0.0), at.config, at.rules)
+        made[name], _ = optimizer.update(gradient, optimizer.init(values), values)
+    return gradient, made["muon"], made["adamw"]
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs"),
+    [("ffn/up", "D"), ("ffn/down", "EM"), ("attn/q/kernel", "D"), ("attn/o/kernel", "HC")],
+)
+def test_muon_moves_all_directions_of_a_matrix_alike(path, inputs):
+    """Newton-Schulz brings singular values near 1, and keeps the singular vectors."""
+    gradient, muon, _ = _muon_steps()
+    letters = model_params.BY_PATH[f"layers/{path}"].letters[1:]
+    order = sorted(range(len(letters)), key=lambda axis: letters[axis] not in inputs)
+    rows = len([letter for letter in letters if letter in inputs])
+
+    def matrix(tree):
+        x = np.asarray(functools.reduce(lambda t, k: t[k], f"layers/{path}".split("/"), tree)[1])
+        x = x.transpose(order)
+        return x.reshape(int(np.prod(x.shape[:rows])), -1)
+
+    got, u_s_v = matrix(muon), np.linalg.svd(matrix(gradient), full_matrices=False)
+    size = RATE * 0.2 * np.sqrt(max(got.shape))
+    turned = u_s_v[0].T @ -got @ u_s_v[2].T / size
+    values, large = np.diag(turned), u_s_v[1] > 0.01 * np.linalg.norm(u_s_v[1])
+    assert large.sum() > 3 and 0.6 < values[large].min() and values.max() < 1.3
+    assert np.abs(turned - np.diag(values)).max() < 1e-3
+
+
+def test_muon_moves_each_layer_by_itself_and_leaves_the_rest_to_adamw():
+    _, muon, adamw = _muon_steps()
+    _, scaled, _ = _muon_steps(gradient_scale=100.0)
+    gate, gate_scaled = (tree["layers"]["ffn"]["gate"] for tree in (muon, scaled))
+    np.testing.assert_allclose(gate_scaled, gate, atol=1e-4)  # whatever a layer's size
+    for path in ("layers/ffn/router/kernel", "embed/embedding", "layers/ffn_norm/scale"):
+        pick = functools.partial(functools.reduce, lambda t, k: t[k], path.split("/"))
+        np.testing.assert_array_equal(pick(muon), pick(adamw))
+    assert not np.allclose(muon["layers"]["ffn"]["gate"], adamw["layers"]["ffn"]["gate"], atol=0.1)

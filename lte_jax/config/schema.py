@@ -335,8 +335,10 @@ class StagesConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Checked):
-    """AdamW, the same in every stage."""
+    """The optimizer, the same in every stage."""
 
+    # muon: matrices of layers by orthogonalised momentum, in place of AdamW; see optim.py
+    name: Literal["adamw", "muon"] = "adamw"
     b1: Decay = 0.9  # decay of the mean gradient
     b2: Decay = 0.99  # decay of the mean squared gradient
     eps: Positive = 1e-8  # added to the root of the mean squared gradient
