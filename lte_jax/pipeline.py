@@ -36,6 +36,7 @@ from lte_jax import (
     sharding,
     stages,
     trainer,
+    training_step,
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
@@ -241,9 +242,10 @@ class _Run:
 
     def _teacher(self, model: Transformer, params: Any) -> Any:
         """The dense model's parameters, in expert order: the start's, unless that is pruned."""
-        if not kind(model.lte and model.lte.routing).keeps_zeros:
-            return jax.tree.map(jnp.copy, params)
-        return permute(self._load(self.paths.dense)[1], hf.load_expert_order(self.paths.experts))
+        if kind(model.lte and model.lte.routing).keeps_zeros:
+            order_NEM = hf.load_expert_order(self.paths.experts)
+            params = permute(self._load(self.paths.dense)[1], order_NEM)
+        return training_step.teacher_of(params, self.experiment.compute)
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
         """Evaluates the result next to the dense model, if requested and not done.
@@ -313,7 +315,7 @@ class _Run:
         )
 
     def _model(self, config, lte) -> Transformer:
-        return Transformer(config, lte, **dataclasses.asdict(self.experiment.compute))
+        return training_step.trained_model(config, lte, self.experiment.compute)
 
     def _load(self, folder: Path) -> tuple[Transformer, Any]:
         """A model to train, with float32 master weights, directly on the mesh."""

@@ -11,7 +11,7 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,35 @@ def constrain(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["B"]))
+
+
+def over_batch(function: Callable, rows: int) -> Callable:
+    """`function(whole, rows) -> (sums, rows)`, computed by each device on its rows of a batch.
+
+    Each of the four is a tree of arrays; those of `rows` have the batch as their first dimension,
+    `whole` is on every device, and `sums` are added up, once, when all devices are done. So a loop
+    within `function` does not communicate. Without `jax.set_mesh`, or if the number of `rows` does
+    not divide, it is the function itself, and XLA divides its work.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in RULES["B"] if not mesh.empty and mesh.shape[axis] > 1)
+    if not axes or rows % math.prod(mesh.shape[axis] for axis in axes):
+        return function
+
+    def local(whole: Any, rows: Any) -> tuple[Any, Any]:
+        sums, others = function(whole, rows)
+        return jax.lax.psum(sums, axes), others
+
+    cut = PartitionSpec(axes)
+    specs = {"in_specs": (PartitionSpec(), cut), "out_specs": (PartitionSpec(), cut)}
+    # Unchecked: the check would add up gradients of `whole` wherever one is taken.
+    return jax.shard_map(local, **specs, axis_names=set(axes), check_vma=False)
+
+
+def devices_along(*axes: str) -> int:
+    """The devices along mesh axes under `jax.set_mesh`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
