@@ -87,7 +87,8 @@ def head_losses(
       has a gradient.
     """
     rows, length = batch["segments"].shape
-    size = chunk_length(model, rows, length)
+    devices = sharding.devices_along
+    size = chunk_length(model, -(-rows // devices("data", "fsdp")), length, devices("tensor"))
     if size == length:
         parts = {"loss": task_loss(model, out.logits, batch, counts["predicted"])}
         if teacher is not None:
@@ -103,15 +104,15 @@ def head_losses(
     return _chunked(model, size, weights, _head(model, params), out.hidden, whole, told)
 
 
-def chunk_length(model: Transformer, rows: int, length: int) -> int:
+def chunk_length(model: Transformer, rows: int, length: int, tensor: int = 1) -> int:
     """How many tokens of each record the head is taken to at a time; `length`: to all.
 
-    So many that a device holds the logits of `model.head_tokens` tokens; None: CHUNK bytes of them.
+    So many that a device with `rows` records, one of `tensor` that share the vocabulary, holds the
+    logits of `model.head_tokens` tokens; None: CHUNK bytes of them.
     """
     if model.config.head != "lm":
         return length
-    rows = -(-rows // sharding.devices_along("data", "fsdp"))
-    width = 4 * model.config.vocab_size // sharding.devices_along("tensor")
+    width = 4 * model.config.vocab_size // tensor
     tokens = CHUNK // width if model.head_tokens is None else model.head_tokens
     chunks = -(-length // max(tokens // rows, 1))
     return -(-length // max(chunks, 1))

@@ -45,7 +45,7 @@ from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefication import add_routers, permute, to_experts
-from lte_jax.plan import Plan
+from lte_jax.plan import Devices, Plan
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
@@ -144,7 +144,8 @@ class _Run:
         for folder in self.paths.models:
             if self.paths.has(folder):
                 on_first(functools.partial(_verify, folder))
-        inputs, plan = self.parts.inputs, Plan.of(self.experiment, self.parts, self.mesh)
+        inputs, devices = self.parts.inputs, Devices.at_hand(self.mesh)
+        plan = Plan.of(self.experiment, self.parts.config, devices, self.parts.records)
         on_first(lambda: plan.check_room(self.paths))
         on_first(lambda: work.claim(self.paths, self.experiment, inputs))
         on_first(lambda: print(plan.banner(self.paths.root), flush=True))

@@ -230,7 +230,7 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
     return step
 
 
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: sharding.AnyMesh) -> TrainState:
     """Shardings of a whole (abstract) state: optimizer moments follow their parameters."""
     params = sharding.param_shardings(state.params, mesh)
     by_path = traverse_util.flatten_dict(params)

@@ -313,7 +313,7 @@ MUTANTS = [
          "model.clone(lte=lte), teacher, self.paths.experts"),
     ),
     *of(
-        "lte_jax/plan.py", "tests/test_plan.py",
+        "lte_jax/plan/run.py", "tests/test_plan.py",
         ("a full disk is met on the way", "test_bad_input_a_disk_without_room",
          "if most - here <= free:",
          "if True:"),
@@ -324,9 +324,32 @@ MUTANTS = [
          "test_checkpoints_are_as_large_and_as_many_as_planned",
          "min(saves, kept + 1)",
          "min(saves, kept)"),
+    ),
+    *of(
+        "lte_jax/plan/needs.py", "tests/test_plan.py",
         ("memory of all devices together", "test_memory_is_of_a_device",
-         "place.shard_shape(leaf.shape)",
-         "leaf.shape"),
+         "leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)\n"
+         "    return sum(size(place.shard_shape(leaf.shape)",
+         "leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)\n"
+         "    return sum(size(leaf.shape"),
+        ("a teacher that shares its arrays is counted twice", "test_memory_is_of_a_device",
+         "if not (shares and x[0].dtype == x[1].dtype)",
+         "if True"),
+    ),
+    *of(
+        "lte_jax/plan/run.py", "tests/test_plan.py",
+        ("what cannot fit begins", "test_bad_input_a_run_that_cannot_fit",
+         "worst.bytes <= limit:",
+         "True:"),
+    ),
+    *of(
+        "lte_jax/plan/step.py", "tests/test_plan.py",
+        ("FLOPs of a loop count once", "test_flops_are_those_of_the_formula",
+         "times * eqn.params.get",
+         "1 * eqn.params.get"),
+        ("what is recomputed counts as kept", "test_what_a_remat_policy_keeps",
+         "trace = _trace(stage, experiment, model, rows)",
+         "trace = _trace(stage, experiment, model.clone(remat=False), rows)"),
     ),
     *of(
         "lte_jax/pipeline.py", "tests/test_plan.py",
