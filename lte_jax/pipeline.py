@@ -146,6 +146,7 @@ class _Run:
                 on_first(functools.partial(_verify, folder))
         inputs, devices = self.parts.inputs, Devices.at_hand(self.mesh)
         plan = Plan.of(self.experiment, self.parts.config, devices, self.parts.records)
+        plan.check_memory()
         on_first(lambda: plan.check_room(self.paths))
         on_first(lambda: work.claim(self.paths, self.experiment, inputs))
         on_first(lambda: print(plan.banner(self.paths.root), flush=True))

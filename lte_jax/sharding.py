@@ -128,10 +128,11 @@ def over_batch(function: Callable, rows: int) -> Callable:
         sums, others = function(whole, rows)
         return jax.lax.psum(sums, axes), others
 
-    cut = PartitionSpec(axes)
-    specs = {"in_specs": (PartitionSpec(), cut), "out_specs": (PartitionSpec(), cut)}
+    specs = PartitionSpec(), PartitionSpec(axes)
     # Unchecked: the check would add up gradients of `whole` wherever one is taken.
-    return jax.shard_map(local, **specs, axis_names=set(axes), check_vma=False)
+    return jax.shard_map(
+        local, in_specs=specs, out_specs=specs, axis_names=set(axes), check_vma=False
+    )
 
 
 def devices_along(*axes: str) -> int:

@@ -148,6 +148,7 @@ def test_commands_are_parsed(command, here, monkeypatch, record_property):
     monkeypatch.setattr(sys, "argv", [words[0], *args])
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
+    monkeypatch.setattr(lte_jax.plan, "show", _stop)
     monkeypatch.setattr(lte_jax.sweep.command, "perform", _stop)
     for way in ("parse_args", "parse_intermixed_args"):
         parse = getattr(argparse.ArgumentParser, way)

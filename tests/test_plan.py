@@ -171,7 +171,8 @@ def test_the_opening_table_says_what_is_about_to_happen(experiment, tmp_path, ca
     assert "128 a step (8 records of 16)" in rows["tokens"]
     assert "in stage adapt" in rows["disk"] and " are free" in rows["disk"]
     assert "teacher" in rows["memory"] and "activations" in rows["memory"]
-    assert rows["compute"] == "float32, remat False, teacher in float32"
+    logits = "logits of 16 tokens (16.6 kB) on a device at a time"
+    assert rows["compute"] == f"float32, remat False, {logits}, teacher in float32"
     assert rows["time"] == "not known: no rate of cpu in float32 in the table"
 
 
@@ -191,7 +192,7 @@ def test_memory_is_of_a_device(experiment):
     assert taught == pytest.approx(whole["parameters"] / 2, rel=0.05)
 
 
-SHAPES = dict(d_model=256, d_ff=1024, num_heads=8, num_kv_heads=8, head_dim=32, num_layers=4)
+SHAPES = dict(d_model=256, d_ff=1024, num_heads=4, num_kv_heads=4, head_dim=64, num_layers=4)
 
 
 def sized(name, mesh, vocab=512, **compute):
@@ -230,7 +231,7 @@ def compiled(stage, experiment, mesh):
     with jax.set_mesh(mesh):
         shardings = training.state_shardings(state, mesh)
         cells = jax.ShapeDtypeStruct((data.batch_size, data.length), jnp.int32)
-        batch = placed({"tokens": cells, "segments": cells}, sharding.batch_sharding(mesh))
+        batch = dict.fromkeys(("tokens", "segments"), placed(cells, sharding.batch_sharding(mesh)))
         made = training.make_train_step(model, stage, optimizer, experiment.optim.microbatches)
         outputs = (shardings, sharding.replicated(mesh))
         made = jax.jit(made, donate_argnums=0, out_shardings=outputs)
@@ -249,24 +250,41 @@ def compiled(stage, experiment, mesh):
     ],
 )
 def test_bytes_of_a_step_are_those_that_xla_counts(name, mesh, vocab, compute):
-    stage, experiment, devices = sized(name, mesh, vocab, **compute)
-    found = compiled(stage, experiment, devices)
-    here = plan.Devices.at_hand(devices)
+    assert_counted(*sized(name, mesh, vocab, **compute))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [
+    ["compute.remat=True"],
+    ["compute.remat=dots_with_no_batch_dims_saveable", "data.batch_size=64"],
+])  # fmt: skip
+def test_bytes_of_llama7b_are_those_that_xla_counts(keys):
+    """Of the router stage on eight devices; in float32, as XLA has no bfloat16 on a CPU."""
+    keys = ["source.path=", "compute.dtype=float32", *keys]
+    made = config.load_config(str(ROOT / "configs" / "llama7b.py"), keys)
+    [stage] = [s for s in stages.make(made.stages, made.lte) if s.name == "router"]
+    assert_counted(stage, made, sharding.make_mesh(made.mesh))
+
+
+def assert_counted(stage, experiment, mesh):
+    """The plan is within a tenth of what XLA needs for the step."""
+    found, here = compiled(stage, experiment, mesh), plan.Devices.at_hand(mesh)
     needed = plan.needs.of_stage(stage, experiment, experiment.source.scratch, here).memory
-    # What is no argument of the step is the start of the stage, and in the router stage is taught.
     state = needed["parameters"] + needed["moments"]
-    state += 0 if name == "finetune" else needed.get("teacher", needed["the stage's start"])
+    if stage.taught:  # in the router stage by the stage's start itself
+        state += needed.get("teacher", needed["the stage's start"])
     assert found.argument_size_in_bytes == pytest.approx(state, rel=0.01)
     work = needed["gradients"] + needed["activations"] + needed.get("logits", 0)
     whole = found.argument_size_in_bytes + found.temp_size_in_bytes
+    print(stage.name, (state + work) / whole, work / found.temp_size_in_bytes)
     assert state + work == pytest.approx(whole, rel=0.1)
-    assert work == pytest.approx(found.temp_size_in_bytes, rel=0.15)
+    assert work == pytest.approx(found.temp_size_in_bytes, rel=0.2)
 
 
 def test_flops_are_those_of_the_formula():
     """Of a matrix three times those of its forward pass; of attention's scores 7 halves of those.
 
-    A teacher adds one forward pass, remat one more of the layers.
+    A teacher adds one forward pass, remat one more of the layers, and logits in chunks nothing.
     """
     scratch, length = tiny.CONFIG, 16
     tokens, width = 4 * length, scratch.num_heads * scratch.head_dim
@@ -280,6 +298,9 @@ def test_flops_are_those_of_the_formula():
             compute=config.ComputeConfig(remat=remat),
         )
         found = step.count(tiny.stage(name), made, scratch, rows=4).flops
+        chunks = dataclasses.replace(made.compute, head_tokens=8)
+        chunks = dataclasses.replace(made, compute=chunks)
+        assert step.count(tiny.stage(name), chunks, scratch, rows=4).flops == found
         layers = flops_per_token(scratch, lte)
         expected = 3 * (layers + head) + 3.5 * scores
         if remat:  # not the last products, whose results nobody reads
@@ -315,12 +336,12 @@ def test_bad_input_a_run_that_cannot_fit(experiment, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         lte_jax.train(wide, tmp_path / "run")
     words = str(caught.value)
-    assert "stage adapt needs" in words and "on each of 8 x cpu, which has" in words
+    assert "stage adapt needs" in words and "on each of 8 x cpu, which can use" in words
     assert words.endswith(": it fits with mesh.data=-1 mesh.fsdp=4"), words
     there = dataclasses.replace(wide, mesh=MeshConfig(data=-1, fsdp=4))
     planned(there).check_memory()
     monkeypatch.setattr(devices, "host_memory", lambda: 8 * (largest // 40))
-    with pytest.raises(UserError, match=r"take \d+ such devices|more or larger devices"):
+    with pytest.raises(UserError, match=r": take (\d+ such|larger) devices"):
         planned(wide).check_memory()
     assert not (tmp_path / "run").exists()
 
@@ -333,8 +354,9 @@ def test_a_plan_for_devices_that_are_not_here(capsys, monkeypatch):
     train.main([SMOKE, "--plan=h200:8"])
     rows = {line.split()[0]: line[9:] for line in capsys.readouterr().out.splitlines()}
     assert rows["devices"] == "8 x h200; mesh: data 1, fsdp 8, tensor 1"
-    assert "at 40% of 989.4 TFLOP/s a device (NVIDIA H200" in rows["time"]
-    assert " of 141 GB a device at most" in rows["memory"] and "free" not in rows["disk"]
+    assert "at 40% of 989.5 TFLOP/s a device (NVIDIA H200" in rows["time"]
+    assert " a device at most, of 134 GB that it can use" in rows["memory"]
+    assert "free" not in rows["disk"]
 
 
 @pytest.mark.parametrize(
@@ -377,6 +399,32 @@ def test_jax_s_names_of_devices_are_known():
     for kind, expected in names.items():
         found = [name for name, m in plan.MACHINES.items() if re.search(m.kind, kind)]
         assert found == ([expected] if expected else []), kind
+
+
+PAGE = (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_the_page_has_the_devices_of_the_table():
+    rows = (
+        f"| `{name}` | {m.memory / 1e9:.0f} GB | {m.rate / 1e12:g} | {m.source} |"
+        for name, m in plan.MACHINES.items()
+    )
+    assert "\n".join(rows) in PAGE
+
+
+@pytest.mark.slow
+def test_the_page_has_the_plan_that_is_printed(monkeypatch, capsys):
+    def absent(*_, **__):
+        raise UserError("no hub")
+
+    monkeypatch.setattr(plan.run.hf, "resolve", absent)
+    seven = ["--config=" + str(ROOT / "configs" / "llama7b.py")]
+    train.main([*seven, "--plan=h200:8"])
+    with pytest.raises(SystemExit):
+        train.main([*seven, "--plan=h100:8", "--config.mesh.data=-1", "--config.mesh.fsdp=1"])
+    printed = capsys.readouterr()
+    assert printed.out.partition("\n")[2].partition("\ncounted")[0] in PAGE
+    assert f"\n{printed.err.strip()}\n" in PAGE
 
 
 def test_the_default_of_the_largest_config_fits_a_disk():

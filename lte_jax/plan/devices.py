@@ -29,12 +29,17 @@ class Machine:
     rate: float  # FLOPs a second
     source: str
 
+    @property
+    def usable(self) -> int:
+        """Bytes that programs may have."""
+        return int(_USABLE * self.memory)
+
 
 _ADA = "NVIDIA Ada GPU Architecture whitepaper"
 MACHINES = {
     "a100": Machine("A100", 80e9, 312e12, "NVIDIA A100 80GB datasheet, SXM"),
-    "h100": Machine("H100", 80e9, 989.4e12, "NVIDIA H100 datasheet, SXM"),
-    "h200": Machine("H200", 141e9, 989.4e12, "NVIDIA H200 datasheet, SXM"),
+    "h100": Machine("H100", 80e9, 989.5e12, "NVIDIA H100 datasheet, SXM"),
+    "h200": Machine("H200", 141e9, 989.5e12, "NVIDIA H200 datasheet, SXM"),
     "rtx4090": Machine("RTX 4090", 24e9, 165.2e12, _ADA),
     "v4": Machine("TPU v4", 32e9, 275e12, "cloud.google.com/tpu/docs/v4"),
     "v5e": Machine("TPU v5 ?(lite|e)", 16e9, 197e12, "cloud.google.com/tpu/docs/v5e"),
@@ -42,6 +47,7 @@ MACHINES = {
     "v6e": Machine("TPU v6 ?(lite|e)", 32e9, 918e12, "cloud.google.com/tpu/docs/v6e"),
 }
 _ACHIEVED = 0.4  # of the peak rate: what well-tuned training of dense models comes to
+_USABLE = 0.95  # of the memory: what programs may have beside the drivers'
 _TAKEN = 0.75  # of a GPU's memory: what JAX takes unless told otherwise
 
 
@@ -51,7 +57,7 @@ class Devices:
 
     kind: str
     mesh: sharding.AnyMesh
-    memory: int | None  # bytes of each; None: not known
+    memory: int | None  # bytes of each that a program may use; None: not known
     machine: Machine | None  # None: not in the table
     here: bool = True
 
@@ -63,8 +69,8 @@ class Devices:
         machine = next((m for m in MACHINES.values() if re.search(m.kind, kind)), None)
         limit = (first.memory_stats() or {}).get("bytes_limit")
         if limit is None and first.platform == "cpu":  # they share the host's
-            limit = host_memory() and host_memory() // jax.local_device_count()
-        return cls(kind, mesh, limit or (machine and int(machine.memory)), machine)
+            limit = (host_memory() or 0) // jax.local_device_count()
+        return cls(kind, mesh, limit or (machine and machine.usable), machine)
 
     @classmethod
     def named(cls, words: str, config: MeshConfig) -> Devices:
@@ -83,7 +89,7 @@ class Devices:
         shape = sharding.mesh_shape(config, int(number or 1))
         mesh = AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
         machine = MACHINES[kind]
-        return cls(kind, mesh, int(machine.memory), machine, here=False)
+        return cls(kind, mesh, machine.usable, machine, here=False)
 
     @property
     def number(self) -> int:
@@ -115,10 +121,12 @@ class Devices:
 
     def advice(self, needed: int) -> str:
         """What to set so that JAX takes as much of a GPU as is needed; "" if nothing."""
-        gpu = self.machine is not None and not self.machine.kind.startswith("TPU")
-        if self.here or not gpu or self.memory is None or needed <= _TAKEN * self.memory:
+        machine = self.machine
+        if self.here or machine is None or machine.kind.startswith("TPU"):
             return ""
-        return f"JAX takes {_TAKEN:.0%} of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+        if not _TAKEN * machine.memory < needed <= machine.usable:
+            return ""
+        return f"; JAX takes {_TAKEN:.0%} of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={_USABLE}"
 
 
 def host_memory() -> int | None:

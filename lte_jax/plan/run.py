@@ -122,40 +122,36 @@ class Plan:
         words = ", ".join(f"{name} {needs.written(number)}" for name, number in most)
         raise UserError(
             f"stage {worst.name} needs {needs.written(worst.bytes)} on each of "
-            f"{self.devices.number} x {self.devices.kind}, which has {needs.written(limit)} "
+            f"{self.devices.number} x {self.devices.kind}, which can use {needs.written(limit)} "
             f"({words}, ...): {self._mend()}"
         )
 
     def _mend(self) -> str:
         """The least change that makes all stages fit."""
-        how = self.experiment.compute
-        thrift = dataclasses.replace(how, remat=True)
-        batch, parts = self.experiment.data.batch_size, self.experiment.optim.microbatches
-        tries = [({}, self.experiment)]
-        if how.remat is not True:
-            tries.append(({"compute.remat": True}, self._with(compute=thrift)))
-        tensor, devices = self.devices.along("tensor"), self.devices.number
-        most = batch // max(devices // tensor, 1)  # microbatches of one record a device
-        if most > parts and batch % most == 0:
-            cut = dataclasses.replace(self.experiment.optim, microbatches=most)
-            keys = {"compute.remat": True, "optim.microbatches": most}
-            tries.append((keys, self._with(compute=thrift, optim=cut)))
-        for (keys, experiment), fsdp in itertools.product(tries, _divisors(devices // tensor)):
-            if fsdp < self.devices.along("fsdp"):
-                continue
-            shape = (devices // tensor // fsdp, fsdp, tensor)
-            if self._fits(experiment, self.devices.with_mesh(*shape)):
-                if fsdp != self.devices.along("fsdp"):
-                    keys = {"mesh.data": -1, "mesh.fsdp": fsdp} | keys
-                return "it fits with " + " ".join(f"{key}={value}" for key, value in keys.items())
-        for number in (devices * 2**power for power in range(1, 11)):
-            if self._fits(tries[-1][1], self.devices.with_mesh(1, number // tensor, tensor)):
-                key = "" if how.remat is True else " and compute.remat=True"
-                return (
-                    f"take {number} such devices with mesh.fsdp={number // tensor}{key}, or "
-                    "larger ones"
-                )
-        return "take more or larger devices, or a smaller model"
+        devices, tensor = self.devices.number, self.devices.along("tensor")
+        least, batch = self.devices.along("fsdp"), self.experiment.data.batch_size
+        frugal = dataclasses.replace(self.experiment.compute, remat=True)
+        key = {} if frugal == self.experiment.compute else {"compute.remat": True}
+        thrift = self._with(compute=frugal)
+        tries = {(): self.experiment, tuple(key.items()): thrift}
+        parts = batch // (devices // tensor)  # each of one record a device
+        if parts > self.experiment.optim.microbatches:
+            optim = dataclasses.replace(self.experiment.optim, microbatches=parts)
+            cut = key | {"optim.microbatches": parts}
+            tries[tuple(cut.items())] = dataclasses.replace(thrift, optim=optim)
+        for (keys, experiment), fsdp in itertools.product(
+            tries.items(), _divisors(devices // tensor)
+        ):
+            shape = devices // tensor // fsdp, fsdp, tensor
+            if fsdp >= least and self._fits(experiment, self.devices.with_mesh(*shape)):
+                mesh = {} if fsdp == least else {"mesh.data": -1, "mesh.fsdp": fsdp}
+                words = (f"{key}={value}" for key, value in (mesh | dict(keys)).items())
+                return f"it fits with {' '.join(words)}"
+        for fsdp in (devices // tensor * 2**power for power in range(1, 11)):
+            if self._fits(thrift, self.devices.with_mesh(1, fsdp, tensor)):
+                also = " and compute.remat=True" if key else ""
+                return f"take {fsdp * tensor} such devices with mesh.fsdp={fsdp}{also}"
+        return "take larger devices, more of them with a larger data.batch_size, or a smaller model"
 
     def _with(self, **sections: Any) -> Experiment:
         return dataclasses.replace(self.experiment, **sections)
@@ -243,8 +239,9 @@ class Plan:
         rows = -(-batch // (self.devices.along("data") * self.devices.along("fsdp")))
         length, tensor = self.experiment.data.length, self.devices.along("tensor")
         chunk = objective.chunk_length(model, rows, length, tensor)
-        if chunk < length:
-            words.append(f"logits of {rows * chunk:,} tokens a device at a time")
+        if self.config.head == "lm":
+            size = needs.written(4 * rows * chunk * self.config.vocab_size // tensor)
+            words.append(f"logits of {rows * chunk:,} tokens ({size}) on a device at a time")
         if any("teacher" in stage.memory for stage in self.stages):
             words.append(f"teacher in {how.teacher_dtype or how.dtype}")
         return ", ".join(words)
@@ -260,9 +257,9 @@ class Plan:
         if not seconds or None in seconds:
             why = f"no rate of {self.devices.kind} in {dtype} in the table"
             return f"not known: {why}" if seconds else ""
-        each = (f"{s.name} {t:.2g} s" for s, t in zip(self.stages, seconds, strict=True))
+        each = (f"{s.name} {t:.3g} s" for s, t in zip(self.stages, seconds, strict=True))
         total = sum(s.steps * t for s, t in zip(self.stages, seconds, strict=True))
-        return f"{', '.join(each)} a step, {total / 3600:.2g} h in all, {self.devices.rate()}"
+        return f"{', '.join(each)} a step, {total / 3600:.3g} h in all, {self.devices.rate()}"
 
     def _disk(self, root: Path | None) -> str:
         most, when = self.disk(self.experiment.checkpoint)
@@ -278,11 +275,9 @@ class Plan:
         if worst is None:
             return ""
         words = ", ".join(f"{name} {needs.written(n)}" for name, n in worst.memory.items())
-        of = "" if limit is None else f" of {needs.written(limit)}"
-        total = needs.written(worst.bytes)
-        advice = self.devices.advice(worst.bytes)
-        told = f"; {advice}" if advice else ""
-        return f"{total}{of} a device at most, in stage {worst.name}: {words}{told}"
+        of = "" if limit is None else f", of {needs.written(limit)} that it can use"
+        total, advice = needs.written(worst.bytes), self.devices.advice(worst.bytes)
+        return f"{total} a device at most{of}, in stage {worst.name}: {words}{advice}"
 
     def _host(self) -> str:
         leaves = jax.tree.leaves(abstract_params(Transformer(self.config)))

@@ -8,14 +8,14 @@ Every family, routing and remat policy is counted by what it does.
             its length; what remat computes again is among them
 
     bytes = kept + the larger of (layer, head)
-    kept    what the forward pass leaves for the backward pass: all its results that are read there
-            and that are not parameters, of all layers
+    kept    what the forward pass leaves for the backward pass: all its results that are read there,
+            of all layers, but parameters and logits
     layer   the backward pass of one layer: what remat computes again, at least half of what the
-            layer keeps without, for the slopes; the products of activations with each other, which
-            are attention's scores; the slopes of all routers' scores; and the layer's weights and
-            their gradients, whole and in compute.dtype, where they are sharded or cast
-    head    _LOGITS float32 arrays of the tokens whose logits exist at a time (less those kept), and
-            the head's matrices as in `layer`, with the sum of its gradients over chunks
+            layer keeps without, for slopes; attention's scores and theirs; the slopes of all
+            routers' scores; and the layer's weights and their gradients, whole and in
+            compute.dtype, where they are sharded or cast
+    head    _LOGITS float32 arrays of the tokens whose logits exist at a time; the head's matrices
+            where they are sharded or cast; and the sum of its gradients over chunks
 
 tests/test_plan.py holds the bytes to those that XLA reports of the compiled step.
 """
@@ -134,7 +134,7 @@ class _Trace:
 
     flops: float
     kept: dict[Leaf, int]  # how many arrays there are of a shape and type
-    scores: int  # bytes of the products of activations with each other in one layer
+    scores: int  # bytes of attention's scores and their slopes in one layer
 
 
 @functools.cache
@@ -168,27 +168,31 @@ def _trace(
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
             flops += times * 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
         if eqn.primitive.name == "scan":
-            scores = max(scores, _scores(eqn.params["jaxpr"].jaxpr))
+            scores = max(scores, _scores(eqn.params["jaxpr"].jaxpr, model.config.head_dim))
     counted = collections.Counter(
         (aval.shape, aval.dtype) for aval in left.values() if jnp.issubdtype(aval.dtype, np.generic)
     )
     return _Trace(flops, dict(counted), scores)
 
 
-def _scores(loop: Any) -> int:
-    """Bytes of the products over a batch of matrices in a loop's body."""
-    products = (e for e, _ in _equations(loop, loop.outvars) if e.primitive.name == "dot_general")
-    outs = (e.outvars[0].aval for e in products if e.params["dimension_numbers"][1][0])
-    return sum(_bytes((out.shape, out.dtype)) for out in outs)
+def _scores(loop: Any, width: int) -> int:
+    """Bytes of the products over `width`, that of a head, of activations with each other."""
+    total = 0
+    for eqn, _ in _equations(loop, loop.outvars):
+        if eqn.primitive.name == "dot_general":
+            (summed, _), (together, _) = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
+            out = eqn.outvars[0].aval
+            total += _bytes((out.shape, out.dtype)) if together and depth == width else 0
+    return total
 
 
 def _share(config: ModelConfig, tensor: int) -> ModelConfig:
-    """What one of `tensor` devices has of a model."""
-    if tensor == 1:
-        return config
+    """What one of `tensor` devices has of a model, without what makes no difference to a step."""
     cut = ("num_heads", "num_kv_heads", "d_ff", "vocab_size")
     parts = {name: -(-getattr(config, name) // tensor) for name in cut}
-    return dataclasses.replace(config, bos_id=None, eos_ids=(), pad_id=None, **parts)
+    words = {"bos_id": None, "eos_ids": (), "pad_id": None}
+    return dataclasses.replace(config, **words, **parts, dtype="float32")
 
 
 def _inputs(
