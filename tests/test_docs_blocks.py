@@ -19,6 +19,7 @@ import tiny
 from docs_code import COMMANDS, FENCE, NOT_RUN, OURS, PAGES, PROJECT, ROOT, WRITTEN, blocks, program
 
 import lte_jax
+import lte_jax.plan
 import lte_jax.sweep.command
 from lte_jax import data
 from lte_jax.config import LTEConfig, ModelConfig

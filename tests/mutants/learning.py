@@ -348,8 +348,8 @@ MUTANTS = [
          "times * eqn.params.get",
          "1 * eqn.params.get"),
         ("what is recomputed counts as kept", "test_what_a_remat_policy_keeps",
-         "trace = _trace(stage, experiment, model, rows)",
-         "trace = _trace(stage, experiment, model.clone(remat=False), rows)"),
+         "trace = _trace(stage, model, experiment.compute",
+         "trace = _trace(stage, model.clone(remat=False), experiment.compute"),
     ),
     *of(
         "lte_jax/pipeline.py", "tests/test_plan.py",
