@@ -21,11 +21,12 @@ def loss_mask(
 
     With `answers_BL`, only where the next token is marked there: prompts have no loss.
     """
-    mask_BL = (segments_BL == _next(segments_BL)) & (segments_BL > 0)
-    return mask_BL if answers_BL is None else mask_BL & (_next(answers_BL) > 0)
+    mask_BL = (segments_BL == following(segments_BL)) & (segments_BL > 0)
+    return mask_BL if answers_BL is None else mask_BL & (following(answers_BL) > 0)
 
 
-def _next(x_BL: Array) -> Array:
+def following(x_BL: Integer[Array, "B L"]) -> Integer[Array, "B L"]:
+    """What each token's successor has; 0 at the last one."""
     return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))
 
 
@@ -42,7 +43,7 @@ def cross_entropy(
     count: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Negative log-likelihood of the next token, nats per predicted token: L_task of Eq. 6."""
-    return _nll(logits_BLV, _next(tokens_BL), loss_mask_BL) / count
+    return nll(logits_BLV, following(tokens_BL), loss_mask_BL, count)
 
 
 def tokens_of_texts(
@@ -61,15 +62,22 @@ def label_loss(
 ) -> Float[Array, ""]:
     """Negative log-likelihood of each text's class, in nats; with one output, the squared error."""
     if logits_BSY.shape[-1] > 1:
-        return _nll(logits_BSY, labels_BS.astype(jnp.int32), text_mask_BS) / count
+        return nll(logits_BSY, labels_BS.astype(jnp.int32), text_mask_BS, count)
     error_BS = logits_BSY[..., 0].astype(jnp.float32) - labels_BS
     return jnp.sum(jnp.where(text_mask_BS, error_BS**2, 0.0)) / count
 
 
-def _nll(logits: Array, targets: Array, mask: Array) -> Array:
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-    logp = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(mask, logp, 0.0))
+@jax.named_scope("task_loss")
+def nll(
+    logits_BLV: Float[Array, "*B V"],
+    targets_BL: Int[Array, "*B"],
+    mask_BL: Bool[Array, "*B"],
+    count: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Negative log-likelihood of the targets, in nats."""
+    logp_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
+    logp_BL = jnp.take_along_axis(logp_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(mask_BL, logp_BL, 0.0)) / count
 
 
 @jax.named_scope("distillation")

@@ -24,7 +24,7 @@ from lte_jax import checks, layers, reading
 from lte_jax import params as parameters
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
-from lte_jax.config import LTEConfig, ModelConfig, own_threshold
+from lte_jax.config import LTEConfig, ModelConfig, Remat, own_threshold
 from lte_jax.layers import Output
 from lte_jax.selection import Routing
 
@@ -36,7 +36,8 @@ class Transformer(nn.Module):
     lte: LTEConfig | None = None
     # Of the computation: float32 or bfloat16. Router scores and logits are always float32.
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = False  # what the backward pass recomputes, see ComputeConfig
+    head_tokens: int | None = None  # of training, see ComputeConfig
     # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,
     # the rest scaled up, where `apply` is given rngs={"dropout": key}, as in training.
     dropout: float = 0.0
@@ -88,7 +89,10 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(self.dtype)
         drop = _dropout(self)
         w = reading.Slice(declare(self, config, lte, "", without="layers"), dtype, drop=drop)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat:
+            policy = None if self.remat is True else getattr(jax.checkpoint_policies, self.remat)
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},

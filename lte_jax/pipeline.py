@@ -36,6 +36,7 @@ from lte_jax import (
     sharding,
     stages,
     trainer,
+    training_step,
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
@@ -44,7 +45,7 @@ from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefication import add_routers, permute, to_experts
-from lte_jax.plan import Plan
+from lte_jax.plan import Devices, Plan
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
@@ -143,7 +144,9 @@ class _Run:
         for folder in self.paths.models:
             if self.paths.has(folder):
                 on_first(functools.partial(_verify, folder))
-        inputs, plan = self.parts.inputs, Plan.of(self.experiment, self.parts, self.mesh)
+        inputs, devices = self.parts.inputs, Devices.at_hand(self.mesh)
+        plan = Plan.of(self.experiment, self.parts.config, devices, self.parts.records)
+        plan.check_memory()
         on_first(lambda: plan.check_room(self.paths))
         on_first(lambda: work.claim(self.paths, self.experiment, inputs))
         on_first(lambda: print(plan.banner(self.paths.root), flush=True))
@@ -241,9 +244,10 @@ class _Run:
 
     def _teacher(self, model: Transformer, params: Any) -> Any:
         """The dense model's parameters, in expert order: the start's, unless that is pruned."""
-        if not kind(model.lte and model.lte.routing).keeps_zeros:
-            return jax.tree.map(jnp.copy, params)
-        return permute(self._load(self.paths.dense)[1], hf.load_expert_order(self.paths.experts))
+        if kind(model.lte and model.lte.routing).keeps_zeros:
+            order_NEM = hf.load_expert_order(self.paths.experts)
+            params = permute(self._load(self.paths.dense)[1], order_NEM)
+        return training_step.teacher_of(params, self.experiment.compute)
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
         """Evaluates the result next to the dense model, if requested and not done.
@@ -313,7 +317,7 @@ class _Run:
         )
 
     def _model(self, config, lte) -> Transformer:
-        return Transformer(config, lte, **dataclasses.asdict(self.experiment.compute))
+        return training_step.trained_model(config, lte, self.experiment.compute)
 
     def _load(self, folder: Path) -> tuple[Transformer, Any]:
         """A model to train, with float32 master weights, directly on the mesh."""

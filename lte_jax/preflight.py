@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lte_jax import data, files, hf, sharding, stages, tasks
+from lte_jax import data, files, hf, plan, sharding, stages, tasks
 from lte_jax.config import Experiment, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
@@ -59,6 +59,8 @@ def prepare(
     """
     if experiment.wandb:
         wandb_for(experiment.wandb)
+    if dense is None:
+        _check_memory(experiment, mesh)
     source = None if dense is not None else _source(experiment)
     folder = dense or source
     config = hf.read_config(folder)[0] if folder else experiment.source.scratch
@@ -104,6 +106,17 @@ def prepare(
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
     return Parts(config, source, tokenizer, records, task, inputs)
+
+
+def _check_memory(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Refuses what cannot fit the devices, before weights are fetched and texts are read."""
+    try:
+        config = plan.foreseen(experiment)
+    except UserError:  # which `_source` tells, after what else it checks
+        return
+    for lte in (None, experiment.lte if is_sparse(experiment) else None):
+        sharding.param_shardings(abstract_params(Transformer(config, lte)), mesh)
+    plan.Plan.of(experiment, config, plan.Devices.at_hand(mesh)).check_memory()
 
 
 def _tokenizer(experiment: Experiment, task: tasks.Task | None) -> tuple[Any, str]:

@@ -11,18 +11,19 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lte_jax.config import MeshConfig
 from lte_jax.errors import UserError
 from lte_jax.params import BY_PATH, NAMES
 
+AnyMesh = Mesh | AbstractMesh  # of devices that are here, or are not
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Dimension of a parameter or activation -> mesh axis; the others are not split.
@@ -43,19 +44,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: if the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [config.data, config.fsdp, config.tensor]
-    rest = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) == 1 and rest > 0 and len(devices) % rest == 0:
-        shape[shape.index(-1)] = len(devices) // rest
-    if min(shape) < 1 or math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not cover "
-            f"{len(devices)} devices: the axes must multiply to that number (one may be -1)"
-        )
+    shape = mesh_shape(config, len(devices))
     return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+def mesh_shape(config: MeshConfig, number: int) -> tuple[int, ...]:
+    """The devices along each axis of a mesh over so many.
+
+    Raises:
+      UserError: if the axis sizes do not multiply to that number.
+    """
+    shape = [config.data, config.fsdp, config.tensor]
+    rest = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) == 1 and rest > 0 and number % rest == 0:
+        shape[shape.index(-1)] = number // rest
+    if min(shape) < 1 or math.prod(shape) != number:
+        raise UserError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not cover "
+            f"{number} devices: the axes must multiply to that number (one may be -1)"
+        )
+    return tuple(shape)
+
+
+def check_batch(batch_size: int, microbatches: int, mesh: AnyMesh) -> None:
     """Checks that a batch can be split over its devices, the processes and the microbatches.
 
     Raises:
@@ -72,7 +83,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
         )
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: AnyMesh) -> Any:
     """The NamedSharding of each leaf of a tree of arrays or ShapeDtypeStructs.
 
     Raises:
@@ -83,12 +94,12 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     return traverse_util.unflatten_dict(shardings, sep="/")
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The sharding of arrays whose first dimension is the batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["B"]))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The sharding with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -100,7 +111,37 @@ def constrain(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["B"]))
 
 
-def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def over_batch(function: Callable, rows: int) -> Callable:
+    """`function(whole, rows) -> (sums, rows)`, computed by each device on its rows of a batch.
+
+    Each of the four is a tree of arrays; those of `rows` have the batch as their first dimension,
+    `whole` is on every device, and `sums` are added up, once, when all devices are done. So a loop
+    within `function` does not communicate. Without `jax.set_mesh`, or if the number of `rows` does
+    not divide, it is the function itself, and XLA divides its work.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in RULES["B"] if not mesh.empty and mesh.shape[axis] > 1)
+    if not axes or rows % math.prod(mesh.shape[axis] for axis in axes):
+        return function
+
+    def local(whole: Any, rows: Any) -> tuple[Any, Any]:
+        sums, others = function(whole, rows)
+        return jax.lax.psum(sums, axes), others
+
+    specs = PartitionSpec(), PartitionSpec(axes)
+    # Unchecked: the check would add up gradients of `whole` wherever one is taken.
+    return jax.shard_map(
+        local, in_specs=specs, out_specs=specs, axis_names=set(axes), check_vma=False
+    )
+
+
+def devices_along(*axes: str) -> int:
+    """The devices along mesh axes under `jax.set_mesh`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _sharding(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
     if path not in BY_PATH:
         raise UserError(f"no parameter {path!r} in the table of params.py: add a row")
     letters = BY_PATH[path].letters

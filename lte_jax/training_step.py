@@ -18,8 +18,10 @@ from flax import traverse_util
 from jaxtyping import Array
 
 from lte_jax import losses, optim, sharding
+from lte_jax.config import ComputeConfig, LTEConfig, ModelConfig
 from lte_jax.model import Transformer, forward
-from lte_jax.objective import Batch, counts_of, distilled, predicted, task_loss
+from lte_jax.objective import Batch, counts_of, head_losses, predicted
+from lte_jax.params import BY_PATH
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.stages import Stage
@@ -35,6 +37,30 @@ class TrainState:
     params: Any
     opt_state: Any
     control: SparsityController
+
+
+def trained_model(
+    config: ModelConfig, lte: LTEConfig | None, compute: ComputeConfig
+) -> Transformer:
+    """The model as the stages train it; `lte` None: the dense one."""
+    how = compute
+    return Transformer(config, lte, how.dtype, remat=how.remat, head_tokens=how.head_tokens)
+
+
+def teacher_of(params: Any, compute: ComputeConfig) -> Any:
+    """The parameters of a dense model as a teacher holds them; those of that type are not copied.
+
+    Without a `teacher_dtype`, only matrices that the model uses in `compute.dtype` anyway are in
+    that type, so it says the same.
+    """
+    kept, dtype = compute.teacher_dtype, compute.teacher_dtype or compute.dtype
+
+    def held(path: str, array: Array) -> Array:
+        used = BY_PATH[path].is_matrix and not path.startswith("classifier")  # that is exact
+        return array.astype(dtype) if (used or kept) and array.dtype != dtype else array
+
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    return traverse_util.unflatten_dict({k: held(k, v) for k, v in flat.items()}, sep="/")
 
 
 def make_loss(model: Transformer, stage: Stage) -> Callable:
@@ -60,15 +86,13 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
         if key is not None and (student.dropout or kind(stage.routing).random):
             options["rngs"] = {"dropout": key}
         out, read_NBLD = run(student, params, batch, **options)
-        task = task_loss(model, out.logits, batch, counts["predicted"])
-        total, parts = stage.task_weight * task, {"loss": task}
+        taught = None
         if stage.taught:
             with jax.named_scope("teacher"):
                 dense, taught_NBLD = run(model, teacher, batch, routing="dense")
-        if stage.distill_weight:
-            mask, count = distilled(model, batch), counts["distilled"]
-            parts["distill"] = losses.distillation(out.logits, dense.logits, mask, count)
-            total += stage.distill_weight * parts["distill"]
+            taught = (teacher, dense) if stage.distill_weight else None
+        weights = stage.task_weight, stage.distill_weight
+        total, parts = head_losses(model, params, out, batch, counts, weights, taught)
         if stage.hidden_distill_weight:
             parts["distill_hidden"] = losses.hidden_distillation(
                 read_NBLD, taught_NBLD, real, counts["real"]
@@ -195,8 +219,9 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
     def step(params: Any, batch: Batch, threshold: Array):
         out = forward(model, params, batch, routing=routing, threshold=threshold)
         real = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
+        loss, _ = head_losses(model, params, out, batch, {"predicted": jnp.float32(1)})
         return {
-            "loss": task_loss(model, out.logits, batch, jnp.float32(1)),
+            "loss": loss,
             "predicted": jnp.sum(predicted(model, batch), dtype=jnp.float32),
             "skipped": out.sparsity * real,
             "real": real,
@@ -205,7 +230,7 @@ def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, 
     return step
 
 
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: sharding.AnyMesh) -> TrainState:
     """Shardings of a whole (abstract) state: optimizer moments follow their parameters."""
     params = sharding.param_shardings(state.params, mesh)
     by_path = traverse_util.flatten_dict(params)

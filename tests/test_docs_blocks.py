@@ -19,6 +19,7 @@ import tiny
 from docs_code import COMMANDS, FENCE, NOT_RUN, OURS, PAGES, PROJECT, ROOT, WRITTEN, blocks, program
 
 import lte_jax
+import lte_jax.plan
 import lte_jax.sweep.command
 from lte_jax import data
 from lte_jax.config import LTEConfig, ModelConfig
@@ -148,6 +149,7 @@ def test_commands_are_parsed(command, here, monkeypatch, record_property):
     monkeypatch.setattr(sys, "argv", [words[0], *args])
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
+    monkeypatch.setattr(lte_jax.plan, "show", _stop)
     monkeypatch.setattr(lte_jax.sweep.command, "perform", _stop)
     for way in ("parse_args", "parse_intermixed_args"):
         parse = getattr(argparse.ArgumentParser, way)

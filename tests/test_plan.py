@@ -2,20 +2,26 @@
 
 import collections
 import dataclasses
-import json
 import math
 import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 import lte_jax
-from lte_jax import checkpoint, config, data, pipeline, plan, sharding
-from lte_jax.config import CheckpointConfig, UserError
-from lte_jax.preflight import Parts
+from lte_jax import checkpoint, config, data, optim, pipeline, plan, preflight, sharding, stages
+from lte_jax import training_step as training
+from lte_jax.cli import train
+from lte_jax.config import CheckpointConfig, MeshConfig, UserError
+from lte_jax.model import abstract_params
+from lte_jax.plan import devices, step
+from lte_jax.sparsity import SparsityController, flops_per_token
+from lte_jax.workdir import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("finetune", "router", "adapt")
@@ -32,8 +38,8 @@ def planned(experiment, dtype="float32"):
     rows = np.ones((4, experiment.data.length), np.int32)
     records = data.Records(rows, rows)
     scratch = dataclasses.replace(experiment.source.scratch, dtype=dtype)
-    parts = Parts(scratch, None, None, (records, records), None, {})
-    return plan.Plan.of(experiment, parts, sharding.make_mesh(experiment.mesh))
+    here = plan.Devices.at_hand(sharding.make_mesh(experiment.mesh))
+    return plan.Plan.of(experiment, scratch, here, (records, records))
 
 
 def files(folder):
@@ -105,7 +111,7 @@ def room(monkeypatch):
 
     def free(number):
         usage = collections.namedtuple("usage", "total used free")(10**12, 0, number)
-        monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
     return free
 
@@ -129,7 +135,7 @@ def test_bad_input_a_disk_without_room(experiment, tmp_path, room, monkeypatch):
 
 
 def test_what_the_run_already_holds_needs_no_room(experiment, tmp_path, room):
-    paths = plan.Paths(tmp_path)
+    paths = Paths(tmp_path)
     made = planned(experiment)
     most, _ = made.disk(experiment.checkpoint)
     room(most // 2)
@@ -156,27 +162,269 @@ def test_the_opening_table_says_what_is_about_to_happen(experiment, tmp_path, ca
         lte_jax.train(experiment, tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line[9:] for line in lines}
-    assert list(rows) == "model devices experts tokens kernels steps disk memory".split()
-    state = json.loads(json.dumps(planned(experiment).stages[1].memory))
-    number = state["parameters"] // 4
+    names = "model devices experts tokens kernels steps compute flops time disk memory host"
+    assert list(rows) == names.split()
     assert "parameters, from random weights" in rows["model"]
     assert rows["devices"] == "8 x cpu; mesh: data 8, fsdp 1, tensor 1"
     assert rows["experts"].startswith("2 x 8 x 8 (layers x experts x neurons); routers 528 ")
     assert rows["steps"] == "finetune 2, router 2, adapt 2"
     assert "128 a step (8 records of 16)" in rows["tokens"]
     assert "in stage adapt" in rows["disk"] and " are free" in rows["disk"]
-    assert "teacher" in rows["memory"] and number > 528
+    assert "teacher" in rows["memory"] and "activations" in rows["memory"]
+    logits = "logits of 16 tokens (16.6 kB) on a device at a time"
+    assert rows["compute"] == f"float32, remat False, {logits}, teacher in float32"
+    assert rows["time"] == "not known: no rate of cpu in float32 in the table"
 
 
 def test_memory_is_of_a_device(experiment):
-    split = dataclasses.replace(experiment, mesh=config.MeshConfig(data=1, fsdp=8))
+    split = dataclasses.replace(experiment, mesh=MeshConfig(data=1, fsdp=8))
     whole, part = (planned(x).stages[1].memory for x in (experiment, split))
-    for name in whole:
+    for name in "parameters", "gradients", "moments", "the stage's start":
         assert part[name] < whole[name] / 4  # norms and biases are on all
     assert whole["moments"] == pytest.approx(2 * whole["parameters"], rel=1e-3)
-    assert whole["teacher"] == whole["gradients"] == whole["parameters"]
+    assert whole["gradients"] == whole["parameters"]
     dense, _, adapt = (stage.memory for stage in planned(experiment).stages)
     assert "teacher" not in dense and adapt["moments"] < whole["moments"]  # routers are frozen
+    # The teacher is the router stage's start itself, unless it is in another type.
+    assert "teacher" not in whole and adapt["teacher"] == adapt["parameters"]
+    half = dataclasses.replace(experiment, compute=config.ComputeConfig("bfloat16"))
+    taught = planned(half).stages[1].memory["teacher"]
+    assert taught == pytest.approx(whole["parameters"] / 2, rel=0.05)
+
+
+SHAPES = dict(d_model=256, d_ff=1024, num_heads=4, num_kv_heads=4, head_dim=64, num_layers=4)
+
+
+def sized(name, mesh, vocab=512, **compute):
+    """A stage, its experiment and the mesh."""
+    scratch = config.ModelConfig(**SHAPES, vocab_size=vocab)
+    made = config.Experiment(
+        source=config.SourceConfig(scratch=scratch),
+        data=config.DataConfig(length=256, batch_size=16),
+        stages=tiny.STAGES,
+        mesh=MeshConfig(*mesh),
+        compute=config.ComputeConfig(**compute),
+    )
+    [stage] = [s for s in stages.make(made.stages, made.lte) if s.name == name]
+    return stage, made, sharding.make_mesh(made.mesh)
+
+
+def compiled(stage, experiment, mesh):
+    """What XLA says of the memory of the step that the trainer runs."""
+    lte, scratch = experiment.lte if stage.sparse else None, experiment.source.scratch
+    model = training.trained_model(scratch, lte, experiment.compute)
+    optimizer, params = (
+        optim.make(experiment.optim, stage.config, stage.rules),
+        abstract_params(model),
+    )
+
+    def begin(params):
+        control = SparsityController.start(experiment.lte, scratch.num_layers)
+        number = jnp.zeros((), jnp.int32)
+        return training.TrainState(number, params, optimizer.init(params), control)
+
+    def placed(tree, shardings):
+        with_place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(with_place, tree, shardings)
+
+    state, data = jax.eval_shape(begin, params), experiment.data
+    with jax.set_mesh(mesh):
+        shardings = training.state_shardings(state, mesh)
+        cells = jax.ShapeDtypeStruct((data.batch_size, data.length), jnp.int32)
+        batch = dict.fromkeys(("tokens", "segments"), placed(cells, sharding.batch_sharding(mesh)))
+        made = training.make_train_step(model, stage, optimizer, experiment.optim.microbatches)
+        outputs = (shardings, sharding.replicated(mesh))
+        made = jax.jit(made, donate_argnums=0, out_shardings=outputs)
+        teacher = placed(params, shardings.params) if stage.taught else None
+        return made.lower(placed(state, shardings), batch, teacher).compile().memory_analysis()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mesh", "vocab", "compute"),
+    [
+        ("router", (1, 8, 1), 512, {"remat": True}),  # a layer takes most
+        ("router", (8, 1, 1), 4096, {"remat": False}),  # logits
+        ("adapt", (1, 8, 1), 4096, {"remat": True, "head_tokens": 64}),  # logits in chunks
+        ("finetune", (2, 2, 2), 512, {"remat": "dots_with_no_batch_dims_saveable"}),
+    ],
+)
+def test_bytes_of_a_step_are_those_that_xla_counts(name, mesh, vocab, compute):
+    assert_counted(*sized(name, mesh, vocab, **compute))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [
+    ["compute.remat=True"],
+    ["compute.remat=dots_with_no_batch_dims_saveable", "data.batch_size=64"],
+])  # fmt: skip
+def test_bytes_of_llama7b_are_those_that_xla_counts(keys):
+    """Of the router stage on eight devices; in float32, as XLA has no bfloat16 on a CPU."""
+    keys = ["source.path=", "compute.dtype=float32", *keys]
+    made = config.load_config(str(ROOT / "configs" / "llama7b.py"), keys)
+    [stage] = [s for s in stages.make(made.stages, made.lte) if s.name == "router"]
+    assert_counted(stage, made, sharding.make_mesh(made.mesh))
+
+
+def assert_counted(stage, experiment, mesh):
+    """The plan is within a tenth of what XLA needs for the step."""
+    found, here = compiled(stage, experiment, mesh), plan.Devices.at_hand(mesh)
+    needed = plan.needs.of_stage(stage, experiment, experiment.source.scratch, here).memory
+    state = needed["parameters"] + needed["moments"]
+    if stage.taught:  # in the router stage by the stage's start itself
+        state += needed.get("teacher", needed["the stage's start"])
+    assert found.argument_size_in_bytes == pytest.approx(state, rel=0.01)
+    work = needed["gradients"] + needed["activations"] + needed.get("logits", 0)
+    whole = found.argument_size_in_bytes + found.temp_size_in_bytes
+    print(stage.name, (state + work) / whole, work / found.temp_size_in_bytes)
+    assert state + work == pytest.approx(whole, rel=0.1)
+    assert work == pytest.approx(found.temp_size_in_bytes, rel=0.2)
+
+
+def test_flops_are_those_of_the_formula():
+    """Of a matrix three times those of its forward pass; of attention's scores 7 halves of those.
+
+    A teacher adds one forward pass, remat one more of the layers, and logits in chunks nothing.
+    """
+    scratch, length = tiny.CONFIG, 16
+    tokens, width = 4 * length, scratch.num_heads * scratch.head_dim
+    head = 2.0 * scratch.d_model * scratch.vocab_size
+    scores = 2 * 2.0 * length * width * scratch.num_layers  # in one pass; blocks are computed again
+    for name, remat in (("finetune", False), ("finetune", True), ("router", False)):
+        lte = tiny.LTE if name == "router" else None
+        made = config.Experiment(
+            data=config.DataConfig(length=length),
+            lte=tiny.LTE,
+            compute=config.ComputeConfig(remat=remat),
+        )
+        found = step.count(tiny.stage(name), made, scratch, rows=4).flops
+        chunks = dataclasses.replace(made.compute, head_tokens=8)
+        chunks = dataclasses.replace(made, compute=chunks)
+        assert step.count(tiny.stage(name), chunks, scratch, rows=4).flops == found
+        layers = flops_per_token(scratch, lte)
+        expected = 3 * (layers + head) + 3.5 * scores
+        if remat:  # not the last products, whose results nobody reads
+            expected += layers + scores
+        if lte:
+            expected += flops_per_token(scratch) + head + scores
+        assert found == pytest.approx(tokens * expected, rel=0.12 if remat else 0.01)
+
+
+def test_what_a_remat_policy_keeps():
+    """From a layer's input alone to everything."""
+
+    def kept(remat):
+        stage, experiment, _ = sized("router", (8, 1, 1), remat=remat)
+        return step.count(stage, experiment, experiment.source.scratch, rows=2).kept
+
+    names = True, "dots_with_no_batch_dims_saveable", "dots_saveable", False
+    nothing, products, with_scores, everything = map(kept, names)
+    x = 4 * 2 * 256 * 256 * 4  # [N, B, L, D] float32
+    assert x < nothing < 2.5 * x
+    ffn, heads = 2 * 1024, 4 * 256  # gate and up; q, k, v and o
+    assert products - nothing == pytest.approx(x / 256 * (ffn + heads), rel=0.25)
+    assert products <= with_scores < everything
+
+
+def test_bad_input_a_run_that_cannot_fit(experiment, tmp_path, monkeypatch):
+    """It says so before texts are read, with the smallest mesh.fsdp that does."""
+    wide = dataclasses.replace(experiment.source.scratch, d_model=512, head_dim=128)
+    wide = dataclasses.replace(experiment, source=config.SourceConfig(scratch=wide))
+    largest = max(stage.bytes for stage in planned(wide).stages)
+    monkeypatch.setattr(devices, "host_memory", lambda: 8 * (largest // 2))
+    monkeypatch.setattr(preflight, "_records", lambda *_: pytest.fail("it reads the texts"))
+    with pytest.raises(UserError) as caught:
+        lte_jax.train(wide, tmp_path / "run")
+    words = str(caught.value)
+    assert "stage adapt needs" in words and "on each of 8 x cpu, which can use" in words
+    assert words.endswith(": it fits with mesh.data=-1 mesh.fsdp=4"), words
+    there = dataclasses.replace(wide, mesh=MeshConfig(data=-1, fsdp=4))
+    planned(there).check_memory()
+    monkeypatch.setattr(devices, "host_memory", lambda: 8 * (largest // 40))
+    with pytest.raises(UserError, match=r": take (\d+ such|larger) devices"):
+        planned(wide).check_memory()
+    assert not (tmp_path / "run").exists()
+
+
+SMOKE = f"--config={ROOT / 'configs' / 'llama7b.py'}:smoke"
+
+
+def test_a_plan_for_devices_that_are_not_here(capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("it trains"))
+    train.main([SMOKE, "--plan=h200:8"])
+    rows = {line.split()[0]: line[9:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["devices"] == "8 x h200; mesh: data 1, fsdp 8, tensor 1"
+    assert "at 40% of 989.5 TFLOP/s a device (NVIDIA H200" in rows["time"]
+    assert " a device at most, of 134 GB that it can use" in rows["memory"]
+    assert "free" not in rows["disk"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--plan=h20:8"], "no device 'h20': did you mean 'h200'?"),
+        (["--plan=h200:no"], "expected a number of devices, such as h200:8"),
+        (["--plan=v5p:64"], "data.batch_size=8 does not divide over 64 devices"),
+        (["--plan", "--config.source.path=nobody/nothing", "--config.source.scratch.vocab_size=259",
+          "--config.mesh.fsdp=3"], "does not cover 8 devices"),
+        ([], "required: --workdir"),
+    ],
+)  # fmt: skip
+def test_bad_input_a_plan_for_nothing(flags, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([SMOKE, *flags])
+    assert ended.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here_is_not_guessed(monkeypatch, capsys):
+    def absent(*_, **__):
+        raise UserError("nobody/nothing cannot be downloaded")
+
+    monkeypatch.setattr(plan.run.hf, "resolve", absent)
+    source = config.SourceConfig(path="nobody/nothing")
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        plan.show(config.Experiment(source=source), "h200:1")
+    known = dataclasses.replace(source, scratch=tiny.CONFIG)
+    made = config.Experiment(source=known, data=config.DataConfig(length=16, batch_size=8))
+    plan.show(made, "h200:1")
+    assert "counted is source.scratch, as source.path cannot be read" in capsys.readouterr().out
+
+
+def test_jax_s_names_of_devices_are_known():
+    names = {
+        "NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100",
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e", "NVIDIA GeForce RTX 4090": "rtx4090", "cpu": None,
+    }  # fmt: skip
+    for kind, expected in names.items():
+        found = [name for name, m in plan.MACHINES.items() if re.search(m.kind, kind)]
+        assert found == ([expected] if expected else []), kind
+
+
+PAGE = (ROOT / "docs" / "plan.md").read_text()
+
+
+def test_the_page_has_the_devices_of_the_table():
+    rows = (
+        f"| `{name}` | {m.memory / 1e9:.0f} GB | {m.rate / 1e12:g} | {m.source} |"
+        for name, m in plan.MACHINES.items()
+    )
+    assert "\n".join(rows) in PAGE
+
+
+@pytest.mark.slow
+def test_the_page_has_the_plan_that_is_printed(monkeypatch, capsys):
+    def absent(*_, **__):
+        raise UserError("no hub")
+
+    monkeypatch.setattr(plan.run.hf, "resolve", absent)
+    seven = ["--config=" + str(ROOT / "configs" / "llama7b.py")]
+    train.main([*seven, "--plan=h200:8"])
+    with pytest.raises(SystemExit):
+        train.main([*seven, "--plan=h100:8", "--config.mesh.data=-1", "--config.mesh.fsdp=1"])
+    printed = capsys.readouterr()
+    assert printed.out.partition("\n")[2].partition("\ncounted")[0] in PAGE
+    assert f"\n{printed.err.strip()}\n" in PAGE
 
 
 def test_the_default_of_the_largest_config_fits_a_disk():

@@ -37,9 +37,11 @@ from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import packaged as packaged
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
+from lte_jax.config.names import Activation as Activation
+from lte_jax.config.names import Remat as Remat
 from lte_jax.config.names import RoutingName as RoutingName
 from lte_jax.config.reference import keys as keys
-from lte_jax.config.schema import Activation as Activation
+from lte_jax.config.rope import RopeScaling as RopeScaling
 from lte_jax.config.schema import CheckpointConfig as CheckpointConfig
 from lte_jax.config.schema import ComputeConfig as ComputeConfig
 from lte_jax.config.schema import DataConfig as DataConfig
@@ -48,7 +50,6 @@ from lte_jax.config.schema import LTEConfig as LTEConfig
 from lte_jax.config.schema import MeshConfig as MeshConfig
 from lte_jax.config.schema import ModelConfig as ModelConfig
 from lte_jax.config.schema import OptimConfig as OptimConfig
-from lte_jax.config.schema import RopeScaling as RopeScaling
 from lte_jax.config.schema import SourceConfig as SourceConfig
 from lte_jax.config.schema import StageConfig as StageConfig
 from lte_jax.config.schema import StagesConfig as StagesConfig

@@ -1,10 +1,12 @@
-"""The names of routings, routers and groupings that a configuration may hold.
+"""The names of activations, routings, routers and groupings that a configuration may hold.
 
 What they mean is said where they are made: routing.py, router_init.py, moefication.py, baselines/.
 """
 
 from typing import Literal
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Remat = Literal[False, True, "dots_with_no_batch_dims_saveable", "dots_saveable"]
 RoutingName = Literal[
     "dense", "soft", "hard", "straight_through", "top_k",
     # of baselines/:

@@ -29,36 +29,18 @@ from lte_jax.config.fields import (
     Whole,
 )
 from lte_jax.config.names import (
+    Activation,
     Grouping,
+    Remat,
     RouterActivation,
     RouterKind,
     RouterStart,
     RoutingName,
 )
+from lte_jax.config.rope import RopeScaling
 from lte_jax.errors import UserError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 MAX_PARAMS = 10**12  # of a model; more is surely a typo
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling(Checked):
-    """Stretching of the rotary frequencies (`rope_scaling` of an HF config)."""
-
-    # linear: all frequencies alike; llama3: as in Llama 3.1; yarn: as in the paper of that name.
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: Positive  # factor by which the wavelengths grow
-    low_freq_factor: Positive = 1.0  # waves above original_max_length / this grow by factor
-    high_freq_factor: Positive = 4.0  # waves below original_max_length / this stay
-    original_max_length: Count = 8192  # context length before stretching, if not linear
-    amplitude: Positive = 1.0  # factor of cosines and sines (yarn: its attention factor)
-
-    def _check_together(self):
-        if self.kind != "linear" and self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(
-                f"low_freq_factor={self.low_freq_factor} is not below "
-                f"high_freq_factor={self.high_freq_factor}: set a smaller low_freq_factor"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +249,14 @@ class ComputeConfig(Checked):
     """How the model computes; parameters in training and optimizer states are float32."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations and products
-    remat: bool = False  # recompute activations in the backward pass: less memory, a third slower
+    # What the backward pass recomputes. True: all of a layer from its input: least memory, a third
+    # slower; False: nothing; a policy of jax.checkpoint_policies: all but what it keeps.
+    remat: Remat = False
+    # Tokens of a device whose logits exist at a time, in training; None: as many as take 268 MB.
+    head_tokens: Count | None = None
+    # Type in which the dense model of a distillation is held; None: dtype, in which its matrices
+    # are used, and float32 for its vectors.
+    teacher_dtype: Literal["float32", "bfloat16"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

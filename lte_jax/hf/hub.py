@@ -21,9 +21,10 @@ _HUB_URL = re.compile(
 )
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
+def resolve(path_or_hub_id: str | Path, config_only: bool = False) -> Path:
     """The local folder of a model; a hub model is downloaded to the hub's cache.
 
+    With `config_only`, no weights are downloaded.
     If the mirror (`files.mirrored`) has it, nothing is downloaded.
     A hub model is named "owner/name", "owner/name@revision" (branch, tag or commit), or by the URL
     of its page. Only config, safetensors, tokenizer and licence files are downloaded.
@@ -56,7 +57,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
             huggingface_hub.snapshot_download(
                 named["id"],
                 revision=named["revision"] and unquote(named["revision"]),
-                allow_patterns=["*.safetensors", "*.json", *COMPANIONS],
+                allow_patterns=["*.json", *([] if config_only else ["*.safetensors", *COMPANIONS])],
                 # Other formats of the same weights; of folders, 1_Pooling and 2_Dense are read.
                 ignore_patterns=["[!12]*/*", "[12][!_]*/*", "consolidated*"],
             )
