@@ -4,7 +4,7 @@
     lte-jax train --config=configs/llama7b.py:paper --config.lte.expert_size=64 --workdir=runs/7b
 
 Run the same command again to resume where it stopped. `python train.py` in a checkout is the same
-program.
+program. Several processes, on one host or many: docs/scale.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lte_jax
-from lte_jax import config, errors
+from lte_jax import config, errors, processes
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="folder for checkpoints and results")
     add("--profile", action="store_true", help="trace steps of each stage into WORKDIR/profile")
+    processes.add_flags(parser)
     with errors.cli_errors():
         flags, experiment = config.parse_flags(parser, argv)
-        lte_jax.train(experiment, flags.workdir, profile=flags.profile)
+        with processes.joined(flags), errors.cli_errors():
+            lte_jax.train(experiment, flags.workdir, profile=flags.profile)
