@@ -16,14 +16,13 @@ import importlib.util
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lte_jax import (
     data,
@@ -32,6 +31,7 @@ from lte_jax import (
     hf,
     interrupt,
     preflight,
+    processes,
     report,
     sharding,
     stages,
@@ -39,12 +39,13 @@ from lte_jax import (
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
-from lte_jax.checkpoint import on_first, quiet_threads
+from lte_jax.checkpoint import quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefication import add_routers, permute, to_experts
 from lte_jax.plan import Plan
+from lte_jax.processes import on_first
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
@@ -74,8 +75,11 @@ def train(
     With `profile`, a few steps of each stage are traced into profile/<stage>/. `writers` receive
     the metrics, too, beside those that the run has by itself.
 
+    Of several processes (processes.py) every one calls this, with a work directory that all see.
+
     Returns:
-      The last model and its parameters, as stored in its folder.
+      The last model and its parameters, as stored in its folder; of several processes only the
+      first has them, the others None in their place.
 
     Raises:
       UserError: on bad configuration, data, models or folders, if another run uses `workdir`, and
@@ -136,14 +140,19 @@ class _Run:
 
     def finished(self) -> bool:
         """Whether the last model is written."""
-        return self.paths.has(self.last)
+        return self.has(self.last)
+
+    def has(self, folder: Path) -> bool:
+        """Whether a model is written, as process 0 sees it: all go the same way."""
+        return on_first(functools.partial(self.paths.has, folder))
 
     def prepare(self) -> None:
         """Checks everything that can be checked, then claims the work directory."""
         for folder in self.paths.models:
-            if self.paths.has(folder):
+            if self.has(folder):
                 on_first(functools.partial(_verify, folder))
         inputs, plan = self.parts.inputs, Plan.of(self.experiment, self.parts, self.mesh)
+        _check_alike(inputs)
         on_first(lambda: plan.check_room(self.paths))
         on_first(lambda: work.claim(self.paths, self.experiment, inputs))
         on_first(lambda: print(plan.banner(self.paths.root), flush=True))
@@ -187,7 +196,7 @@ class _Run:
 
     def dense(self) -> None:
         """Writes the dense model, trained on the task if the experiment has a finetune stage."""
-        if self.paths.has(self.paths.dense):
+        if self.has(self.paths.dense):
             return
         source = self.parts.source
         if source is not None:
@@ -211,7 +220,7 @@ class _Run:
 
     def experts(self) -> None:
         """Groups neurons into experts and initialises routers."""
-        if self.paths.has(self.paths.experts):
+        if self.has(self.paths.experts):
             return
         model, params = self._load(self.paths.dense)
         texts, lte, seed = self.calibration[:], self.experiment.lte, self.experiment.seed
@@ -246,7 +255,17 @@ class _Run:
         return permute(self._load(self.paths.dense)[1], hf.load_expert_order(self.paths.experts))
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
-        """Evaluates the result next to the dense model, if requested and not done.
+        """Evaluates the result next to the dense model in process 0, while the others wait.
+
+        Returns:
+          The last model and, in process 0, its parameters.
+        """
+        found: list[tuple[Transformer, Any]] = []
+        on_first(lambda: found.append(self._report(anew)))
+        return found[0] if found else (self._model(*hf.read_config(self.last)), None)
+
+    def _report(self, anew: bool) -> tuple[Transformer, Any]:
+        """Evaluates the result, if requested and not done.
 
         Writes table.md, figures and, last, results.json. If results.json exists, missing files are
         made from it.
@@ -257,7 +276,7 @@ class _Run:
         root, last = self.paths.root, self.last
         _verify(last)
         model, params = self._result(last)
-        if not self.experiment.report or jax.process_index() != 0:
+        if not self.experiment.report:
             return model, params
         results = None if anew else _results(root / "results.json")
         figures = importlib.util.find_spec("matplotlib") is not None
@@ -328,16 +347,12 @@ class _Run:
         return model, hf.load_params(folder, config, lte, model.dtype)
 
     def _save(self, folder: Path, model: Transformer, params: Any, source, order_NEM=None) -> None:
-        if jax.process_count() > 1:  # all processes must take part
-            params = multihost_utils.process_allgather(params, tiled=True)
-        if jax.process_index() == 0:
-            own = source is None or self.experiment.source.tokenizer
-            words = self.parts.tokenizer if own else None
-            dtype = model.config.dtype if source is None else "source"  # params are float32 masters
-            config, lte = model.config, model.lte
-            hf.save(folder, config, lte, params, source, order_NEM, dtype=dtype, tokenizer=words)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"saved {folder}")
+        own = source is None or self.experiment.source.tokenizer
+        words = self.parts.tokenizer if own else None
+        dtype = model.config.dtype if source is None else "source"  # params are float32 masters
+        config, lte = model.config, model.lte
+        hf.save(folder, config, lte, params, source, order_NEM, dtype=dtype, tokenizer=words)
+        processes.wait(f"saved {folder.name}")
         interrupt.check(f"after {folder.name}/ was written")
 
 
@@ -377,6 +392,16 @@ def _writers(paths: Paths, experiment: Experiment, more: Sequence[Writer]) -> It
     except UserError as error:
         log.info("not writing TensorBoard metrics: %s", error)
     yield from more
+
+
+def _check_alike(inputs: Mapping[str, Any]) -> None:
+    """Raises unless this process has read what process 0 has."""
+    theirs = on_first(lambda: dict(inputs))
+    if different := sorted(k for k in {*inputs, *theirs} if inputs.get(k) != theirs.get(k)):
+        raise UserError(
+            f"process {jax.process_index()} reads other data than process 0 ({different[0]}): "
+            "give every process the same files, best on one file system"
+        )
 
 
 def _verify(folder: Path) -> None:

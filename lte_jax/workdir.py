@@ -40,7 +40,7 @@ from lte_jax.errors import UserError
 # Keys of an experiment that do not affect what is trained: they may change on resuming.
 FREE = frozenset(
     "report sample_prompt sample_tokens sample_temperature latency_rounds log_every eval_every "
-    "checkpoint wandb".split()
+    "checkpoint mesh wandb".split()
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _DAMAGED = (
