@@ -98,8 +98,7 @@ def _first_matrices(
     statistics = itertools.repeat(None, num_layers)
     if lte.grouping == "coactivation":
         statistics = coactivations(model, params, calibration, mask)
-    quiet = None if jax.process_index() == 0 else True
-    bar = tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=quiet)
+    bar = tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=None)
     for layer, covariance_FF in enumerate(bar):
         yield layer, sharding.gathered(first_N1FD, layer), covariance_FF
 
@@ -152,11 +151,10 @@ def add_routers(
 
 def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: Array) -> Any:
     """Routers by one of `baselines.STARTS`."""
-    lte = model.lte
-    start = baselines.STARTS[lte.router_init]
+    start = baselines.STARTS[model.lte.router_init]
 
     def of_layer(layer: Layer) -> Any:
-        made = start(lte, layer, jax.random.fold_in(key, layer.index))
+        made = start(model.lte, layer, jax.random.fold_in(key, layer.index))
         _check_router(model, made)
         return made
 
@@ -168,7 +166,7 @@ def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: 
 
 def _with_ffn(params: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     """`params` with parameters of the FFN that every process has made alike, where they belong."""
-    put = sharding.placed(dict(made), sharding.mesh_of(params), "layers/ffn")
+    put = sharding.placed(made, sharding.mesh_of(params), "layers/ffn")
     ffn = params["layers"]["ffn"] | put
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
@@ -187,10 +185,7 @@ def _pruned(model: Transformer, params: Any, calibration: Any, mask: Any) -> dic
     prune, ffn = baselines.PRUNERS[model.lte.router_init], params["layers"]["ffn"]
     names = [name for name in MATRICES if name in ffn]
     like = {name: jax.ShapeDtypeStruct(ffn[name].shape[1:], np.float32) for name in names}
-
-    def of_layer(layer: Layer) -> dict[str, np.ndarray]:
-        return {**layer.weights, **prune(model.lte, layer)}
-
+    of_layer = lambda layer: dict(layer.weights) | prune(model.lte, layer)  # noqa: E731
     each = processes.spread(_layers(model, params, calibration, mask), of_layer, like)
     left = {name: np.stack([w[name] for w in each]).astype(ffn[name].dtype) for name in names}
     return _with_ffn(params, left)

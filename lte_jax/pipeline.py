@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def train(
     with _alone(paths):
         on_first(functools.partial(work.check_same, paths, experiment))
         on_first(functools.partial(work.put_right, paths))
+        processes.check_alike("settings", work.plain(experiment))
         mesh = sharding.make_mesh(experiment.mesh)
         run = _Run(experiment, paths, mesh, profile, tuple(writers))
         if not run.finished():
@@ -152,7 +153,7 @@ class _Run:
             if self.has(folder):
                 on_first(functools.partial(_verify, folder))
         inputs, plan = self.parts.inputs, Plan.of(self.experiment, self.parts, self.mesh)
-        _check_alike(inputs)
+        processes.check_alike("data", inputs)
         on_first(lambda: plan.check_room(self.paths))
         on_first(lambda: work.claim(self.paths, self.experiment, inputs))
         on_first(lambda: print(plan.banner(self.paths.root), flush=True))
@@ -392,16 +393,6 @@ def _writers(paths: Paths, experiment: Experiment, more: Sequence[Writer]) -> It
     except UserError as error:
         log.info("not writing TensorBoard metrics: %s", error)
     yield from more
-
-
-def _check_alike(inputs: Mapping[str, Any]) -> None:
-    """Raises unless this process has read what process 0 has."""
-    theirs = on_first(lambda: dict(inputs))
-    if different := sorted(k for k in {*inputs, *theirs} if inputs.get(k) != theirs.get(k)):
-        raise UserError(
-            f"process {jax.process_index()} reads other data than process 0 ({different[0]}): "
-            "give every process the same files, best on one file system"
-        )
 
 
 def _verify(folder: Path) -> None:

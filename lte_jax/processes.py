@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -51,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "under srun, mpirun, Kubernetes and on Cloud TPU they are found without these flags",
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--processes", type=int, metavar="N", help="how many; 1: look for none")
     several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
 
 
@@ -70,7 +70,7 @@ def joined(flags: argparse.Namespace) -> Iterator[None]:
       UserError: if the flags do not go together, or the others are not found.
       SystemExit: as raised within, where all processes raise the same.
     """
-    if not _join(flags.coordinator, flags.processes, flags.process):
+    if not _join(flags):
         yield
         return
     over = threading.Event()
@@ -96,37 +96,19 @@ def joined(flags: argparse.Namespace) -> Iterator[None]:
     _part(over, watch)
 
 
-def _join(coordinator: str | None, processes: int | None, process: int | None) -> bool:
+def _join(flags: argparse.Namespace) -> bool:
     """Joins the other processes; False if there are none."""
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if 0 < len(missing) < 3:
-        raise UserError(
-            f"{' and '.join(missing)} missing: --coordinator=HOST:PORT, --processes=N and "
-            "--process=I go together"
-        )
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
-    if coordinator is not None and processes is not None and process is not None:
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise UserError(f"--coordinator={coordinator}: expected HOST:PORT, as in node1:9000")
-        if not 0 <= process < processes:
-            raise UserError(
-                f"--process={process} of --processes={processes}: expected 0 to {processes - 1}"
-            )
-        if processes == 1:
-            return False
-        options |= {"coordinator_address": coordinator, "num_processes": processes}
-        options |= {"process_id": process, "cluster_detection_method": "deactivate"}
-    elif not (launched := _launched()):
+    if flags.processes == 1:
         return False
-    elif launched == "tpu":  # which JAX must ask: it may have one host, or not be one
-        with contextlib.suppress(ValueError):
-            jax.distributed.initialize(**options)
-        return jax.process_count() > 1
+    given = _of_flags(flags)
+    launcher = "flags" if given else _launcher()
+    if not launcher:
+        return False
     try:
-        jax.distributed.initialize(**options)
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, **given)
     except (RuntimeError, ValueError, KeyError) as error:
+        if launcher == "tpu" and isinstance(error, ValueError):  # libtpu, but no TPU
+            return False
         raise UserError(
             f"the other processes were not found ({one_line(error)}): start all of them, or name "
             "them by --coordinator=HOST:PORT --processes=N --process=I"
@@ -134,18 +116,45 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
     return jax.process_count() > 1
 
 
-def _launched() -> str:
-    """The launcher that started this process as one of several, of those that JAX reads; or ""."""
+def _of_flags(flags: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as `jax.distributed.initialize` takes it; {} if they are not used."""
+    coordinator, processes, process = flags.coordinator, flags.processes, flags.process
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return {}
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} missing: --coordinator=HOST:PORT, --processes=N and "
+            "--process=I go together"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator={coordinator}: expected HOST:PORT, as in node1:9000")
+    if not 0 <= process < processes:
+        raise UserError(
+            f"--process={process} of --processes={processes}: expected a number from 0 to that of "
+            "the processes less one"
+        )
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _launcher() -> str:
+    """Which launcher, of those that JAX reads, may have started several of this process; or ""."""
     env = os.environ
-    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= env.keys():
+    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= env.keys():
         return "slurm" if int(env.get("SLURM_NTASKS", "1")) > 1 else ""
     if "OMPI_MCA_orte_hnp_uri" in env:
         return "ompi" if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 else ""
-    if "TPU_WORKER_HOSTNAMES" in env:
-        return "tpu" if "," in env["TPU_WORKER_HOSTNAMES"] else ""
-    if "KUBERNETES_SERVICE_HOST" in env:
-        return "k8s" if "JOB_COMPLETION_INDEX" in env else ""
-    return "tpu" if importlib.util.find_spec("libtpu") else ""
+    if "TPU_WORKER_HOSTNAMES" not in env and "KUBERNETES_SERVICE_HOST" in env:
+        indexed = "JOB_COMPLETION_INDEX" in env and importlib.util.find_spec("kubernetes")
+        return "k8s" if indexed else ""
+    return "tpu" if importlib.util.find_spec("libtpu") else ""  # JAX asks it for its hosts
 
 
 def _client() -> Any:
@@ -240,6 +249,20 @@ def on_first(action: Callable[[], Any]) -> Any:
         raise
     _client().key_value_set(key, json.dumps({"result": result}))
     return result
+
+
+def check_alike(what: str, own: Mapping[str, Any]) -> None:
+    """Checks that this process has the same JSON-able values as process 0.
+
+    Raises:
+      UserError: if not; names the first key that differs.
+    """
+    theirs = on_first(lambda: dict(own))
+    if different := sorted(k for k in {*own, *theirs} if own.get(k) != theirs.get(k)):
+        raise UserError(
+            f"process {jax.process_index()} has other {what} than process 0 ({different[0]}): "
+            "start all with the same command, on the same files"
+        )
 
 
 def wait(name: str) -> None:

@@ -134,8 +134,9 @@ def ridge_router(
     counts_NES = np.zeros((*low_NE.shape, BINS), np.int64)
     for batch in batches:
         interrupt.check("while starting routers")
-        part = _histogram(model, params, batch, kernel_NDE, *place)
-        counts_NES += np.asarray(sharding.gathered(part))
+        counts = sharding.gathered(_histogram(model, params, batch, kernel_NDE, *place))
+        counts_NES += np.asarray(counts)
+        del counts  # before the next batch is made
     chosen_NE = np.asarray(sharding.gathered(sums["cross"][:, -1]), np.float64)
     cut_NE = low_NE + width_NE * _upper(counts_NES, chosen_NE)
     # An expert chosen always or never has a constant logit: keep it clear of rounding errors.

@@ -83,10 +83,7 @@ def save(
     order = None if expert_order is None else _plan_order(config, lte, expert_order)
     folder = expand(folder)
     if jax.process_index() != 0:
-        for held in _files(tensors, max_shard_bytes).values():
-            for tensor in held:
-                tensor.gather()
-        return
+        return _take_part(tensors, max_shard_bytes)
     check_replaceable(folder)
     with replacing(folder) as new:
         for file in companions(source) if source is not None else ():
@@ -276,6 +273,13 @@ def _files(tensors: list[_Tensor], max_shard_bytes: int) -> dict[str, list[_Tens
     files = {f"{sentence.DENSE}/{ONE_FILE}": below} | named if below else named
     widest_first = lambda t: -np.dtype(t.dtype).itemsize  # noqa: E731
     return {name: sorted(held, key=widest_first) for name, held in files.items()}
+
+
+def _take_part(tensors: list[_Tensor], max_shard_bytes: int) -> None:
+    """Gathers all that `_write_weights` of process 0 gathers, in the same order."""
+    for held in _files(tensors, max_shard_bytes).values():
+        for tensor in held:
+            tensor.gather()
 
 
 def _write_weights(folder: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
