@@ -86,8 +86,8 @@ def joined(flags: argparse.Namespace) -> Iterator[None]:
         _part(over, watch)
         raise
     except BaseException as error:
-        time.sleep(4 * _POLL_SECONDS)  # if another has failed, `_watch` says so and ends this one
         if _is_of_connection(error):
+            time.sleep(4 * _POLL_SECONDS)  # if another has failed, `_watch` says why and ends this
             words = f"another process has ended or cannot be reached ({one_line(error)})"
             print(f"error: {UserError(words)}", file=sys.stderr)
         else:
