@@ -17,10 +17,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
+from train_runs import without_clock
 
 import lte_jax
 from lte_jax import config, hf, processes, sharding
-from lte_jax.config import CheckpointConfig, MeshConfig, UserError
+from lte_jax.config import CheckpointConfig, LTEConfig, MeshConfig, OptimConfig, UserError
+from lte_jax.params import is_router
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = dataclasses.replace(tiny.CONFIG, vocab_size=260, num_kv_heads=4)  # a tensor axis of 4
@@ -53,7 +56,14 @@ def own_lines(path: Path) -> str:
 
 
 def experiment(folder: Path, mesh: MeshConfig, steps: int = 2):
-    made = tiny.experiment(folder, mesh=mesh)
+    """A run in which rounding stays rounding.
+
+    Sums over devices differ in their order, and so in their last bits. With AdamW's usual eps a
+    gradient of nothing but those would be a step of full size; ridge regression on few tokens
+    makes them a thousand times larger.
+    """
+    lte = LTEConfig(expert_size=8, calibration_records=48)
+    made = tiny.experiment(folder, mesh=mesh, lte=lte, optim=OptimConfig(eps=1e-3))
     stage = dataclasses.replace(made.stages.router, steps=steps)
     stages = dataclasses.replace(made.stages, router=stage)
     source = dataclasses.replace(made.source, scratch=SOURCE)
@@ -92,14 +102,10 @@ def alone(made, workdir: Path, devices: int = 4) -> None:
         lte_jax.train(made, workdir)
 
 
-def close(one, other):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """The losses of all steps, and all tensors of all folders."""
     metrics = [
-        [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+        [without_clock(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
         for root in (one, other)
     ]
     assert len(metrics[0]) == len(metrics[1]) > 0
@@ -111,9 +117,10 @@ def assert_same_run(one: Path, other: Path) -> None:
         models = [lte_jax.load(root / folder) for root in (one, other)]
         (model, params), (other_model, other_params) = models
         assert model.config == other_model.config
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), params, other_params
-        )
+        for path, array in flatten_dict(params, sep="/").items():
+            there = np.asarray(flatten_dict(other_params, sep="/")[path])
+            bound = 1e-4 * np.abs(there).max() if is_router(path) else 1e-5
+            np.testing.assert_allclose(array, there, rtol=1e-5, atol=bound, err_msg=path)
         orders = [hf.load_expert_order(root / folder) for root in (one, other)]
         assert np.array_equal(*orders) if folder != "dense" else orders == [None, None]
 
