@@ -33,12 +33,12 @@ ROWS = MeshConfig(data=2, fsdp=2, tensor=1)
 
 @dataclasses.dataclass
 class Group:
-    """Two processes of train.py, with two devices each."""
+    """Processes of train.py."""
 
     popens: list[subprocess.Popen]
     errors: list[Path]
 
-    def end(self, seconds: float = 300) -> tuple[list[int], list[str]]:
+    def end(self, seconds: float = 900) -> tuple[list[int], list[str]]:
         """Waits for their end: exit codes and what they said on stderr."""
         until = time.monotonic() + seconds
         try:
@@ -46,6 +46,7 @@ class Group:
         finally:
             for popen in self.popens:
                 popen.kill()
+                popen.wait()
         return codes, [own_lines(path) for path in self.errors]
 
 
@@ -70,8 +71,8 @@ def experiment(folder: Path, mesh: MeshConfig, steps: int = 2):
     return dataclasses.replace(made, source=source, stages=stages)
 
 
-def start(folder: Path, made, workdir: Path, seeds: tuple[int, int] = (0, 0)) -> Group:
-    """Both processes, as a user starts them; `seeds` of the two, which decide what is held out."""
+def start(folder: Path, made, workdir: Path, seeds: tuple[int, ...] = (0, 0)) -> Group:
+    """Processes with four devices in all, as a user starts them: one for each of the seeds."""
     file = folder / "experiment.py"
     plain = dataclasses.asdict(made)
     file.write_text(
@@ -82,11 +83,12 @@ def start(folder: Path, made, workdir: Path, seeds: tuple[int, int] = (0, 0)) ->
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    count = len(seeds)
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(4 // count), "JAX_PLATFORMS": "cpu"}
     popens, errors = [], []
-    for process in range(2):
-        flags = [f"--coordinator=localhost:{port}", "--processes=2", f"--process={process}"]
-        flags += [f"--workdir={workdir}", f"--config={file}", f"--config.seed={seeds[process]}"]
+    for process, seed in enumerate(seeds):
+        flags = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={process}"]
+        flags += [f"--workdir={workdir}", f"--config={file}", f"--config.seed={seed}"]
         command = [sys.executable, "train.py", *flags]
         errors.append(folder / f"{process}.err")
         with errors[-1].open("w") as err, (folder / f"{process}.out").open("w") as out:
