@@ -146,9 +146,17 @@ def ridge_router(
     return router | {"bias": jnp.asarray(bias_NE, jnp.float32)}
 
 
-@partial(jax.jit, donate_argnums=0)
 def added(sums: Any, part: Any) -> Any:
-    """Sums and a part of a batch, tree by tree; in place of the old sums."""
+    """Sums and the part of a batch, in place of the old sums.
+
+    Waits for them: of several processes on CPUs, collectives of dozens of batches in flight, which
+    do not depend on each other, can wait for each other forever.
+    """
+    return jax.block_until_ready(_added(sums, part))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(sums: Any, part: Any) -> Any:
     return jax.tree.map(jnp.add, sums, part)
 
 
