@@ -15,13 +15,15 @@ is found on reading: the step is named and moved aside, and training resumes fro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
+import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,16 +31,17 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from lte_jax import files
 from lte_jax.errors import UserError
 from lte_jax.files import MANIFEST, Damaged
+from lte_jax.processes import exchanged, on_first
 
 DAMAGED = "damaged"
 NO_STEP = -1
 _UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the folder name of a step that Orbax is writing
 State = TypeVar("State")
+_numbers = itertools.count()  # of the checkpointers of this process
 log = logging.getLogger(__name__)
 
 
@@ -59,6 +62,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._keep_last, self._keep_best = keep_last, keep_best
         self._primary = jax.process_index() == 0
         self._finishing: Future | None = None
+        self._number = next(_numbers)
         self._saved: set[int] = set()  # steps saved or restored by this object
         if self._primary:
             self._prepare_folder()
@@ -178,13 +182,23 @@ class Checkpointer(contextlib.AbstractContextManager):
         step = manifest["step"]
         with self._explained(step):
             orbax.close()
+            found = self._inventory(step)
             if not self._primary:
                 return
-            files.write_manifest(self._path(step), manifest)
+            files.write_manifest(self._path(step), manifest, found)
             for old in self._dispensable():
                 doomed = self.folder / f"deleting-{old}"
                 self._path(old).rename(doomed)
                 shutil.rmtree(doomed)
+
+    def _inventory(self, step: int) -> dict[str, tuple[int, str]]:
+        """Size and digest of each file of a step: each process reads what it wrote."""
+        name = f"checkpoint {self._number}, {step}"
+        exchanged(f"{name}, committed", None)  # once process 0 has renamed its folder
+        own = jax.process_index()
+        found = files.inventory(self._path(step), lambda file: _written_by(file) == own)
+        parts = exchanged(name, found)
+        return {file: entry for part in parts for file, entry in part.items()}
 
     def _dispensable(self) -> list[int]:
         """Steps that are neither among the newest nor among the best."""
@@ -269,21 +283,10 @@ def _leaves(tree: Any) -> dict[str, str]:
     }
 
 
-def on_first(action: Callable[[], int | None]) -> int:
-    """Runs `action` in process 0 and returns its result in all; if it fails there, all raise."""
-    result, problem = 0, ""
-    if jax.process_index() == 0:
-        try:
-            result = action() or 0
-        except UserError as error:
-            problem = str(error)
-    if jax.process_count() > 1:
-        known = multihost_utils.broadcast_one_to_all(np.int32([result, bool(problem)]))
-        result = int(known[0])
-        problem = problem or ("process 0 failed: see its error" if known[1] else "")
-    if problem:
-        raise UserError(problem)
-    return result
+def _written_by(file: str) -> int:
+    """The process that wrote a file of a step, by Orbax's names; what all share is process 0's."""
+    part = re.search(r"ocdbt\.process_(\d+)/", file)
+    return int(part[1]) if part else 0
 
 
 def _is_news(record: logging.LogRecord) -> bool:

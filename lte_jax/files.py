@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -194,16 +194,33 @@ def _digests(paths: Sequence[Path]) -> list[str]:
         return list(pool.map(sha256, paths))
 
 
-def write_manifest(folder: Path, kept: Mapping[str, Any] | None = None) -> None:
-    """Writes the manifest of a folder's current files; `kept` is stored as extra keys."""
-    own = folder / MANIFEST
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != own)
-    found = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
-        for path, digest in zip(paths, _digests(paths), strict=True)
+def inventory(
+    folder: Path, chosen: Callable[[str], bool] = lambda name: True
+) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of a folder's current files, but for the manifest, that are chosen."""
+    named = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
     }
-    text = json.dumps(dict(kept or {}) | {"files": found}, indent=1)
-    atomic_write(own, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    paths = {name: named[name] for name in sorted(named) if name != MANIFEST and chosen(name)}
+    digests = zip(paths.items(), _digests(list(paths.values())), strict=True)
+    return {name: (path.stat().st_size, digest) for (name, path), digest in digests}
+
+
+def write_manifest(
+    folder: Path,
+    kept: Mapping[str, Any] | None = None,
+    found: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
+    """Writes the manifest of a folder.
+
+    Args:
+      folder: to be complete with it.
+      kept: stored as extra keys.
+      found: the `inventory` of the folder. None: it is made.
+    """
+    listed = dict(sorted((inventory(folder) if found is None else found).items()))
+    text = json.dumps(dict(kept or {}) | {"files": listed}, indent=1)
+    atomic_write(folder / MANIFEST, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ ways to choose the order of a layer (`LTEConfig.grouping`):
   random        a baseline
 
 Both clusterings (clustering.py) need only inner products between neurons. Layers are processed one
-at a time.
+at a time; several processes (which must all call) share them out, and all get all results.
 
 Dimension key: N layers  F = E*M neurons of an FFN  E experts  M neurons per expert  D model width
                R calibration rows  L length  T tokens
@@ -32,14 +32,15 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from lte_jax import baselines, clustering, interrupt, router_init
+from lte_jax import baselines, clustering, interrupt, processes, router_init, sharding
 from lte_jax.baselines import Layer
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
-from lte_jax.model import Transformer
+from lte_jax.model import Transformer, abstract_params
 from lte_jax.params import ROUTER, is_router, table
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
+MATRICES = ("gate", "up", "down")
 COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices accumulated per pass over the calibration data
 
 
@@ -59,7 +60,7 @@ def to_experts(
 
     Args:
       model: a dense Transformer.
-      params: its parameters, fully addressable from this process; not changed.
+      params: its parameters, on one device or spread over many; not changed.
       lte: the expert size, and how to group neurons.
       calibration: token ids [R, L] of typical text, or arrays as `model.forward` takes them, for
         grouping="coactivation".
@@ -77,24 +78,34 @@ def to_experts(
         raise UserError("model: already has experts; expected a dense model, or `to_dense` of it")
     num_experts(model.config, lte)
     if lte.grouping in baselines.GROUPINGS:
-        group = baselines.GROUPINGS[lte.grouping]
-        order_NEM = np.stack(
-            [group(lte, layer) for layer in _layers(model, params, calibration, mask)]
-        )
-        return model.clone(lte=lte), permute(params, order_NEM), order_NEM
+        layers = _layers(model, params, calibration, mask)
+        group = partial(baselines.GROUPINGS[lte.grouping], lte)
+    else:
+        layers = _first_matrices(model, params, lte, calibration, mask)
+        group = partial(_group, lte, seed)
+    experts = num_experts(model.config, lte)
+    order_EM = jax.ShapeDtypeStruct((experts, lte.expert_size), np.int32)
+    order_NEM = np.stack(processes.spread(layers, group, order_EM))
+    return model.clone(lte=lte), permute(params, order_NEM), order_NEM
+
+
+def _first_matrices(
+    model: Transformer, params: Any, lte: LTEConfig, calibration: Any, mask: Any
+) -> Iterator[tuple[int, Array | np.ndarray, np.ndarray | None]]:
+    """Number, first matrix [1, F, D] and, for co-activation, covariance [F, F] of each layer."""
     num_layers = model.config.num_layers
     first_N1FD = params["layers"]["ffn"]["gate" if model.config.gated else "up"]
     statistics = itertools.repeat(None, num_layers)
     if lte.grouping == "coactivation":
         statistics = coactivations(model, params, calibration, mask)
-    orders = [
-        group_neurons(np.asarray(first_N1FD[layer, 0]), lte, layer, covariance_FF, seed=seed)
-        for layer, covariance_FF in enumerate(
-            tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=None)
-        )
-    ]
-    order_NEM = np.stack(orders)
-    return model.clone(lte=lte), permute(params, order_NEM), order_NEM
+    bar = tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=None)
+    for layer, covariance_FF in enumerate(bar):
+        yield layer, sharding.gathered(first_N1FD, layer), covariance_FF
+
+
+def _group(lte: LTEConfig, seed: int, of_layer: Any) -> Int[np.ndarray, "E M"]:
+    layer, first_1FD, covariance_FF = of_layer
+    return group_neurons(np.asarray(first_1FD[0]), lte, layer, covariance_FF, seed=seed)
 
 
 def add_routers(
@@ -133,12 +144,30 @@ def add_routers(
         if lte.router == "two_layer" and lte.router_activation == "none":
             router = router_init.factored(router, lte.router_rank or router["kernel"].shape[2])
     else:
-        start = baselines.STARTS[lte.router_init]
-        layers = _layers(model, params, calibration, mask)
-        each = [start(lte, layer, jax.random.fold_in(key, n)) for n, layer in enumerate(layers)]
-        router = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
+        router = _started(model, params, calibration, mask, key)
     _check_router(model, router)
-    ffn = params["layers"]["ffn"] | {"router": router}
+    return _with_ffn(params, {"router": router})
+
+
+def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: Array) -> Any:
+    """Routers by one of `baselines.STARTS`."""
+    start = baselines.STARTS[model.lte.router_init]
+
+    def of_layer(layer: Layer) -> Any:
+        made = start(model.lte, layer, jax.random.fold_in(key, layer.index))
+        _check_router(model, made)
+        return made
+
+    wanted = abstract_params(model)["layers"]["ffn"]["router"]
+    like = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape[1:], row.dtype), wanted)
+    each = processes.spread(_layers(model, params, calibration, mask), of_layer, like)
+    return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
+
+
+def _with_ffn(params: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` with parameters of the FFN that every process has made alike, where they belong."""
+    put = sharding.placed(made, sharding.mesh_of(params), "layers/ffn")
+    ffn = params["layers"]["ffn"] | put
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
 
@@ -154,11 +183,12 @@ def _pruned(model: Transformer, params: Any, calibration: Any, mask: Any) -> dic
     if calibration is None:
         raise UserError(_no_calibration(model.lte))
     prune, ffn = baselines.PRUNERS[model.lte.router_init], params["layers"]["ffn"]
-    each = [prune(model.lte, layer) for layer in _layers(model, params, calibration, mask)]
-    left = {
-        name: jnp.asarray(np.stack([w[name] for w in each]), ffn[name].dtype) for name in each[0]
-    }
-    return params | {"layers": params["layers"] | {"ffn": ffn | left}}
+    names = [name for name in MATRICES if name in ffn]
+    like = {name: jax.ShapeDtypeStruct(ffn[name].shape[1:], np.float32) for name in names}
+    of_layer = lambda layer: dict(layer.weights) | prune(model.lte, layer)  # noqa: E731
+    each = processes.spread(_layers(model, params, calibration, mask), of_layer, like)
+    left = {name: np.stack([w[name] for w in each]).astype(ffn[name].dtype) for name in names}
+    return _with_ffn(params, left)
 
 
 def _check_router(model: Transformer, router: Mapping[str, Any]) -> None:
@@ -188,15 +218,15 @@ def _layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> Ite
         for row in rows:
             interrupt.check("while starting routers")
             real_T = np.asarray(row["segments"]).reshape(-1) > 0
-            found = router_init.ffn_parts(model, params, row, layers)
+            found = map(sharding.gathered, router_init.ffn_parts(model, params, row, layers))
             parts.append([np.asarray(part_NT)[:, real_T] for part_NT in found])
         x_NTD, gate_NTEM, h_NTEM = (
             np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
         )
         for place, layer in enumerate(layers):
             weights = {
-                name: np.asarray(ffn[name][layer], np.float32)
-                for name in ("gate", "up", "down")
+                name: np.asarray(sharding.gathered(ffn[name], layer), np.float32)
+                for name in MATRICES
                 if name in ffn
             }
             yield Layer(x_NTD[place], gate_NTEM[place], h_NTEM[place], weights, config, layer)
@@ -309,10 +339,11 @@ def coactivations(
         for row in rows:
             interrupt.check("while grouping neurons")
             new = _magnitude_sums(model, params, row, layers)
-            sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
-        for product_FF, sum_F in zip(*sums, strict=True):
-            mean_F = np.asarray(sum_F) / np.float32(num_tokens)
-            product_FF = np.asarray(product_FF) / np.float32(num_tokens)
+            sums = new if sums is None else router_init.added(sums, new)
+        for place in range(len(layers)):
+            product_FF, sum_F = (np.asarray(sharding.gathered(sum_N, place)) for sum_N in sums)
+            mean_F = sum_F / np.float32(num_tokens)
+            product_FF = product_FF / np.float32(num_tokens)
             yield product_FF - mean_F[:, None] * mean_F[None]
 
 
@@ -347,11 +378,21 @@ def permute(params: Any, order_NEM: Int[np.ndarray, "N E M"]) -> dict[str, Any]:
             f"expert order of shape {np.shape(order_NEM)}: expected for each of {neurons[0]} layers"
             f" a permutation of its {neurons[1]} neurons; use the order this model was made with"
         )
-    moved = {name: _permuted(ffn[name], order_NEM) for name in NEURON_MATRICES if name in ffn}
+    named = {name: ffn[name] for name in NEURON_MATRICES if name in ffn}
+    shapes = {
+        name: jax.ShapeDtypeStruct((*np.shape(order_NEM), *w.shape[3:]), w.dtype)
+        for name, w in named.items()
+    }
+    places, mesh = dict.fromkeys(named), sharding.mesh_of(named)
+    if mesh is not None:
+        places = sharding.param_shardings({"layers": {"ffn": shapes}}, mesh)["layers"]["ffn"]
+    moved = {name: _permuted(w, order_NEM, places[name]) for name, w in named.items()}
     return params | {"layers": params["layers"] | {"ffn": ffn | moved}}
 
 
-@jax.jit
-def _permuted(w_NEMD: Array, order_NEM: Array) -> Array:
+@partial(jax.jit, static_argnames="place")
+def _permuted(w_NEMD: Array, order_NEM: Array, place: jax.sharding.Sharding | None) -> Array:
+    """The neurons of each layer in this order, on the devices where they belong."""
     w_NFD = w_NEMD.reshape(w_NEMD.shape[0], -1, *w_NEMD.shape[3:])
-    return jax.vmap(lambda w_FD, order_EM: w_FD[order_EM])(w_NFD, order_NEM)
+    moved_NEMD = jax.vmap(lambda w_FD, order_EM: w_FD[order_EM])(w_NFD, order_NEM)
+    return moved_NEMD if place is None else jax.lax.with_sharding_constraint(moved_NEMD, place)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
@@ -192,7 +193,10 @@ def adopt(
             continue
         start = jax.nn.initializers.normal(0.02) if row.is_matrix else row.initializer(sizes)
         fresh = start(jax.random.fold_in(key, i), row.shape(sizes), jnp.float32)
-        new[row.path] = jax.device_put(fresh, placed.get(row.path))
+        if placed:  # every process has made it alike, and puts the parts of its devices there
+            whole = np.asarray(fresh)
+            fresh = jax.make_array_from_callback(whole.shape, placed[row.path], whole.__getitem__)
+        new[row.path] = fresh
     return traverse_util.unflatten_dict(new, sep="/")
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lte_jax import (
     data,
@@ -32,6 +31,7 @@ from lte_jax import (
     hf,
     interrupt,
     preflight,
+    processes,
     report,
     sharding,
     stages,
@@ -40,12 +40,13 @@ from lte_jax import (
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
-from lte_jax.checkpoint import on_first, quiet_threads
+from lte_jax.checkpoint import quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefication import add_routers, permute, to_experts
 from lte_jax.plan import Devices, Plan
+from lte_jax.processes import on_first
 from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
@@ -75,8 +76,11 @@ def train(
     With `profile`, a few steps of each stage are traced into profile/<stage>/. `writers` receive
     the metrics, too, beside those that the run has by itself.
 
+    Of several processes (processes.py) every one calls this, with a work directory that all see.
+
     Returns:
-      The last model and its parameters, as stored in its folder.
+      The last model and its parameters, as stored in its folder; of several processes only the
+      first has them, the others None in their place.
 
     Raises:
       UserError: on bad configuration, data, models or folders, if another run uses `workdir`, and
@@ -91,6 +95,7 @@ def train(
     with _alone(paths):
         on_first(functools.partial(work.check_same, paths, experiment))
         on_first(functools.partial(work.put_right, paths))
+        processes.check_alike("settings", work.plain(experiment))
         mesh = sharding.make_mesh(experiment.mesh)
         run = _Run(experiment, paths, mesh, profile, tuple(writers))
         if not run.finished():
@@ -137,14 +142,19 @@ class _Run:
 
     def finished(self) -> bool:
         """Whether the last model is written."""
-        return self.paths.has(self.last)
+        return self.has(self.last)
+
+    def has(self, folder: Path) -> bool:
+        """Whether a model is written, as process 0 sees it: all go the same way."""
+        return on_first(functools.partial(self.paths.has, folder))
 
     def prepare(self) -> None:
         """Checks everything that can be checked, then claims the work directory."""
         for folder in self.paths.models:
-            if self.paths.has(folder):
+            if self.has(folder):
                 on_first(functools.partial(_verify, folder))
         inputs, devices = self.parts.inputs, Devices.at_hand(self.mesh)
+        processes.check_alike("data", inputs)
         plan = Plan.of(self.experiment, self.parts.config, devices, self.parts.records)
         plan.check_memory()
         on_first(lambda: plan.check_room(self.paths))
@@ -190,7 +200,7 @@ class _Run:
 
     def dense(self) -> None:
         """Writes the dense model, trained on the task if the experiment has a finetune stage."""
-        if self.paths.has(self.paths.dense):
+        if self.has(self.paths.dense):
             return
         source = self.parts.source
         if source is not None:
@@ -214,7 +224,7 @@ class _Run:
 
     def experts(self) -> None:
         """Groups neurons into experts and initialises routers."""
-        if self.paths.has(self.paths.experts):
+        if self.has(self.paths.experts):
             return
         model, params = self._load(self.paths.dense)
         texts, lte, seed = self.calibration[:], self.experiment.lte, self.experiment.seed
@@ -250,7 +260,17 @@ class _Run:
         return training_step.teacher_of(params, self.experiment.compute)
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
-        """Evaluates the result next to the dense model, if requested and not done.
+        """Evaluates the result next to the dense model in process 0, while the others wait.
+
+        Returns:
+          The last model and, in process 0, its parameters.
+        """
+        found: list[tuple[Transformer, Any]] = []
+        on_first(lambda: found.append(self._report(anew)))
+        return found[0] if found else (self._model(*hf.read_config(self.last)), None)
+
+    def _report(self, anew: bool) -> tuple[Transformer, Any]:
+        """Evaluates the result, if requested and not done.
 
         Writes table.md, figures and, last, results.json. If results.json exists, missing files are
         made from it.
@@ -261,7 +281,7 @@ class _Run:
         root, last = self.paths.root, self.last
         _verify(last)
         model, params = self._result(last)
-        if not self.experiment.report or jax.process_index() != 0:
+        if not self.experiment.report:
             return model, params
         results = None if anew else _results(root / "results.json")
         figures = importlib.util.find_spec("matplotlib") is not None
@@ -332,16 +352,12 @@ class _Run:
         return model, hf.load_params(folder, config, lte, model.dtype)
 
     def _save(self, folder: Path, model: Transformer, params: Any, source, order_NEM=None) -> None:
-        if jax.process_count() > 1:  # all processes must take part
-            params = multihost_utils.process_allgather(params, tiled=True)
-        if jax.process_index() == 0:
-            own = source is None or self.experiment.source.tokenizer
-            words = self.parts.tokenizer if own else None
-            dtype = model.config.dtype if source is None else "source"  # params are float32 masters
-            config, lte = model.config, model.lte
-            hf.save(folder, config, lte, params, source, order_NEM, dtype=dtype, tokenizer=words)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"saved {folder}")
+        own = source is None or self.experiment.source.tokenizer
+        words = self.parts.tokenizer if own else None
+        dtype = model.config.dtype if source is None else "source"  # params are float32 masters
+        config, lte = model.config, model.lte
+        hf.save(folder, config, lte, params, source, order_NEM, dtype=dtype, tokenizer=words)
+        processes.wait(f"saved {folder.name}")
         interrupt.check(f"after {folder.name}/ was written")
 
 

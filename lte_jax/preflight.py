@@ -19,6 +19,7 @@ from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
 from lte_jax.hf.folder import COMPANIONS
 from lte_jax.model import Transformer, abstract_params
+from lte_jax.processes import on_first
 from lte_jax.routing import make as make_routing
 from lte_jax.writers import wandb_for
 
@@ -197,6 +198,6 @@ def _check_sample(experiment: Experiment, config: ModelConfig, tokenizer: Any) -
 
 def _fingerprints(group: str, folder: Path, patterns: tuple[str, ...]) -> dict[str, Any]:
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {
-        f"{group}/{path.name}": [path.stat().st_size, files.sha256(path)] for path in sorted(found)
-    }
+    return on_first(  # several processes need not all read a whole model for it
+        lambda: {f"{group}/{p.name}": [p.stat().st_size, files.sha256(p)] for p in sorted(found)}
+    )

@@ -7,7 +7,7 @@ Dimension key: B batch  L length  T tokens  R rows  D model width  K = D + 1 unk
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from lte_jax import interrupt
+from lte_jax import interrupt, processes, sharding
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
@@ -116,34 +116,66 @@ def ridge_router(
     for batch in batches:
         interrupt.check("while starting routers")
         part = _moments(model, top, params, batch)
-        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-    if sums is None or not (count := float(sums["gram"][0, -1, -1])):
+        sums = part if sums is None else added(sums, part)
+    if sums is None or not (count := float(sharding.gathered(sums["gram"][0, -1, -1]))):
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     _warn_of_few(round(count), model.config.d_model)
     # Float32 sums over R batches err by at most R * 6e-8 of the diagonal: a hundredth of the ridge
     # penalty after 160 batches. From here on, float64 and one layer at a time.
-    layers = [
-        _regress(np.asarray(gram_KK, np.float64), np.asarray(cross_KE, np.float64), lte, layer)
-        for layer, (gram_KK, cross_KE) in enumerate(zip(sums["gram"], sums["cross"], strict=True))
-    ]
-    kernel_NDE, mean_NE, std_NE = (np.stack(arrays) for arrays in zip(*layers, strict=True))
+    kernel_NDE, mean_NE, std_NE = _regressed(model, lte, sums)
     router = {"kernel": jnp.asarray(kernel_NDE, jnp.float32)}
     if not lte.router_bias:
         return router
+    mesh = sharding.mesh_of(params)
+    kernel_NDE = sharding.placed(router, mesh, "layers/ffn/router")["kernel"]
     low_NE = mean_NE - REACH * std_NE
     width_NE = 2 * REACH / BINS * np.maximum(std_NE, 1e-12)
-    place = [jnp.asarray(array, jnp.float32) for array in (low_NE, width_NE)]
+    place = [array.astype(np.float32) for array in (low_NE, width_NE)]
     counts_NES = np.zeros((*low_NE.shape, BINS), np.int64)
     for batch in batches:
         interrupt.check("while starting routers")
-        counts_NES += np.asarray(_histogram(model, params, batch, router["kernel"], *place))
-    chosen_NE = np.asarray(sums["cross"][:, -1], np.float64)
+        counts = sharding.gathered(_histogram(model, params, batch, kernel_NDE, *place))
+        counts_NES += np.asarray(counts)
+        del counts  # before the next batch is made
+    chosen_NE = np.asarray(sharding.gathered(sums["cross"][:, -1]), np.float64)
     cut_NE = low_NE + width_NE * _upper(counts_NES, chosen_NE)
     # An expert chosen always or never has a constant logit: keep it clear of rounding errors.
     clear = 0.1 * lte.router_init_std
     cut_NE += clear * ((chosen_NE < 0.5).astype(float) - (chosen_NE > count - 0.5))
     bias_NE = np.log(lte.threshold / (1 - lte.threshold)) - cut_NE
     return router | {"bias": jnp.asarray(bias_NE, jnp.float32)}
+
+
+def added(sums: Any, part: Any) -> Any:
+    """Sums and the part of a batch, in place of the old sums.
+
+    Waits for them: of several processes on CPUs, collectives of dozens of batches in flight, which
+    do not depend on each other, can wait for each other forever.
+    """
+    return jax.block_until_ready(_added(sums, part))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(sums: Any, part: Any) -> Any:
+    return jax.tree.map(jnp.add, sums, part)
+
+
+def _regressed(model: Transformer, lte: LTEConfig, sums: Mapping[str, Array]) -> list[np.ndarray]:
+    """What `_regress` returns, of all layers, from their `_moments`."""
+    d, e = model.config.d_model, num_experts(model.config, lte)
+    like = tuple(jax.ShapeDtypeStruct(shape, np.float32) for shape in ((d, e), (e,), (e,)))
+
+    def moments() -> Iterator[tuple[int, Any, Any]]:
+        for layer in range(model.config.num_layers):
+            yield layer, *(sharding.gathered(sums[name], layer) for name in ("gram", "cross"))
+
+    def regress(of_layer: tuple[int, Any, Any]) -> tuple[np.ndarray, ...]:
+        layer, *arrays = of_layer
+        gram_KK, cross_KE = (np.asarray(array, np.float64) for array in arrays)
+        return _regress(gram_KK, cross_KE, lte, layer)
+
+    made = processes.spread(moments(), regress, like)
+    return [np.stack(arrays) for arrays in zip(*made, strict=True)]
 
 
 @partial(jax.jit, static_argnames=("model", "top"))

@@ -11,12 +11,14 @@ Dimension key: B batch  L length  D model width  E experts  M neurons per expert
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lte_jax.config import MeshConfig
@@ -67,19 +69,19 @@ def mesh_shape(config: MeshConfig, number: int) -> tuple[int, ...]:
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: AnyMesh) -> None:
-    """Checks that a batch can be split over its devices, the processes and the microbatches.
+    """Checks that a batch can be split over its devices and the microbatches.
 
     Raises:
-      UserError: if it cannot; names the three numbers and batch sizes that work.
+      UserError: if it cannot; names the numbers and batch sizes that work.
     """
     devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    unit = math.lcm(devices, microbatches, jax.process_count())
+    unit = math.lcm(devices, microbatches)
     if batch_size % unit:
         near = [size for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size]
         raise UserError(
             f"data.batch_size={batch_size} does not divide over {devices} devices (mesh.data x "
-            f"mesh.fsdp), {jax.process_count()} processes and optim.microbatches={microbatches}: "
-            f"nearby sizes that do are {' and '.join(map(str, near))}"
+            f"mesh.fsdp) and optim.microbatches={microbatches}: nearby sizes that do are "
+            f"{' and '.join(map(str, near))}; or fewer devices for it (mesh.tensor)"
         )
 
 
@@ -97,6 +99,65 @@ def param_shardings(tree: Any, mesh: AnyMesh) -> Any:
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The sharding of arrays whose first dimension is the batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["B"]))
+
+
+def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, ascending.
+
+    Processes whose devices hold the same rows (mesh.tensor over both) are given the same.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in places.values()]))
+
+
+def feed(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch as global arrays, of the rows of `rows_here` that each process has of it."""
+    place, rows = batch_sharding(mesh), rows_here(batch_size, mesh)
+
+    def array(part: np.ndarray) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            return part[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *part.shape[1:]), place, of_device)
+
+    return {name: array(part) for name, part in batch.items()}
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh of `make_mesh` that a tree of arrays lies on; None: on no mesh."""
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding) and place.mesh.axis_names == MESH_AXES:
+            return place.mesh
+    return None
+
+
+def placed(tree: Any, mesh: Mesh | None, under: str) -> Any:
+    """Parameters that every process has alike, on the mesh; without one, on the default device.
+
+    Args:
+      tree: of arrays.
+      mesh: as `mesh_of` returns it.
+      under: the path of the tree, as in "layers/ffn".
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+
+    def put(path: str, array: Any) -> jax.Array:
+        whole = np.asarray(array)
+        place = _sharding(f"{under}/{path}", whole.shape, mesh)
+        return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
+
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return traverse_util.unflatten_dict({k: put(k, x) for k, x in flat.items()}, sep="/")
+
+
+def gathered(array: Any, layer: int | None = None) -> Any:
+    """An array, or one layer of it, whole in every process; all of them must call."""
+    part = array if layer is None else array[layer]
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        return multihost_utils.process_allgather(part, tiled=True)
+    return part
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:

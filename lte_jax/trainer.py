@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from lte_jax import calibration, data, interrupt, optim, sharding, training_step
+from lte_jax import calibration, data, interrupt, optim, processes, sharding, training_step
 from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment, LTEConfig, own_threshold
 from lte_jax.errors import UserError
@@ -78,7 +77,7 @@ def fit(
 
     Raises:
       UserError: on bad data or folders, and if the loss is not finite: the step's batch is then
-        in `folder`/nonfinite-<step>.npz.
+        in `folder`/nonfinite-<step>.npz (of several processes, each one's rows in -<process>.npz).
       Interrupted: after a signal, once the state is saved.
     """
     steps, keep = stage.config.steps, experiment.checkpoint
@@ -91,7 +90,7 @@ def fit(
         loop = _Loop(model, stage, start, records, experiment, mesh, writer, checkpointer)
         for _ in turns:
             loop.validate()
-            stopping = _stopping(loop.step)
+            stopping = _stopping()
             if stopping or loop.step == steps or loop.step % keep.every == 0:
                 loop.save()
             if stopping:
@@ -164,7 +163,8 @@ class _Loop:
         self.validation: dict[str, float] = {}  # of this step, if validated
         seed = (experiment.seed + zlib.crc32(stage.name.encode())) % 2**32
         batch_size = experiment.data.batch_size
-        self._batches = data.train_iterator(records[0], batch_size, seed, **_share())
+        rows = sharding.rows_here(batch_size, mesh)
+        self._batches = data.train_iterator(records[0], batch_size, seed, rows)
         optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
         def begin(params: Any, control: SparsityController) -> TrainState:
@@ -215,10 +215,10 @@ class _Loop:
         """Loss and sparsity on the validation records; {} after a signal."""
         sums: dict[str, float] = {}
         threshold, batch_size = self.state.control.threshold, self._experiment.data.batch_size
-        for batch in data.eval_batches(self._held_out, batch_size, **_share()):
+        for batch in _fed(self._held_out, batch_size, self._mesh):
             if interrupt.requested():
                 return {}
-            part = self._eval_step(self.state.params, _to_mesh(batch, self._mesh), threshold)
+            part = self._eval_step(self.state.params, batch, threshold)
             sums = {k: sums.get(k, 0.0) + v for k, v in _fetched(part).items()}
         return {
             "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
@@ -237,7 +237,8 @@ class _Loop:
     def advance(self, teacher: Any) -> None:
         """Takes one step; checks meanwhile that the previous one was finite, so no device waits."""
         batch, self.validation = next(self._batches), {}
-        self.state, metrics = self._train_step(self.state, _to_mesh(batch, self._mesh), teacher)
+        fed = sharding.feed(batch, self._experiment.data.batch_size, self._mesh)
+        self.state, metrics = self._train_step(self.state, fed, teacher)
         self.step += 1
         self._finish()
         self._running = (self.step, metrics, batch)
@@ -260,7 +261,8 @@ class _Loop:
         if all(math.isfinite(value) for value in values.values()):
             self._finished = values
             return values
-        path = self._checkpointer.folder / f"nonfinite-{step}.npz"
+        own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""  # its rows of the batch
+        path = self._checkpointer.folder / f"nonfinite-{step}{own}.npz"
         fetched = jax.device_get(metrics)
         np.savez(path, step=step, **batch, **{f"metric_{k}": v for k, v in fetched.items()})
         scalars = ((k, values[k]) for k in metrics if k in values)
@@ -343,12 +345,18 @@ def _histogram(model, params, records, batch_size, mesh) -> calibration.Histogra
     """Of the scores over `records`."""
 
     def batches() -> Iterator[Batch]:
-        for batch in data.eval_batches(records, batch_size, **_share()):
+        for batch in _fed(records, batch_size, mesh):
             interrupt.check("while setting the threshold")
-            yield _to_mesh(batch, mesh)
+            yield batch
 
     replicated = sharding.replicated(mesh)
     return calibration.histogram_over(model, params, batches, out_shardings=replicated)
+
+
+def _fed(records: data.Records, batch_size: int, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """Every record once, on the mesh."""
+    for batch in data.eval_batches(records, batch_size, sharding.rows_here(batch_size, mesh)):
+        yield sharding.feed(batch, batch_size, mesh)
 
 
 def _fetched(metrics: Mapping[str, Array]) -> dict[str, float]:
@@ -364,19 +372,6 @@ def _fetched(metrics: Mapping[str, Array]) -> dict[str, float]:
     return values
 
 
-def _share() -> dict[str, int]:
-    """This process's part of every batch."""
-    return {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-
-
-def _stopping(step: int) -> bool:
-    """Whether to stop after this step; with several processes, JAX decides for all of them."""
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
-    return interrupt.requested()
-
-
-def _to_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """This process's records of a batch as its part of the global arrays."""
-    place = sharding.batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+def _stopping() -> bool:
+    """Whether to stop after this step; several processes stop after the same one."""
+    return processes.preempted() if jax.process_count() > 1 else interrupt.requested()

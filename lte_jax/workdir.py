@@ -40,7 +40,7 @@ from lte_jax.errors import UserError
 # Keys of an experiment that do not affect what is trained: they may change on resuming.
 FREE = frozenset(
     "report sample_prompt sample_tokens sample_temperature latency_rounds log_every eval_every "
-    "checkpoint wandb".split()
+    "checkpoint mesh wandb".split()
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _DAMAGED = (
@@ -195,9 +195,9 @@ def check_same(paths: Paths, experiment: Experiment) -> None:
         )
         return
     old = traverse_util.flatten_dict(moved(files.read_json(paths.experiment, _DAMAGED)))
-    new = traverse_util.flatten_dict(_plain(experiment))
+    new = traverse_util.flatten_dict(plain(experiment))
     # A run of an earlier version has no keys that came later, whose defaults are what it did.
-    old = traverse_util.flatten_dict(_plain(Experiment())) | old
+    old = traverse_util.flatten_dict(plain(Experiment())) | old
     different = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
     if named := sorted(".".join(("config", *key)) for key in different if key[0] not in FREE):
         raise UserError(
@@ -261,13 +261,13 @@ def claim(paths: Paths, experiment: Experiment, inputs: Mapping[str, Any]) -> No
     inputs = check_inputs(paths, inputs)
     if not paths.begun():
         paths.metrics.unlink(missing_ok=True)  # of a run that made nothing
-    for path, values in ((paths.inputs, inputs), (paths.experiment, _plain(experiment))):
+    for path, values in ((paths.inputs, inputs), (paths.experiment, plain(experiment))):
         text = json.dumps(values, indent=1) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             files.atomic_write(path, text)
 
 
-def _plain(experiment: Experiment) -> dict[str, Any]:
+def plain(experiment: Experiment) -> dict[str, Any]:
     """The experiment as JSON returns it: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(experiment)))
 

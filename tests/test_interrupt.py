@@ -118,7 +118,7 @@ def stopped(where, action, capsys):
 
 def test_a_signal_in_the_last_step_of_a_stage_ends_the_run(tmp_path, monkeypatch, capsys):
     """Once its state is saved, from which the run resumes."""
-    terminate(monkeypatch, trainer, "_to_mesh")
+    terminate(monkeypatch, trainer._Loop, "advance")
     stopped("after step 1 of stage 'finetune'", lambda: fit(tmp_path), capsys)
     assert (tmp_path / "checkpoints" / "1" / "manifest.json").exists()
 

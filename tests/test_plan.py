@@ -52,8 +52,8 @@ def run(experiment, tmp_path_factory):
     root, seen = tmp_path_factory.mktemp("run") / "run", []
     write = checkpoint.files.write_manifest
 
-    def told(folder, manifest):
-        write(folder, manifest)
+    def told(folder, manifest, *found):
+        write(folder, manifest, *found)
         if folder.parent.parent.name != "checkpoints":
             return
         leaves = [re.fullmatch(r"(\w+)\[(.*)\]", kind) for kind in manifest["leaves"].values()]

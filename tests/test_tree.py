@@ -25,6 +25,7 @@ ORDER = {
     "lte_jax.files": 2,
     "lte_jax.kernels.tune": 2.2,  # a command, not beneath everything as the kernels are
     "lte_jax.interrupt": 2.5,
+    "lte_jax.processes": 2.7,
     "lte_jax.losses": 3,
     "lte_jax.config": 4,
     "lte_jax.params": 5,

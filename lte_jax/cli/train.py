@@ -6,7 +6,7 @@
     lte-jax train --config=llama7b --plan=h200:8    # on devices that you do not have
 
 Run the same command again to resume where it stopped. `python train.py` in a checkout is the same
-program.
+program. Several processes, on one host or many: docs/scale.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lte_jax
-from lte_jax import config, errors, plan
+from lte_jax import config, errors, plan, processes
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -25,10 +25,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     add("--profile", action="store_true", help="trace steps of each stage into WORKDIR/profile")
     where = f"KIND:NUMBER, of {', '.join(plan.MACHINES)}; alone: the devices at hand"
     add("--plan", nargs="?", const="", metavar="DEVICES", help=f"print the plan and end; {where}")
+    processes.add_flags(parser)
     with errors.cli_errors():
         flags, experiment = config.parse_flags(parser, argv)
         if flags.plan is not None:
             return plan.show(experiment, flags.plan)
         if flags.workdir is None:
             parser.error("the following arguments are required: --workdir")
-        lte_jax.train(experiment, flags.workdir, profile=flags.profile)
+        with processes.joined(flags), errors.cli_errors():
+            lte_jax.train(experiment, flags.workdir, profile=flags.profile)

@@ -127,18 +127,18 @@ def digest(records: Records) -> str:
 
 
 def train_iterator(
-    records: Records, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+    records: Records, batch_size: int, seed: int, rows: np.ndarray | None = None
 ) -> Any:
     """An endless Grain iterator of {"tokens": [B, L], "segments": [B, L]}, int32 NumPy.
 
-    Each epoch is reshuffled; a batch may hold the end of one and the start of the next. Each of
-    `shard_count` processes gets an equal slice, B = batch_size / shard_count, of the same global
-    batches. `get_state()` is a small JSON-able dict; `set_state` resumes exactly from any shard's
-    state, whatever the number of shards.
+    Each epoch is reshuffled; a batch may hold the end of one and the start of the next. The batches
+    are the same in every process; `rows` are those of each batch that this one takes (None: all),
+    see `sharding.rows_here`. `get_state()` is a small JSON-able dict; `set_state` resumes exactly
+    from any process's state, whatever the number of processes.
     """
     import grain
 
-    mine = _shard(batch_size, shard_index, shard_count)
+    mine = slice(None) if rows is None else rows
     dataset = (
         grain.MapDataset.source(records)
         .seed(seed)
@@ -152,28 +152,18 @@ def train_iterator(
 
 
 def eval_batches(
-    records: Records, batch_size: int, shard_index: int = 0, shard_count: int = 1
+    records: Records, batch_size: int, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every record once, in order, in batches like those of `train_iterator`.
 
     The last batch is filled up with records of zeros (segment 0), which count in no loss.
     """
-    mine = _shard(batch_size, shard_index, shard_count)
+    mine = slice(None) if rows is None else rows
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
         missing = batch_size - len(batch["tokens"])
         zeros = {key: np.zeros((missing, *x.shape[1:]), x.dtype) for key, x in batch.items()}
         yield {key: np.concatenate([x, zeros[key]])[mine] for key, x in batch.items()}
-
-
-def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
-    share, remainder = divmod(batch_size, shard_count)
-    if remainder:
-        raise UserError(
-            f"data.batch_size={batch_size} is not a multiple of the {shard_count} processes: "
-            "each takes an equal share of a batch"
-        )
-    return slice(shard_index * share, (shard_index + 1) * share)
 
 
 # ----------------------------------------------------------------------------------------- build

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from lte_jax import sharding
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand, read_json, replacing, write_manifest
@@ -48,13 +49,16 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     tokenizer: Any = None,
 ) -> None:
-    """Writes a model folder, whole or not at all.
+    """Writes a model folder, whole or not at all; one tensor at a time is on the host.
+
+    With several processes all must call it; process 0 writes, and the others return once they have
+    done their part in gathering the tensors, before the folder is whole.
 
     Args:
       folder: the folder to make; an older model folder there is replaced.
       config: the dense model.
       lte: None for a dense model.
-      params: the tree of `Transformer(config, lte)`; fully addressable from this process.
+      params: the tree of `Transformer(config, lte)`, on one device or spread over many.
       source: folder or hub id of the model these parameters come from: its config.json,
         tokenizer, generation config and licence are copied. None: config.json is made.
       expert_order: int32 [N, E, M], the neuron of the dense model in each slot.
@@ -78,6 +82,8 @@ def save(
     tensors = _plan(config, lte, params, dtype, stored)
     order = None if expert_order is None else _plan_order(config, lte, expert_order)
     folder = expand(folder)
+    if jax.process_index() != 0:
+        return _take_part(tensors, max_shard_bytes)
     check_replaceable(folder)
     with replacing(folder) as new:
         for file in companions(source) if source is not None else ():
@@ -86,7 +92,7 @@ def save(
             tokenizer.save_pretrained(new)
         sentence.write(new, config, source)
         _write_config(new, raw, source, _main_dtype(tensors))
-        _write_weights(new, _without_dense(new, tensors), max_shard_bytes)
+        _write_weights(new, tensors, max_shard_bytes)
         if order is not None:
             _write_safetensors(new / EXPERT_ORDER, [order])
         write_manifest(new)
@@ -107,11 +113,15 @@ class _Tensor:
     def num_bytes(self) -> int:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
+    def gather(self) -> list[Any]:
+        """Its parts, whole in every process; all must call this, in the same order."""
+        return [sharding.gathered(array, self.layer) for array, _ in self.arrays]
+
     def fetch(self) -> np.ndarray:
-        """Its values on the host, in the stored layout and dtype."""
+        """Its values on the host, in the stored layout and dtype; see `gather`."""
         parts, axis = {}, 0
-        for array, row in self.arrays:
-            part = np.asarray(array if self.layer is None else array[self.layer])
+        for gathered, (_, row) in zip(self.gather(), self.arrays, strict=True):
+            part = np.asarray(gathered)
             axis, begin = row.place(self.sizes) if row else (0, 0)
             parts[begin] = row.to_hf(part, self.sizes) if row else part
         whole = np.concatenate([parts[begin] for begin in sorted(parts)], axis).reshape(self.shape)
@@ -201,8 +211,6 @@ def _plan(
                 f"{row.path} has shape {list(array.shape)}, expected {list(row.shape(sizes))}: "
                 "config and params must agree"
             )
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise UserError(f"{row.path} is spread over several processes: gather it before saving")
         own = str(array.dtype)
         if own not in DTYPES and (dtype is None or is_router(row.path)):
             raise UserError(
@@ -237,44 +245,61 @@ def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _
     return _Tensor("expert_order", "int32", expected, [(order_NEM, None)])
 
 
-def _without_dense(new: Path, tensors: list[_Tensor]) -> list[_Tensor]:
-    """Writes the tensors of a dense layer for embeddings to their folder; returns the others."""
+def _files(tensors: list[_Tensor], max_shard_bytes: int) -> dict[str, list[_Tensor]]:
+    """The files of a model, named as transformers names them, and what each holds, in order.
+
+    A dense layer for embeddings has a folder of its own, where names are without it. In a file wide
+    types come first, so that each tensor is aligned.
+    """
     prefix = f"{sentence.DENSE}."
-    below = [t for t in tensors if t.name.startswith(prefix)]
-    if below:
-        named = [dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in below]
-        _write_safetensors(new / sentence.DENSE / ONE_FILE, named)
-    return [t for t in tensors if t not in below]
-
-
-def _write_weights(folder: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
-    """One file, or several with an index, named as transformers names them."""
+    below = [
+        dataclasses.replace(t, name=t.name.removeprefix(prefix))
+        for t in tensors
+        if t.name.startswith(prefix)
+    ]
     shards: list[list[_Tensor]] = [[]]
     for tensor in sorted(tensors, key=lambda t: t.name):
+        if tensor.name.startswith(prefix):
+            continue
         filled = sum(t.num_bytes for t in shards[-1])
         if filled and filled + tensor.num_bytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    if len(shards) == 1:
-        _write_safetensors(folder / ONE_FILE, shards[0])
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    total = sum(tensor.num_bytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    many = len(shards) > 1
+    named = {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else ONE_FILE: shard
+        for i, shard in enumerate(shards, 1)
+    }
+    files = {f"{sentence.DENSE}/{ONE_FILE}": below} | named if below else named
+    widest_first = lambda t: -np.dtype(t.dtype).itemsize  # noqa: E731
+    return {name: sorted(held, key=widest_first) for name, held in files.items()}
+
+
+def _take_part(tensors: list[_Tensor], max_shard_bytes: int) -> None:
+    """Gathers all that `_write_weights` of process 0 gathers, in the same order."""
+    for held in _files(tensors, max_shard_bytes).values():
+        for tensor in held:
+            tensor.gather()
+
+
+def _write_weights(folder: Path, tensors: list[_Tensor], max_shard_bytes: int) -> None:
+    """The files of a model, and an index if there are several."""
+    files = _files(tensors, max_shard_bytes)
+    for file, held in files.items():
+        _write_safetensors(folder / file, held)
+    weight_map = {t.name: file for file, held in files.items() if "/" not in file for t in held}
+    if len({*weight_map.values()}) > 1:
+        total = sum(t.num_bytes for file, held in files.items() if "/" not in file for t in held)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_safetensors(path: Path, tensors: list[_Tensor]) -> None:
     """Writes a safetensors file tensor by tensor (safetensors' own writer needs all in memory).
 
     Format: github.com/huggingface/safetensors#format. A little-endian length, a JSON header, the
-    tensors without gaps; wide types come first, so that each is aligned.
+    tensors without gaps.
     """
-    tensors = sorted(tensors, key=lambda t: -np.dtype(t.dtype).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     start = 0
     for tensor in tensors:

@@ -46,6 +46,7 @@ def train(
       inherited: file descriptors that the process keeps open.
     """
     command = [sys.executable, "-m", "lte_jax", "train", f"--config={config}"]
+    command += ["--processes=1"]  # its runs are not one program, even under srun
     command += [f"--workdir={workdir.absolute()}", *(f"--config.{o}" for o in overrides)]
     with log(workdir).open("a") as told:
         process = subprocess.Popen(
