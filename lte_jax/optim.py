@@ -83,18 +83,22 @@ def make(
 def _orthogonalised() -> optax.GradientTransformation:
     """Muon's updates, of AdamW's size."""
 
+    def numbers(path: tuple, _: Any) -> MuonDimensionNumbers:
+        return MuonDimensionNumbers(*(_sides(path) or ()))
+
     def sides(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: _sides(path), tree)
+        return jax.tree_util.tree_map_with_path(numbers, tree)
 
     def scaled(path: tuple, update: jax.Array) -> jax.Array:
-        longest = max(math.prod(update.shape[axis] for axis in side) for side in _sides(path))
+        both = _sides(path) or ()
+        longest = max(math.prod(update.shape[axis] for axis in side) for side in both)
         return _ROOT_MEAN_SQUARE * math.sqrt(longest) * update
 
     size = optax.stateless(lambda tree, _: jax.tree_util.tree_map_with_path(scaled, tree))
     return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=sides), size)
 
 
-def _sides(path: tuple) -> MuonDimensionNumbers | None:
+def _sides(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Axes of the two sides of a layer's matrix; None of other parameters."""
     row = BY_PATH[_name(path)]
     if not (row.layered and row.is_matrix) or is_router(row.path):
@@ -102,7 +106,7 @@ def _sides(path: tuple) -> MuonDimensionNumbers | None:
     letters = [(axis, letter) for axis, letter in enumerate(row.letters) if letter != "N"]
     one = tuple(axis for axis, letter in letters if letter in row.start)
     other = tuple(axis for axis, letter in letters if letter not in row.start)
-    return MuonDimensionNumbers(one, other)
+    return one, other
 
 
 def _name(path: tuple) -> str:

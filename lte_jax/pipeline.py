@@ -15,7 +15,6 @@ import functools
 import importlib.util
 import logging
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,7 @@ from lte_jax.router_init import enough_records
 from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
-from lte_jax.writers import (
-    JsonlWriter,
-    MultiWriter,
-    TensorBoardWriter,
-    TerminalWriter,
-    WandbWriter,
-    Writer,
-)
+from lte_jax.writers import MultiWriter, Writer, writers_of
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +155,9 @@ class _Run:
 
     def train(self) -> None:
         """Runs every step that is not done yet."""
-        self.writer = MultiWriter(_writers(self.paths, self.experiment, self.more_writers))
+        first = jax.process_index() == 0
+        own = writers_of(self.paths.root, self.experiment) if first else ()
+        self.writer = MultiWriter((*own, *self.more_writers) if first else ())
         try:
             self.dense()
             self.clear()
@@ -382,21 +376,6 @@ def _results(path: Path) -> dict[str, Any] | None:
     except UserError as error:
         log.warning("%s: evaluating again", error)
         return None
-
-
-def _writers(paths: Paths, experiment: Experiment, more: Sequence[Writer]) -> Iterator[Writer]:
-    if jax.process_index() != 0:
-        return
-    if experiment.wandb:
-        settings = dataclasses.asdict(experiment)
-        yield WandbWriter(experiment.wandb, paths.root, settings)
-    yield TerminalWriter(sys.stderr)
-    yield JsonlWriter(paths.metrics)
-    try:
-        yield TensorBoardWriter(paths.root / "tensorboard")
-    except UserError as error:
-        log.info("not writing TensorBoard metrics: %s", error)
-    yield from more
 
 
 def _verify(folder: Path) -> None:

@@ -8,18 +8,20 @@ the same name in all of them: docs/metrics.md lists the names, and says how to a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.files import atomic_write, explained
 
@@ -303,3 +305,15 @@ class WandbWriter(Writer):
     def close(self) -> None:
         """See `Writer`."""
         self._run.finish()
+
+
+def writers_of(root: Path, experiment: Experiment) -> Iterator[Writer]:
+    """The writers that a run in the work directory `root` has by itself."""
+    if experiment.wandb:
+        yield WandbWriter(experiment.wandb, root, dataclasses.asdict(experiment))
+    yield TerminalWriter(sys.stderr)
+    yield JsonlWriter(root / "metrics.jsonl")
+    try:
+        yield TensorBoardWriter(root / "tensorboard")
+    except UserError as error:
+        log.info("not writing TensorBoard metrics: %s", error)
