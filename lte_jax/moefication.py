@@ -32,7 +32,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from lte_jax import baselines, clustering, interrupt, processes, router_init, sharding
+from lte_jax import baselines, clustering, interrupt, processes, refit, router_init, sharding
 from lte_jax.baselines import Layer
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
@@ -40,8 +40,6 @@ from lte_jax.model import Transformer, abstract_params
 from lte_jax.params import ROUTER, is_router, table
 
 NEURON_MATRICES = ("gate", "up", "down", "gate_bias", "up_bias")  # of layers/ffn: [N, E, M, ...]
-MATRICES = ("gate", "up", "down")
-COACTIVATION_BYTES = 4 * 2**30  # of [F, F] matrices accumulated per pass over the calibration data
 
 
 # ------------------------------------------------------------------------------------ the pipeline
@@ -78,7 +76,7 @@ def to_experts(
         raise UserError("model: already has experts; expected a dense model, or `to_dense` of it")
     num_experts(model.config, lte)
     if lte.grouping in baselines.GROUPINGS:
-        layers = _layers(model, params, calibration, mask)
+        layers = router_init.ffn_layers(model, params, calibration, mask)
         group = partial(baselines.GROUPINGS[lte.grouping], lte)
     else:
         layers = _first_matrices(model, params, lte, calibration, mask)
@@ -118,6 +116,9 @@ def add_routers(
 ) -> dict[str, Any]:
     """Adds routers to the parameters of `to_experts`, initialised by `model.lte.router_init`.
 
+    With `model.lte.refit`, it then fits the down projections to what the routers leave, see
+    refit.py: no longer those of the dense model.
+
     Args:
       model: with experts.
       params: its parameters; routers in them are replaced.
@@ -138,15 +139,21 @@ def add_routers(
     if lte.router_init in ("normal", "open"):
         router = router_init.random_router(key, model.config, lte)
     elif calibration is None:
-        raise UserError(_no_calibration(lte))
+        raise UserError(_no_calibration(f"lte.router_init={lte.router_init!r}"))
     elif lte.router_init == "ridge":
-        router = router_init.ridge_router(model, params, _rows(calibration, mask), lte)
+        router = router_init.ridge_router(model, params, router_init.rows(calibration, mask), lte)
         if lte.router == "two_layer" and lte.router_activation == "none":
             router = router_init.factored(router, lte.router_rank or router["kernel"].shape[2])
     else:
         router = _started(model, params, calibration, mask, key)
     _check_router(model, router)
-    return _with_ffn(params, {"router": router})
+    params = _with_ffn(params, {"router": router})
+    if not lte.refit:
+        return params
+    if calibration is None:
+        raise UserError(_no_calibration("lte.refit=True", "lte.refit=False"))
+    down_NEMD = refit.down_projections(model, params, router_init.rows(calibration, mask))
+    return _with_ffn(params, {"down": down_NEMD.astype(params["layers"]["ffn"]["down"].dtype)})
 
 
 def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: Array) -> Any:
@@ -160,7 +167,9 @@ def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: 
 
     wanted = abstract_params(model)["layers"]["ffn"]["router"]
     like = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape[1:], row.dtype), wanted)
-    each = processes.spread(_layers(model, params, calibration, mask), of_layer, like)
+    each = processes.spread(
+        router_init.ffn_layers(model, params, calibration, mask), of_layer, like
+    )
     return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
 
 
@@ -171,22 +180,24 @@ def _with_ffn(params: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     return params | {"layers": params["layers"] | {"ffn": ffn}}
 
 
-def _no_calibration(lte: LTEConfig) -> str:
+def _no_calibration(setting: str, other: str = "lte.router_init='normal'") -> str:
     return (
-        f"lte.router_init={lte.router_init!r} fits routers to data: pass calibration token ids "
-        "[rows, length], or choose lte.router_init='normal'"
+        f"{setting} fits weights to data: pass calibration token ids [rows, length], or choose "
+        f"{other}"
     )
 
 
 def _pruned(model: Transformer, params: Any, calibration: Any, mask: Any) -> dict[str, Any]:
     """The parameters with some of the FFN's weights at zero."""
     if calibration is None:
-        raise UserError(_no_calibration(model.lte))
+        raise UserError(_no_calibration(f"lte.router_init={model.lte.router_init!r}"))
     prune, ffn = baselines.PRUNERS[model.lte.router_init], params["layers"]["ffn"]
-    names = [name for name in MATRICES if name in ffn]
+    names = [name for name in router_init.MATRICES if name in ffn]
     like = {name: jax.ShapeDtypeStruct(ffn[name].shape[1:], np.float32) for name in names}
     of_layer = lambda layer: dict(layer.weights) | prune(model.lte, layer)  # noqa: E731
-    each = processes.spread(_layers(model, params, calibration, mask), of_layer, like)
+    each = processes.spread(
+        router_init.ffn_layers(model, params, calibration, mask), of_layer, like
+    )
     left = {name: np.stack([w[name] for w in each]).astype(ffn[name].dtype) for name in names}
     return _with_ffn(params, left)
 
@@ -202,43 +213,6 @@ def _check_router(model: Transformer, router: Mapping[str, Any]) -> None:
             f"lte.router={lte.router!r} with router_bias={lte.router_bias} has "
             f"{', '.join(sorted(wanted))}: choose settings that go together"
         )
-
-
-def _layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> Iterator[Layer]:
-    """The FFN of each layer, on all real calibration tokens; some layers are held at a time."""
-    rows = _rows(calibration, mask)
-    tokens = sum(np.count_nonzero(row["segments"] > 0) for row in rows)
-    if not tokens:
-        raise UserError("mask: all calibration tokens are padding; expected some real ones")
-    config, ffn = model.config, params["layers"]["ffn"]
-    chunk = max(1, COACTIVATION_BYTES // (4 * tokens * (2 * config.d_ff + config.d_model)))
-    for start in range(0, config.num_layers, chunk):
-        layers = range(start, min(start + chunk, config.num_layers))
-        parts = []
-        for row in rows:
-            interrupt.check("while starting routers")
-            real_T = np.asarray(row["segments"]).reshape(-1) > 0
-            found = map(sharding.gathered, router_init.ffn_parts(model, params, row, layers))
-            parts.append([np.asarray(part_NT)[:, real_T] for part_NT in found])
-        x_NTD, gate_NTEM, h_NTEM = (
-            np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
-        )
-        for place, layer in enumerate(layers):
-            weights = {
-                name: np.asarray(sharding.gathered(ffn[name], layer), np.float32)
-                for name in MATRICES
-                if name in ffn
-            }
-            yield Layer(x_NTD[place], gate_NTEM[place], h_NTEM[place], weights, config, layer)
-
-
-def _rows(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray | Array]]:
-    """Token ids [R, L], or a batch of arrays [R, ...], as batches of one row each."""
-    if not isinstance(calibration, Mapping):
-        mask_RL = np.ones(calibration.shape) if mask is None else mask
-        calibration = {"tokens": calibration, "segments": np.asarray(mask_RL, np.int32)}
-    rows = range(len(calibration["tokens"]))
-    return [{name: x[row : row + 1] for name, x in calibration.items()} for row in rows]
 
 
 def to_dense(
@@ -311,7 +285,7 @@ def coactivations(
 ) -> Iterator[Float[np.ndarray, "F F"]]:
     """Yields, layer by layer, the covariance of |h| over the real tokens.
 
-    The data is read row by row, once for as many layers as fit COACTIVATION_BYTES. On babyllama
+    The data is read row by row, once for as many layers as fit router_init.PASS_BYTES. On babyllama
     (experts of 32, the half with the largest sum of |h| kept) the squared error of the FFN outputs,
     relative to their square, was 0.14 with k-means on rows, 0.12 with cosines of h, 0.105 with
     cosines, correlations or top-decile counts of |h|, and 0.104 with this covariance. (Its largest
@@ -327,12 +301,12 @@ def coactivations(
             f"lte.grouping='coactivation': calibration has shape {shape}, expected token ids "
             "[rows, length]; pass some, or choose lte.grouping='kmeans'"
         )
-    rows = _rows(calibration, mask)
+    rows = router_init.rows(calibration, mask)
     num_tokens = sum(np.count_nonzero(row["segments"] > 0) for row in rows)
     if not num_tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     num_layers, d_ff = model.config.num_layers, model.config.d_ff
-    chunk = max(1, COACTIVATION_BYTES // (4 * d_ff**2))
+    chunk = max(1, router_init.PASS_BYTES // (4 * d_ff**2))
     for start in range(0, num_layers, chunk):
         layers = range(start, min(start + chunk, num_layers))
         sums = None

@@ -247,8 +247,8 @@ class _Run:
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
     def _teacher(self, model: Transformer, params: Any) -> Any:
-        """The dense model's parameters, in expert order: the start's, unless that is pruned."""
-        if kind(model.lte and model.lte.routing).keeps_zeros:
+        """The dense model's parameters, in expert order: the start's, if they still are that."""
+        if self.experiment.lte.refit or kind(model.lte and model.lte.routing).keeps_zeros:
             order_NEM = hf.load_expert_order(self.paths.experts)
             params = permute(self._load(self.paths.dense)[1], order_NEM)
         return training_step.teacher_of(params, self.experiment.compute)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from lte_jax import interrupt, processes, sharding
+from lte_jax.baselines import Layer
 from lte_jax.config import LTEConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, forward
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 TOKENS_PER_UNKNOWN = 32  # babyllama at 75%, untrained: perplexity 21.2 of 2, 14.6 of 8, 13.0 of 64
 LEAST_ROWS = 32
+PASS_BYTES = 4 * 2**30  # of arrays of layers held in a pass over the calibration data
+MATRICES = ("gate", "up", "down")  # of layers/ffn: [N, E, M, D]
 BINS = 1024  # of a histogram of logits, over REACH standard deviations on either side of the mean
 REACH = 8.0
 _HIGHEST = jax.lax.Precision.HIGHEST  # by default accelerators round operands of float32 products
@@ -272,6 +275,43 @@ def ffn_parts(model: Transformer, params: Any, batch: Mapping[str, Array], layer
     ffn = sown["intermediates"]["layers"]["ffn"]
     names = ("ffn_input", "gate", "hidden")
     return tuple(_flat(ffn[name][0][layers.start : layers.stop]) for name in names)
+
+
+def ffn_layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> Iterator[Layer]:
+    """The FFN of each layer, on all real calibration tokens; some layers are held at a time."""
+    batches = rows(calibration, mask)
+    tokens = sum(np.count_nonzero(row["segments"] > 0) for row in batches)
+    if not tokens:
+        raise UserError("mask: all calibration tokens are padding; expected some real ones")
+    config, ffn = model.config, params["layers"]["ffn"]
+    chunk = max(1, PASS_BYTES // (4 * tokens * (2 * config.d_ff + config.d_model)))
+    for start in range(0, config.num_layers, chunk):
+        layers = range(start, min(start + chunk, config.num_layers))
+        parts = []
+        for row in batches:
+            interrupt.check("while starting routers")
+            real_T = np.asarray(row["segments"]).reshape(-1) > 0
+            found = map(sharding.gathered, ffn_parts(model, params, row, layers))
+            parts.append([np.asarray(part_NT)[:, real_T] for part_NT in found])
+        x_NTD, gate_NTEM, h_NTEM = (
+            np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
+        )
+        for place, layer in enumerate(layers):
+            weights = {
+                name: np.asarray(sharding.gathered(ffn[name], layer), np.float32)
+                for name in MATRICES
+                if name in ffn
+            }
+            yield Layer(x_NTD[place], gate_NTEM[place], h_NTEM[place], weights, config, layer)
+
+
+def rows(calibration: Any, mask: Any = None) -> list[dict[str, np.ndarray | Array]]:
+    """Token ids [R, L], or a batch of arrays [R, ...], as batches of one row each."""
+    if not isinstance(calibration, Mapping):
+        mask_RL = np.ones(calibration.shape) if mask is None else mask
+        calibration = {"tokens": calibration, "segments": np.asarray(mask_RL, np.int32)}
+    numbers = range(len(calibration["tokens"]))
+    return [{name: x[row : row + 1] for name, x in calibration.items()} for row in numbers]
 
 
 def _flat(a_NBLX: Array) -> Array:

@@ -11,7 +11,7 @@ import pytest
 from tiny import assert_order
 
 import lte_jax
-from lte_jax import clustering, hf, moefication
+from lte_jax import clustering, hf, moefication, router_init
 from lte_jax.config import LTEConfig, ModelConfig, UserError
 from lte_jax.model import Transformer
 
@@ -188,7 +188,7 @@ def test_coactivation_is_the_covariance_of_magnitudes(monkeypatch):
         expected_FF = np.cov(np.abs(h_BLF[mask]), rowvar=False, bias=True)
         np.testing.assert_allclose(covariance_FF, expected_FF, atol=1e-5)
     padded = np.where(mask, tokens, 5)
-    monkeypatch.setattr(moefication, "COACTIVATION_BYTES", 1)  # one layer a pass
+    monkeypatch.setattr(router_init, "PASS_BYTES", 1)  # one layer a pass
     again = list(moefication.coactivations(model, params, padded, mask))
     np.testing.assert_allclose(again, found, rtol=1e-5, atol=1e-7)
 

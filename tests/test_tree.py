@@ -43,6 +43,7 @@ ORDER = {
     "lte_jax.model": 13,
     "lte_jax.objective": 13.5,
     "lte_jax.router_init": 14,
+    "lte_jax.refit": 14.2,
     "lte_jax.clustering": 14.5,
     "lte_jax.moefication": 15,
     "lte_jax.sparsity": 16,

@@ -168,6 +168,7 @@ class LTEConfig(Checked):
     # or at random with a bias that turns all experts on ("open"). Others are of lte_jax/baselines/.
     router_init: RouterStart = "ridge"
     router_init_std: NotNegative = 2.0  # standard deviation of the router logits at the start
+    refit: bool = False  # down projections fitted to what routers leave, before training
     # Records used to group neurons, start routers and, in training, set the final threshold. None:
     # in training at least 32, and 32 tokens for each of a router's D + 1 inputs; in `moefy` all.
     calibration_records: Count | None = None

@@ -24,6 +24,7 @@ class LTESettings(TypedDict, total=False):
     router_bias: bool
     router_init: RouterStart
     router_init_std: float
+    refit: bool
     calibration_records: int | None
     threshold: float
     routing: RoutingName
