@@ -73,11 +73,7 @@ def prepare(
     task = tasks.find(name).adapted(experiment.data) if name else None
     if task is not None and folder == source:
         config = task.dense_config(config)
-    elif task is None and (config.head != "lm" or not config.causal):
-        raise UserError(
-            f"source.path={experiment.source.path!r} is an encoder (family {config.family!r}): set "
-            f"data.task, one of {', '.join(tasks.TASKS)}"
-        )
+    _check_purpose(experiment, config)
     if experiment.source.activation and folder == source:
         config = dataclasses.replace(config, activation=experiment.source.activation)
     _check_sizes(experiment, config, mesh)
@@ -115,9 +111,18 @@ def _check_memory(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
         config = plan.foreseen(experiment)
     except UserError:  # which `_source` tells, after what else it checks
         return
+    _check_purpose(experiment, config)
     for lte in (None, experiment.lte if is_sparse(experiment) else None):
         sharding.param_shardings(abstract_params(Transformer(config, lte)), mesh)
     plan.Plan.of(experiment, config, plan.Devices.at_hand(mesh)).check_memory()
+
+
+def _check_purpose(experiment: Experiment, config: ModelConfig) -> None:
+    if not experiment.data.task and (config.head != "lm" or not config.causal):
+        raise UserError(
+            f"source.path={experiment.source.path!r} is an encoder (family {config.family!r}): set "
+            f"data.task, one of {', '.join(tasks.TASKS)}"
+        )
 
 
 def _tokenizer(experiment: Experiment, task: tasks.Task | None) -> tuple[Any, str]:

@@ -115,10 +115,12 @@ def feed(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[s
     place, rows = batch_sharding(mesh), rows_here(batch_size, mesh)
 
     def array(part: np.ndarray) -> jax.Array:
-        def of_device(index: tuple[slice, ...]) -> np.ndarray:
-            return part[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
-
-        return jax.make_array_from_callback((batch_size, *part.shape[1:]), place, of_device)
+        shape = (batch_size, *part.shape[1:])
+        shards = []
+        for device, index in place.addressable_devices_indices_map(shape).items():
+            own = np.searchsorted(rows, np.arange(batch_size)[index[0]])
+            shards.append(jax.device_put(part[own], device))
+        return jax.make_array_from_single_device_arrays(shape, place, shards)
 
     return {name: array(part) for name, part in batch.items()}
 

@@ -454,7 +454,8 @@ def test_a_process_is_asked_to_stop_and_waited_for(tmp_path, monkeypatch):
     stopping = lambda: log.exists() and "train" in log.read_text()  # noqa: E731
     monkeypatch.setattr(processes.interrupt, "requested", stopping)
     assert processes.train("demo", tmp_path / "run", ["seed=1"]) == 143
-    told = ["train", "--config=demo", f"--workdir={tmp_path / 'run'}", "--config.seed=1"]
+    told = ["train", "--config=demo", "--processes=1", f"--workdir={tmp_path / 'run'}"]
+    told.append("--config.seed=1")
     assert log.read_text() == f"{told}\n"
 
 
