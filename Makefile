@@ -91,8 +91,8 @@ thousand: $(READY)  ## check that 1,000 steps stay finite, also on MODELS=FOLDER
 	$(BIN)/python benchmarks/thousand.py --models='$(MODELS)' --out=runs/thousand
 
 resume: $(READY)  ## check that killed, stopped and full-disk runs resume bit for bit: half an hour
-	LTE_JAX_KILLS=60 LTE_JAX_STOPS=12 LTE_JAX_DISKS=10 LTE_JAX_SWEEPS=1 \
-	  $(BIN)/pytest tests/test_resume.py tests/test_sweep.py
+	LTE_JAX_KILLS=60 LTE_JAX_STOPS=12 LTE_JAX_DISKS=10 LTE_JAX_SWEEPS=1 LTE_JAX_PROCESSES=1 \
+	  $(BIN)/pytest tests/test_resume.py tests/test_sweep.py tests/test_processes.py
 
 fuzz: $(READY)  ## try hostile files, flags and arguments for ten minutes: success or a one-line error
 	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10

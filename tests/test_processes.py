@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = dataclasses.replace(tiny.CONFIG, vocab_size=260, num_kv_heads=4)  # a tensor axis of 4
 ACROSS = MeshConfig(data=1, fsdp=1, tensor=4)  # each process holds half of every matrix, all rows
 ROWS = MeshConfig(data=2, fsdp=2, tensor=1)
+LONG = pytest.mark.skipif(
+    "LTE_JAX_PROCESSES" not in os.environ, reason="whole runs by two processes: `make resume`"
+)
 
 
 @dataclasses.dataclass
@@ -135,6 +138,7 @@ def stops(root: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@LONG
 def test_two_processes_do_what_one_does_with_tensor_across_them(tmp_path):
     made = experiment(tmp_path / "texts", ACROSS)
     group = start(tmp_path, made, tmp_path / "two")
@@ -147,6 +151,7 @@ def test_two_processes_do_what_one_does_with_tensor_across_them(tmp_path):
 
 
 @pytest.mark.slow
+@LONG
 def test_sigterm_to_one_saves_both_and_one_process_goes_on(tmp_path):
     """On another mesh, to what an undisturbed run of one process ends in."""
     made = experiment(tmp_path / "texts", ROWS, steps=40)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lte_jax
-from lte_jax import config, errors, plan, processes
+from lte_jax import config, errors, processes
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -23,12 +23,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     add = parser.add_argument
     add("--workdir", help="folder for checkpoints and results")
     add("--profile", action="store_true", help="trace steps of each stage into WORKDIR/profile")
-    where = f"KIND:NUMBER, of {', '.join(plan.MACHINES)}; alone: the devices at hand"
+    where = "KIND:NUMBER, as in h200:8; alone: the devices at hand"
     add("--plan", nargs="?", const="", metavar="DEVICES", help=f"print the plan and end; {where}")
     processes.add_flags(parser)
     with errors.cli_errors():
         flags, experiment = config.parse_flags(parser, argv)
         if flags.plan is not None:
+            from lte_jax import plan  # with all of training: slow, and it starts to log
+
             return plan.show(experiment, flags.plan)
         if flags.workdir is None:
             parser.error("the following arguments are required: --workdir")

@@ -64,7 +64,7 @@ class Devices:
     @classmethod
     def at_hand(cls, mesh: jax.sharding.Mesh) -> Devices:
         """Those of this mesh."""
-        first = mesh.devices.ravel()[0]
+        first = mesh.local_devices[0]  # others do not tell their memory
         kind = first.device_kind
         machine = next((m for m in MACHINES.values() if re.search(m.kind, kind)), None)
         limit = (first.memory_stats() or {}).get("bytes_limit")
