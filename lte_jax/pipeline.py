@@ -47,7 +47,6 @@ from lte_jax.moefication import add_routers, permute, to_experts
 from lte_jax.plan import Devices, Plan
 from lte_jax.processes import on_first
 from lte_jax.router_init import enough_records
-from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
 from lte_jax.writers import MultiWriter, Writer, writers_of
@@ -237,7 +236,7 @@ class _Run:
             curve = trainer.measure_curve(model, params, *on_text)
             control = SparsityController.start(model.lte, layers, curve)
         distils = any(stage.taught for stage in self.stages())
-        teacher = self._teacher(model, params) if distils else None
+        teacher = self._teacher(params) if distils else None
         for stage in self.stages():
             if stage.sparse:
                 trained = self._fit(model, stage, params, control, teacher)
@@ -246,9 +245,9 @@ class _Run:
         order_NEM = hf.load_expert_order(self.paths.experts)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
-    def _teacher(self, model: Transformer, params: Any) -> Any:
+    def _teacher(self, params: Any) -> Any:
         """The dense model's parameters, in expert order: the start's, if they still are that."""
-        if self.experiment.lte.refit or kind(model.lte and model.lte.routing).keeps_zeros:
+        if not training_step.starts_dense(self.experiment.lte):
             order_NEM = hf.load_expert_order(self.paths.experts)
             params = permute(self._load(self.paths.dense)[1], order_NEM)
         return training_step.teacher_of(params, self.experiment.compute)

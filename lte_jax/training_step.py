@@ -47,6 +47,11 @@ def trained_model(
     return Transformer(config, lte, how.dtype, remat=how.remat, head_tokens=how.head_tokens)
 
 
+def starts_dense(lte: LTEConfig) -> bool:
+    """Whether the first sparse stage starts with the dense model's own weights, its teacher's."""
+    return not (lte.refit or kind(lte.routing).keeps_zeros)
+
+
 def teacher_of(params: Any, compute: ComputeConfig) -> Any:
     """The parameters of a dense model as a teacher holds them; those of that type are not copied.
 

@@ -185,8 +185,11 @@ def test_memory_is_of_a_device(experiment):
     assert whole["gradients"] == whole["parameters"]
     dense, _, adapt = (stage.memory for stage in planned(experiment).stages)
     assert "teacher" not in dense and adapt["moments"] < whole["moments"]  # routers are frozen
-    # The teacher is the router stage's start itself, unless it is in another type.
+    # The teacher is the router stage's start itself, unless that or its type is another.
     assert "teacher" not in whole and adapt["teacher"] == adapt["parameters"]
+    lte = dataclasses.replace(experiment.lte, refit=True)
+    refitted = planned(dataclasses.replace(experiment, lte=lte)).stages[1].memory
+    assert refitted["teacher"] == refitted["parameters"]
     half = dataclasses.replace(experiment, compute=config.ComputeConfig("bfloat16"))
     taught = planned(half).stages[1].memory["teacher"]
     assert taught == pytest.approx(whole["parameters"] / 2, rel=0.05)

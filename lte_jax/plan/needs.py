@@ -16,7 +16,6 @@ from lte_jax.model import Transformer, abstract_params
 from lte_jax.params import is_router
 from lte_jax.plan import step
 from lte_jax.plan.devices import Devices
-from lte_jax.routing import kind
 from lte_jax.sparsity import SparsityController
 
 
@@ -93,8 +92,7 @@ def _teacher(stage: stages.Stage, experiment: Experiment, params: Any, places: A
     """Bytes of the teacher on each device, less what it shares with the stage's start."""
     held = jax.eval_shape(lambda w: training_step.teacher_of(w, experiment.compute), params)
     first = next(s for s in stages.make(experiment.stages, experiment.lte) if s.sparse)
-    pruned = kind(experiment.lte.routing).keeps_zeros
-    shares = first.name == stage.name and not pruned
+    shares = first.name == stage.name and training_step.starts_dense(experiment.lte)
     leaves = zip(*map(jax.tree.leaves, (params, held, places)), strict=True)
     own = (x for x in leaves if not (shares and x[0].dtype == x[1].dtype))
     return sum(size(place.shard_shape(leaf.shape), leaf.dtype) for _, leaf, place in own)
