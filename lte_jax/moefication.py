@@ -133,9 +133,25 @@ def add_routers(
     """
     lte, key = model.lte, jax.random.key(seed)
     if lte.router_init in baselines.PRUNERS:
+        if lte.refit:
+            raise UserError(
+                f"lte.refit=True: lte.router_init={lte.router_init!r} prunes weights and has no "
+                "experts to skip; set lte.refit=False"
+            )
         return _pruned(model, params, calibration, mask)
-    if lte.router == "none":
+    if lte.router != "none":
+        params = _with_ffn(params, {"router": _router(model, params, calibration, mask, key)})
+    if not lte.refit:
         return params
+    if calibration is None:
+        raise UserError(_no_calibration("lte.refit=True", "lte.refit=False"))
+    down_NEMD = refit.down_projections(model, params, router_init.rows(calibration, mask))
+    return _with_ffn(params, {"down": down_NEMD.astype(params["layers"]["ffn"]["down"].dtype)})
+
+
+def _router(model: Transformer, params: Any, calibration: Any, mask: Any, key: Array) -> Any:
+    """Routers, started as `model.lte.router_init` says."""
+    lte = model.lte
     if lte.router_init in ("normal", "open"):
         router = router_init.random_router(key, model.config, lte)
     elif calibration is None:
@@ -147,13 +163,7 @@ def add_routers(
     else:
         router = _started(model, params, calibration, mask, key)
     _check_router(model, router)
-    params = _with_ffn(params, {"router": router})
-    if not lte.refit:
-        return params
-    if calibration is None:
-        raise UserError(_no_calibration("lte.refit=True", "lte.refit=False"))
-    down_NEMD = refit.down_projections(model, params, router_init.rows(calibration, mask))
-    return _with_ffn(params, {"down": down_NEMD.astype(params["layers"]["ffn"]["down"].dtype)})
+    return router
 
 
 def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: Array) -> Any:

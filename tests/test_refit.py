@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import hf, refit, router_init, trainer
+from lte_jax import baselines, hf, refit, router_init, trainer
 from lte_jax.errors import UserError
 
 TOKENS = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (12, 24))
@@ -85,7 +85,20 @@ def test_layers_in_turn_are_layers_at_once(monkeypatch):
     np.testing.assert_allclose(*(p["layers"]["ffn"]["down"] for p in (at_once, in_turn)), atol=1e-6)
 
 
+def test_choices_without_a_router():
+    lte = {"router": "none", "routing": "oracle_experts", "router_init": "normal"}
+    dense, params, _, plain = made(**lte)
+    model, fitted = made(refit=True, **lte)[2:]
+    logits, before, after = (
+        np.asarray(lte_jax.apply(m, p, TOKENS).logits)
+        for m, p in ((dense, params), (model, plain), (model, fitted))
+    )
+    assert np.mean((after - logits) ** 2) < 0.9 * np.mean((before - logits) ** 2)
+
+
 def test_bad_input():
+    with pytest.raises(UserError, match=r"lte\.refit=True: lte\.router_init='wanda' prunes"):
+        made(refit=True, **{k[4:]: v for k, v in baselines.METHODS["wanda"].settings.items()})
     with pytest.raises(UserError, match=r"lte\.refit: no expert of layer 0 runs for any"):
         made(refit=True, router_init="normal", router_init_std=0.0, threshold=0.6)
     with pytest.raises(UserError, match=r"lte\.refit=True fits weights to data"):
