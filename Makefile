@@ -14,7 +14,7 @@ READING = $(shell grep -lE 'hf_models|shared / ' tests/test_*.py)
 OPTIMISED := $(patsubst %,tests/test_%.py,kernels model decoding)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check test-optimised test-sources lint docs format bench tinystories comparison \
+.PHONY: help env demo test check long test-optimised test-sources lint docs format bench tinystories comparison \
   thousand resume fuzz journeys blocks mutants clean
 
 help:  ## this list
@@ -37,14 +37,17 @@ demo: $(READY)  ## train a small dense model and make it sparse: four minutes
 
 # Most of their time is compiling, of which a sixth is left without optimisation, with the older
 # emitters of fused loops and each program in one piece. `make test XLA_FLAGS=` optimises fully.
-test check test-optimised blocks mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
+test check long test-optimised blocks mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0 \
   --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters \
   --xla_cpu_parallel_codegen_split_count=1
 test: $(READY)  ## run the fast tests, which are nearly all
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 check: $(READY)  ## run the slow tests: whole runs, killed runs, fuzzing
-	$(BIN)/pytest $(PARALLEL) -m slow
+	$(BIN)/pytest $(PARALLEL) -m "slow and not long"
+
+long: $(READY)  ## run the tests of a minute and more: journeys made small, forgetting, 64 bits
+	$(BIN)/pytest $(PARALLEL) -m long
 
 test-optimised: $(READY)  ## run the fast tests; kernels, model and decoding fully optimised
 	$(BIN)/pytest $(PARALLEL) -m "not slow" $(addprefix --ignore=,$(OPTIMISED))

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_step_ends_as_it_should():
     command = [sys.executable, "tests/journeys", "--here"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

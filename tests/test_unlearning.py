@@ -54,6 +54,7 @@ def of_the_end(model, params, texts, end, threshold=None) -> tuple[float, float]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_in_training_goes_on_knowing_where_a_story_ends(shared, tmp_path):
     """stories260k expects the next story's <s>, and too often: 1.2 times a story where none is.
 

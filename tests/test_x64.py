@@ -117,6 +117,7 @@ SUBSET = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_part_of_the_suite(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
     command += ["-k", " or ".join(SUBSET.values()), f"--junitxml={tmp_path / 'ran.xml'}"]
