@@ -1,20 +1,24 @@
 """The cost of learning to be sparse: time of a router-stage step over that of dense fine-tuning.
 
     python benchmarks/learning.py            (D 512, F 2048, E 64, N 8; 8 rows of 256 tokens)
+    python benchmarks/learning.py --torch    # beside transformers on PyTorch, the same dense model
 
 Steps are timed in turn, so that other load on the machine affects all alike; the ratio is that of
 medians. The forward pass of the dense model that the preset `ours` distils from is due to the loss,
-not to routing, so there is a row without it.
+not to routing, so there is a row without it. PyTorch (which no extra installs) has as many
+threads as there are cores, AdamW with one kernel for all parameters, and clips gradients, as we do.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -23,7 +27,7 @@ import jax.numpy as jnp
 
 from lte_jax import optim, stages, training_step
 from lte_jax.config import PRESETS, LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
-from lte_jax.errors import cli_errors
+from lte_jax.errors import UserError, cli_errors
 from lte_jax.model import Transformer
 from lte_jax.sparsity import SparsityController
 
@@ -59,12 +63,50 @@ def prepare(name: str, lte: LTEConfig):
     return run
 
 
+def prepare_torch() -> Callable[[], float]:
+    """Likewise, of dense fine-tuning by transformers on PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError("--torch: PyTorch is not installed: pip install torch") from None
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    c = CONFIG
+    shapes = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=c.d_ff,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        max_position_embeddings=c.max_length,
+    )
+    model = LlamaForCausalLM(shapes).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, c.vocab_size, (8, 256))
+
+    def run() -> float:
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
 @cli_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--torch", action="store_true", help="time transformers on PyTorch, too")
     flags = parser.parse_args()
     ours = dataclasses.replace(PRESETS["ours"], expert_size=32)
     paper = dataclasses.replace(PRESETS["paper"], expert_size=32)
@@ -72,10 +114,12 @@ def main() -> None:
         "dense fine-tuning": prepare("finetune", ours),
         "router stage, preset paper (soft)": prepare("router", paper),
         "router stage, preset ours, no distillation": prepare(
-            "router", dataclasses.replace(ours, distill_weight=0.0)
+            "router", dataclasses.replace(ours, distill_weight=0.0, hidden_distill_weight=0.0)
         ),
         "router stage, preset ours": prepare("router", ours),
     }
+    if flags.torch:
+        rows["dense fine-tuning, transformers on PyTorch"] = prepare_torch()
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(flags.rounds):
         for name, run in rows.items():

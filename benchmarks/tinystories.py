@@ -66,7 +66,7 @@ def runs(router_steps: int, adapt_steps: int, every_target: bool) -> Iterator[Ru
         frozen = (
             "stages.router.steps=0",
             f"stages.adapt.steps={steps}",
-            "stages.adapt.learning_rate=5e-4",
+            "stages.adapt.learning_rate=1e-3",
         )
         baseline = (f"stages.finetune.steps={steps}", "stages.finetune.learning_rate=1e-4")
         yield Run(
@@ -229,8 +229,8 @@ def main() -> None:
     )
     add_models_to(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/tinystories-table"))
-    parser.add_argument("--router-steps", type=int, default=240)
-    parser.add_argument("--adapt-steps", type=int, default=60)
+    parser.add_argument("--router-steps", type=int, default=270)
+    parser.add_argument("--adapt-steps", type=int, default=30)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a core each")
     parser.add_argument("--all", action="store_true", help="frozen routers at every target")
     flags = parser.parse_args()

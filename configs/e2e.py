@@ -92,7 +92,7 @@ def _from_scratch(c, scratch):
     c.optim.microbatches = 2  # four rows at a time stay in a core's cache
     c.lte.expert_size = 8
     # No distillation: the dense model has learned too little to teach. So it is left early, too.
-    c.lte.distill_weight = 0.0
+    c.lte.distill_weight, c.lte.hidden_distill_weight, c.lte.refit = 0.0, 0.0, False
     c.stages.finetune.steps, c.stages.finetune.learning_rate = 300, 2e-3
     c.stages.router.steps, c.stages.router.learning_rate = 300, 2e-3
     c.stages.router.router_lr_multiplier = 2.0

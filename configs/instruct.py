@@ -80,6 +80,7 @@ def _small(c):
     c.data.max_validation_records = 100
     c.optim.microbatches = 2  # four rows at a time stay in a core's cache
     c.lte.expert_size = 8
+    c.lte.hidden_distill_weight, c.lte.refit = 0.0, False
     c.lte.distill_weight = 0.0  # as in configs/e2e.py: the dense model still learns
     c.stages.finetune.steps, c.stages.finetune.learning_rate = 80, 5e-4
     c.stages.router.steps, c.stages.router.learning_rate = 110, 5e-4

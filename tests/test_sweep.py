@@ -295,12 +295,15 @@ def test_an_ablation_changes_one_thing(tmp_path):
         if run.seed or run.method.startswith(("dense", "ours")):
             continue
         names.append(run.method)
-        theirs = dataclasses.replace(run.experiment, lte=ours.lte, stages=ours.stages)
-        assert theirs == ours and (run.experiment.stages != ours.stages) == ("longer" in run.method)
+        same = {"lte": ours.lte, "stages": ours.stages, "optim": ours.optim}
+        assert dataclasses.replace(run.experiment, **same) == ours
+        assert (run.experiment.optim != ours.optim) == (run.method == "AdamW")
+        other = run.method in ("shorter router stage", "AdamW")
+        assert (run.experiment.stages != ours.stages) == other
         before, after = (dataclasses.asdict(e.lte) for e in (ours, run.experiment))
         changed = {key for key in before if before[key] != after[key]}
         allowed = [keys for start, keys in TOGETHER.items() if run.method.startswith(start)]
-        assert changed <= allowed[0] if allowed else len(changed) == ("longer" not in run.method)
+        assert changed <= allowed[0] if allowed else len(changed) == (not other)
     assert len(names) == len(runs) / 3 - 3
 
 

@@ -4,36 +4,47 @@
         --config.source.path=FOLDER
 
 FOLDER holds babyllama, as for configs/sweeps/tinystories.py. Each method of lte_jax/baselines/ has
-a row in which the model adapts to it with as many steps as LTE takes and the same teacher, and, if
-it needs no training, one as it is published. MoEfication starts from a model with ReLU, fine-tuned.
-"ours" is the preset `ours`. "paper's losses, our controller" is the preset `paper`, its guard 0.25,
-with one rate for routers and model; but our controller moves its weight eta, so that sparsities
-match. What fixed etas give is searched by configs/sweeps/paper.py.
+a row in which the model adapts to it with as many steps as LTE takes, and what else LTE has: the
+teacher, the distance of hidden states, the optimizer, down projections refitted before the first
+step (where weights are not pruned). What differs is how experts or neurons are chosen. A method
+that needs no training has a row as it is published, too. MoEfication starts from a model with
+ReLU, fine-tuned. "ours" is the preset `ours`. "paper's losses, our controller" is the preset
+`paper`, its guard 0.25, with AdamW and one rate for routers and model; but our controller moves its
+weight eta, so that sparsities match. What fixed etas give is searched by configs/sweeps/paper.py.
 
-Cost:   not measured; 309 runs, of three minutes on one core if they train.
+":rates" is another grid, which chose RATES: every row that trains, at two learning rates, at 75%,
+one seed, on held-out training stories, which no other grid reports.
+
+Cost:   not measured; 309 runs, of three minutes on one core if they train. ":rates": 47.
 Expect: not measured.
 
-Variants: ":quick" (`make comparison`), all methods at one target with one seed, 30 steps in place
-of 300 and 64 records of validation text: shows what is far apart, the rest is noise. Estimated, not
-measured: 39 runs, a quarter of an hour on two cores. ":smoke", one target, a few steps (a test).
+Variants: ":rates"; ":quick" (`make comparison`), all methods at one target with one seed, 30 steps
+in place of 300 and 64 records of validation text: shows what is far apart, the rest is noise.
+Estimated, not measured: 39 runs, a quarter of an hour on two cores. ":smoke", one target, a few
+steps (a test).
 """
 
 from lte_jax import baselines, config
 
 NO_EXPERTS = ("stages.router.steps=0", "stages.adapt.steps=0")
 # One step at a rate of 0: a run without steps would end with the dense model.
-UNTRAINED = ("stages.adapt.steps=1", "stages.adapt.learning_rate=0.0")
-PAPER = (*config.preset("paper"), "stages.router.router_lr_multiplier=1.0")
+UNTRAINED = ("stages.adapt.steps=1", "stages.adapt.learning_rate=0.0", "lte.refit=False")
+# AdamW's rate as in configs/tinystories.py:paper.
+PAPER = (*config.preset("paper"), "stages.router.router_lr_multiplier=1.0", "optim.name=adamw")
+PAPER += ("stages.router.learning_rate=5e-4", "lte.separability_eps=0.25")
 RANK = 32  # of Deja Vu's predictors: a quarter of babyllama's width
+TRIED = (7e-4, 2e-3)  # peak learning rates
+RATES = {}  # name of a method -> the better of those; not listed: 1e-3
+FINETUNE = "fine-tuning"  # in RATES
 
 
 def get_sweep(arg=""):
-    words = config.variants(arg, "quick", "smoke")
-    smoke, quick = "smoke" in words, "quick" in words
+    words = config.variants(arg, "rates", "quick", "smoke")
+    smoke, quick, rates = ("smoke" in words, "quick" in words, "rates" in words)
     steps = 8 if smoke else 30 if quick else 300  # of the router stage and of adaptation together
-    tuned = ("stages.finetune.learning_rate=1e-4", f"stages.finetune.steps={steps}")
     spared = ("sample_tokens=0", "latency_rounds=0", "eval_every=1000", "checkpoint.keep_last=1")
     spared += ("checkpoint.keep_best=0", "checkpoint.keep_finished=False")
+    spared += ("data.validation=",) if rates else ()  # validates on a part of the training text
     if not smoke:
         spared += (f"data.max_validation_records={64 if quick else 2000}",)
     if quick and not smoke:
@@ -42,35 +53,73 @@ def get_sweep(arg=""):
         config=f"configs/tinystories.py:babyllama{',smoke' * smoke}",
         methods={
             "dense, untouched": config.Row(NO_EXPERTS, targets=()),
-            "dense, fine-tuned": config.Row((*NO_EXPERTS, *tuned), targets=()),
-            "dense, ReLU": config.Row((*NO_EXPERTS, *tuned, "source.activation=relu"), targets=()),
-            "ours": config.Row(),
-            "paper's losses, our controller": config.Row((*PAPER, "lte.separability_eps=0.25")),
-            **dict(row for method in baselines.METHODS.values() for row in rows(method, steps)),
+            "dense, fine-tuned": config.Row(finetuned(steps), targets=()),
+            "dense, ReLU": config.Row((*finetuned(steps), "source.activation=relu"), targets=()),
+            **(trials(steps) if rates else compared(steps)),
         },
-        targets=(0.5,) if smoke else (0.75,) if quick else (0.5, 0.75, 0.9),
+        targets=(0.5,) if smoke else (0.75,) if quick or rates else (0.5, 0.75, 0.9),
         seeds=(0,) if words else (0, 1, 2),
         overrides=spared,
-        reference="ours",
+        reference="" if rates else "ours",
     )
 
 
-def rows(method, steps):
-    """Name and row of each way to run a method."""
+def finetuned(steps, rate=None):
+    """The overrides of dense fine-tuning."""
+    rate = rate or RATES.get(FINETUNE, 1e-4)
+    return (*NO_EXPERTS, f"stages.finetune.steps={steps}", f"stages.finetune.learning_rate={rate}")
+
+
+def compared(steps):
+    """The rows of the table."""
+    rows = {"ours": config.Row(), "paper's losses, our controller": config.Row(PAPER)}
+    for method in baselines.METHODS.values():
+        rows[method.title] = adapted(method, steps, RATES.get(method.name, 1e-3))
+        if not method.trains_router:
+            rows[f"{method.title}, untrained"] = untrained(method)
+    return rows
+
+
+def trials(steps):
+    """The rows that RATES are chosen by."""
+    rows = {}
+    for rate in TRIED:
+        rows[f"{FINETUNE}, {rate / 10:g}"] = config.Row(finetuned(steps, rate / 10), targets=())
+        rows[f"ours, {rate:g}"] = config.Row(learned(rate))
+        for method in baselines.METHODS.values():
+            rows[f"{method.name}, {rate:g}"] = adapted(method, steps, rate)
+    return rows
+
+
+def learned(rate):
+    """The overrides of a peak rate where routers learn: theirs, 2.8e-3, stays."""
+    own = (f"stages.router.learning_rate={rate}", f"stages.adapt.learning_rate={0.3 * rate:g}")
+    return (*own, f"stages.router.router_lr_multiplier={2.8e-3 / rate:g}")
+
+
+def adapted(method, steps, rate):
+    """The row of a method to which the model adapts."""
+    if method.trains_router:
+        return row(method, *learned(rate))
+    frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}")
+    return row(method, *frozen, f"stages.adapt.learning_rate={rate}")
+
+
+def untrained(method):
+    """The row of a method as it is published."""
+    return row(method, "stages.router.steps=0", *UNTRAINED)
+
+
+def row(method, *more):
+    """A row with a method's settings and more overrides."""
     settings = {**method.settings}
     if method.name == "deja_vu":
         settings["lte.router_rank"] = RANK
     own = tuple(f"{key}={value}" for key, value in settings.items())
-    more = {"oracle": method.oracle}
-    if method.name.startswith("moefication"):
-        more["after"] = "dense, ReLU"
-    if any(part in method.name for part in ("2_4", "4_8")):
-        more["targets"] = (0.5,)
-    if method.trains_router:
-        yield method.title, config.Row(own, **more)
-        return
-    frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}")
-    frozen += ("stages.adapt.learning_rate=5e-4",)
-    yield method.title, config.Row((*own, *frozen), **more)
-    untrained = (*own, "stages.router.steps=0", *UNTRAINED)
-    yield f"{method.title}, untrained", config.Row(untrained, **more)
+    pairs = any(part in method.name for part in ("2_4", "4_8"))
+    return config.Row(
+        (*own, *more),
+        targets=(0.5,) if pairs else None,
+        after="dense, ReLU" if method.name.startswith("moefication") else "",
+        oracle=method.oracle,
+    )

@@ -24,7 +24,7 @@ def get_sweep(arg=""):
     steps = 8 if smoke else 300  # of the router stage and of adaptation together
     tuned = ("stages.finetune.learning_rate=1e-4", f"stages.finetune.steps={steps}")
     frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}")
-    frozen += ("stages.adapt.learning_rate=5e-4",)
+    frozen += ("stages.adapt.learning_rate=1e-3",)
     random = ("lte.router_init=normal", "lte.routing=top_k")
     # No sample and no timing, little validation on the way, and one checkpoint, which goes.
     spared = ("sample_tokens=0", "latency_rounds=0", "eval_every=1000", "checkpoint.keep_last=1")

@@ -91,7 +91,12 @@ def _method(name: str, title: str, group: tuple[int, int] | None) -> Method:
         name,
         title,
         "Sun et al. 2023",
-        {"lte.router": "none", "lte.router_init": name, "lte.routing": "pruned"},
+        {
+            "lte.router": "none",
+            "lte.router_init": name,
+            "lte.routing": "pruned",
+            "lte.refit": False,
+        },
         routings={"pruned": Pruned},
         pruners={name: pruner(group)},
     )

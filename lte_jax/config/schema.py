@@ -151,7 +151,7 @@ class ModelConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class LTEConfig(Checked):
-    """Experts, routers and the losses that train them. The defaults are the preset `ours`."""
+    """Experts, routers and the losses that train them; `PRESETS` (experts.py) has whole recipes."""
 
     expert_size: Count = 32  # M: neurons per expert, a divisor of d_ff; 32 in the paper
     # How neurons are grouped: by similar rows of the first matrix ("kmeans", as in the paper), by
