@@ -91,8 +91,7 @@ class Transformer(nn.Module):
         w = reading.Slice(declare(self, config, lte, "", without="layers"), dtype, drop=drop)
         block = Block
         if self.remat:
-            policy = None if self.remat is True else getattr(jax.checkpoint_policies, self.remat)
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
+            block = nn.remat(Block, prevent_cse=False, policy=_policy(self.remat))
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -111,6 +110,15 @@ def forward(model: Transformer, params: Any, batch: Mapping[str, Any], **options
     if "labels" in batch:
         options["texts"] = batch["labels"].shape[1]
     return model.apply({"params": params}, batch["tokens"], **options)
+
+
+def _policy(remat: Any) -> Callable[..., Any] | None:
+    """What the backward pass need not compute again; None: that is all."""
+    if remat is True:
+        return None
+    policies = jax.checkpoint_policies
+    products = policies.save_only_these_names(reading.NEURONS)  # matrix products, too
+    return policies.save_from_both_policies(getattr(policies, remat), products)
 
 
 def _dropout(module: Transformer | Block) -> Callable[[Array], Array]:

@@ -98,7 +98,8 @@ def test_choices_without_a_router():
 
 def test_bad_input():
     with pytest.raises(UserError, match=r"lte\.refit=True: lte\.router_init='wanda' prunes"):
-        made(refit=True, **{k[4:]: v for k, v in baselines.METHODS["wanda"].settings.items()})
+        wanda = {k[4:]: v for k, v in baselines.METHODS["wanda"].settings.items()}
+        made(**wanda | {"refit": True})
     with pytest.raises(UserError, match=r"lte\.refit: no expert of layer 0 runs for any"):
         made(refit=True, router_init="normal", router_init_std=0.0, threshold=0.6)
     with pytest.raises(UserError, match=r"lte\.refit=True fits weights to data"):
