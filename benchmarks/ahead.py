@@ -73,16 +73,22 @@ class Program(NamedTuple):
 def topology(words: str) -> list[Any]:
     """Devices as "h200:8" or "v5p:64"; they can be compiled for, not used."""
     kind, _, number = words.partition(":")
+    if kind not in ("h200", *TPU) or not (number or "1").isdigit():
+        raise UserError(f"--devices={words}: expected h200 or one of {', '.join(TPU)}, as h200:8")
     count = int(number or 1)
-    if kind == "h200":
-        how = {"target_config": H200, "topology": f"1x1x{count}"}
-        return topologies.get_topology_desc("", "cuda", **how).devices
-    if kind not in TPU:
-        raise UserError(f"--devices={words}: expected h200 or one of {', '.join(TPU)}")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # else it looks for its host
-    axes = TPU[kind].count("{}")
-    sides = [2 ** ((count.bit_length() - 1 + axis) // axes) for axis in range(axes)]
-    return topologies.get_topology_desc(TPU[kind].format(*sides), "tpu").devices
+    try:
+        if kind == "h200":
+            how = {"target_config": H200, "topology": f"1x1x{count}"}
+            return topologies.get_topology_desc("", "cuda", **how).devices
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # else it looks for its host
+        axes = TPU[kind].count("{}")
+        sides = [2 ** ((count.bit_length() - 1 + axis) // axes) for axis in range(axes)]
+        return topologies.get_topology_desc(TPU[kind].format(*sides), "tpu").devices
+    except RuntimeError as error:  # NotImplementedError is one
+        raise UserError(
+            f"--devices={words}: no compiler for them ({error}): expected its packages in a folder "
+            "of PYTHONPATH, see --help"
+        ) from None
 
 
 def placed(tree: Any, shardings: Any) -> Any:

@@ -11,8 +11,10 @@ import pytest
 from tiny import model_and_params
 
 import lte_jax
-from lte_jax import data
+from lte_jax import config, data, sharding
 
+KINDS = ("step", "validation")
+SMALL = ("source.path=", "compute.dtype=float32")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -39,6 +41,23 @@ def measured(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert "GB/s" in done.stdout
     return files
+
+
+@pytest.mark.slow
+def test_programs_ahead_of_time():
+    """Of a small run, for the devices at hand; without others' compiler a line says what to do."""
+    ahead = runpy.run_path(str(ROOT / "benchmarks/ahead.py"))
+    experiment = config.load_config(str(ROOT / "configs/llama7b.py:smoke"), SMALL)
+    mesh = sharding.make_mesh(experiment.mesh)
+    programs = [*ahead["preparation"](experiment, mesh), *ahead["steps"](experiment, mesh)]
+    names = [program.name for program in programs]
+    start = ["grouping", "routers, products", "routers, quantiles", "down projections"]
+    stages = [f"{kind} of {s}" for s in ("finetune", "router", "adapt") for kind in KINDS]
+    assert names == [*start, *stages]
+    row = ahead["measured"](programs[names.index("step of router")], mesh)
+    assert 0.5 < float(row["plan"]) < 2 and "all-gather" in row["collectives"]
+    done = run("ahead.py", "--config=configs/llama7b.py:smoke")
+    assert done.returncode == 2 and "error: --devices=h200:8: no compiler" in done.stderr
 
 
 @pytest.mark.slow
