@@ -41,11 +41,13 @@ def get_config(arg=""):
     c.stages.router.steps = 270
     c.stages.router.learning_rate = 1e-3
     c.stages.router.router_lr_multiplier = 2.8
+    c.stages.router.final_lr_ratio = 0.25
     c.stages.adapt.steps = 30
     c.stages.adapt.learning_rate = 3e-4
     c.optim.name = "muon"
     if "paper" in words:
-        c.stages.router.learning_rate, c.optim.name = 5e-4, "adamw"
+        c.stages.router.learning_rate, c.stages.router.final_lr_ratio = 5e-4, 0.1
+        c.stages.router.router_lr_multiplier, c.optim.name = 1.0, "adamw"
     c.optim.microbatches = 4  # two rows at a time stay in a core's cache: a sixth faster
     c.checkpoint.every = 100
 

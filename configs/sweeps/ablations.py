@@ -44,7 +44,7 @@ VALUES = {
 }
 # With its best rate (docs/log.md, 2026-11-30); the routers' is that of `ours`.
 ADAMW = ("optim.name=adamw", "stages.router.learning_rate=7e-4", "stages.adapt.learning_rate=1e-4")
-ADAMW += ("stages.router.router_lr_multiplier=4.0",)
+ADAMW += ("stages.router.router_lr_multiplier=4.0", "stages.router.final_lr_ratio=0.1")
 GUARDS = (0.01, 0.25)  # of the separability loss, which is at most 1 / guard
 ETAS = (0.25, 0.5, 1.0, 2.0)
 

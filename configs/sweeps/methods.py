@@ -31,7 +31,8 @@ NO_EXPERTS = ("stages.router.steps=0", "stages.adapt.steps=0")
 UNTRAINED = ("stages.adapt.steps=1", "stages.adapt.learning_rate=0.0", "lte.refit=False")
 # AdamW's rate as in configs/tinystories.py:paper.
 PAPER = (*config.preset("paper"), "stages.router.router_lr_multiplier=1.0", "optim.name=adamw")
-PAPER += ("stages.router.learning_rate=5e-4", "lte.separability_eps=0.25")
+PAPER += ("stages.router.learning_rate=5e-4", "stages.router.final_lr_ratio=0.1")
+PAPER += ("lte.separability_eps=0.25",)
 RANK = 32  # of Deja Vu's predictors: a quarter of babyllama's width
 TRIED = (7e-4, 2e-3)  # peak learning rates
 RATES = {}  # name of a method -> the better of those; not listed: 1e-3
