@@ -135,7 +135,9 @@ class Largest(Routing):
 
 def largest(x_BE: Float[Array, "*B E"], count: int) -> Active:
     """True at the `count` largest values of each row; ties go to the lowest index."""
-    return first_largest(x_BE, jax.lax.top_k(x_BE, count)[0][..., -1:], count)
+    # Not the last of them: on a CPU, XLA makes a slice of them a sort of everything.
+    least_B1 = jnp.min(jax.lax.top_k(x_BE, count)[0], axis=-1, keepdims=True)
+    return first_largest(x_BE, least_B1, count)
 
 
 def first_largest(

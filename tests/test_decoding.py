@@ -10,7 +10,7 @@ import pytest
 from random_models import PROMPTS, make
 
 from lte_jax.errors import UserError
-from lte_jax.generation import generate
+from lte_jax.generation import decoding, generate
 from lte_jax.generation.decoding import Decoder
 from lte_jax.kernels import unavailable
 from lte_jax.model import Transformer
@@ -103,6 +103,30 @@ def test_top_k_and_top_p_keep_what_they_say():
     assert kept(top_p=0.75) == {1, 3, 4}  # 0.4 + 0.3 < 0.75
     assert kept(top_p=0.75, top_k=4) == {1, 3, 4}  # 0.7 / 0.95 < 0.75
     assert kept(top_p=0.75, top_k=3) == {1, 3}  # 0.7 / 0.85 > 0.75
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.1])  # some hundred tokens have 0.9, or nearly all
+def test_top_p_of_a_large_vocabulary_is_the_fewest_tokens(spread):
+    """By NumPy; ties, of which the lowest ids stay, are there as well."""
+    rng = np.random.default_rng(0)
+    logits_BV = (spread * rng.normal(size=(2, 5000))).round(2).astype(np.float32)
+    allowed = Decoder.of(*make(), temperature=1.0, top_p=0.9).allowed_logits(jnp.asarray(logits_BV))
+    numbers = []
+    for row_V, got_V in zip(logits_BV.astype(np.float64), np.isfinite(allowed), strict=True):
+        order_V = np.argsort(-row_V, kind="stable")
+        probs_V = np.exp(row_V[order_V]) / np.exp(row_V).sum()
+        numbers.append(1 + np.searchsorted(np.cumsum(probs_V), 0.9))
+        assert set(np.flatnonzero(got_V)) == set(order_V[: numbers[-1]])
+    assert (max(numbers) < decoding.LIKELIEST) == (spread > 1) and min(numbers) > 100
+
+
+def test_a_large_vocabulary_is_not_sorted():
+    logits_BV = jax.ShapeDtypeStruct((1, 50_000), jnp.float32)
+    for limit, sorts in ({"top_k": 50}, 0), ({"top_p": 0.9}, 1):
+        allowed = jax.jit(Decoder.of(*make(), temperature=1.0, **limit).allowed_logits)
+        text = allowed.lower(logits_BV).compile().as_text()
+        main = text[text.index("\nENTRY") :]
+        assert text.count(" sort(") == sorts and " sort(" not in main and "TopK" in main
 
 
 def test_seed_and_place_decide_a_sampled_text():

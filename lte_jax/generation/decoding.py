@@ -23,6 +23,7 @@ from lte_jax.kernels import resolve
 from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.selection import Routing, first_largest, largest
 
+LIKELIEST = 1024  # tokens among which top_p is looked for first
 _BUCKET = 32  # numbers of tokens are rounded up to multiples of this, to compile fewer programs
 _static = functools.partial(flax.struct.field, pytree_node=False)
 
@@ -204,15 +205,35 @@ class Decoder:
         if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
             logits_BV = jnp.where(largest(logits_BV, self.top_k), logits_BV, -jnp.inf)
         if self.nucleus:
-            sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-            probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-            before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # mass of all likelier tokens
-            count_B1 = jnp.sum(before_BV < self.top_p, axis=-1, keepdims=True, dtype=jnp.int32)
-            count_B1 = jnp.maximum(count_B1, 1)  # a tiny top_p is 0 in float32
-            least_B1 = jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)
-            kept_BV = first_largest(logits_BV, least_B1, count_B1)
+            kept_BV = first_largest(logits_BV, *_nucleus(logits_BV, self.top_p))
             logits_BV = jnp.where(kept_BV, logits_BV, -jnp.inf)
         return logits_BV
+
+
+def _nucleus(logits_BV: Array, top_p: Array) -> tuple[Array, Array]:
+    """The smallest logit among the fewest that have probability top_p together; their number.
+
+    A sort of a large vocabulary takes as long as some layers: it is done only if the LIKELIEST
+    tokens have too little.
+    """
+    total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+
+    def fewest(sorted_BC: Array) -> tuple[Array, Array, Array]:
+        probs_BC = jnp.exp(sorted_BC - total_B1)
+        sums_BC = jnp.cumsum(probs_BC, axis=-1)
+        before_BC = sums_BC - probs_BC  # mass of all likelier tokens
+        count_B1 = jnp.sum(before_BC < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
+        count_B1 = jnp.maximum(count_B1, 1)  # a tiny top_p is 0 in float32
+        least_B1 = jnp.take_along_axis(sorted_BC, count_B1 - 1, axis=-1)
+        return least_B1, count_B1, jnp.all(sums_BC[:, -1] >= top_p)
+
+    def of_all() -> tuple[Array, Array]:
+        return fewest(jnp.sort(logits_BV, axis=-1, descending=True))[:2]
+
+    if logits_BV.shape[-1] <= LIKELIEST:
+        return of_all()
+    least_B1, count_B1, enough = fewest(jax.lax.top_k(logits_BV, LIKELIEST)[0])
+    return jax.lax.cond(enough, lambda: (least_B1, count_B1), of_all)
 
 
 def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]:
