@@ -72,7 +72,7 @@ def _between(lte: LTEConfig, sparsity: float) -> float | tuple[float, ...]:
 
 
 PRESETS: Mapping[str, LTEConfig] = {
-    # What won (docs/log.md, 2026-11-30). Both need a dense model beside the sparse one,
+    # What won on two models (docs/log.md). Both need a dense model beside the sparse one,
     # or calibration text, so they are not the defaults of `lte_jax.moefy`.
     "ours": LTEConfig(refit=True, hidden_distill_weight=4.0),
     # The paper's settings (section 5.1), except for the guard of Eq. 5. It does not state the
