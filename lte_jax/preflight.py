@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lte_jax import data, files, hf, plan, sharding, stages, tasks
-from lte_jax.config import Experiment, ModelConfig, num_experts
+from lte_jax.config import Experiment, MeshConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
 from lte_jax.hf.folder import COMPANIONS
@@ -79,23 +79,17 @@ def prepare(
     _check_sizes(experiment, config, mesh)
     tokenizer, named = _tokenizer(experiment, task)
     _check_sample(experiment, config, tokenizer)
-
-    def load() -> tuple[Transformer, Any]:  # the dense model, for inference
-        model = Transformer(config, dtype=experiment.compute.dtype)
-        shardings = sharding.param_shardings(abstract_params(model), mesh)
-        return model, hf.load_params(folder, config, None, model.dtype, shardings)
-
     if "end_token" in known:
         end = known["end_token"]
     elif task is not None:
         end = tokenizer.eos_token_id if task.decoding else None
     else:
-        end = data.end_token(experiment.data, tokenizer, config, load if folder else None)
+        end = _end_token(experiment, tokenizer, config, folder, mesh)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
     records = _records(experiment, task, tokenizer, config, end)
     inputs: dict[str, Any] = {"end_token": end} | {
-        f"rows/{name}": [len(part), data.digest(part)]
+        f"rows/{name}": [len(part), part.digest()]
         for name, part in zip(("train", "validation"), records, strict=True)
     }
     if named:
@@ -103,6 +97,53 @@ def prepare(
     if source is not None:
         inputs |= _fingerprints("source", source, _MODEL_FILES)
     return Parts(config, source, tokenizer, records, task, inputs)
+
+
+def of_texts(experiment: Experiment) -> tuple[ModelConfig, Any, int | None]:
+    """What it takes to prepare an experiment's texts: config, tokenizer, end of documents.
+
+    No weights are read unless the end is to be measured (data.end_token="auto").
+
+    Raises:
+      UserError: if its texts cannot be prepared, or the source has no config or no tokenizer.
+    """
+    if experiment.data.task:
+        raise UserError(
+            f"data.task={experiment.data.task!r}: expected '': tasks make their records themselves"
+        )
+    if experiment.source.tokenizer == LEARNED:
+        raise UserError(
+            f"source.tokenizer={LEARNED!r} is learned anew by each run: expected one in a folder "
+            "or on the hub"
+        )
+    if folder := data.prepared(experiment.data.train):
+        raise UserError(f"data.train={experiment.data.train!r}: {folder} holds shards already")
+    source = _source(experiment)
+    config = hf.read_config(source)[0] if source else experiment.source.scratch
+    _check_purpose(experiment, config)
+    tokenizer, _ = _tokenizer(experiment, None)
+    mesh = sharding.make_mesh(MeshConfig())  # that of this machine, not of the run's
+    return config, tokenizer, _end_token(experiment, tokenizer, config, source, mesh)
+
+
+def _end_token(
+    experiment: Experiment,
+    tokenizer: Any,
+    config: ModelConfig,
+    folder: Path | None,
+    mesh: jax.sharding.Mesh,
+) -> int | None:
+    """The token that ends training texts: of shards, as they have it, else see `data.end_token`."""
+    shards = data.prepared(experiment.data.train)
+    if shards is not None and experiment.data.end_token == "auto":
+        return data.manifest(shards)["end_token"]
+
+    def load() -> tuple[Transformer, Any]:  # the dense model, for inference
+        model = Transformer(config, dtype=experiment.compute.dtype)
+        shardings = sharding.param_shardings(abstract_params(model), mesh)
+        return model, hf.load_params(folder, config, None, model.dtype, shardings)
+
+    return data.end_token(experiment.data, tokenizer, config, load if folder else None)
 
 
 def _check_memory(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
@@ -136,6 +177,8 @@ def _tokenizer(experiment: Experiment, task: tasks.Task | None) -> tuple[Any, st
 def _records(experiment, task, tokenizer, config, end) -> tuple[data.Records, data.Records]:
     if task is not None:
         return task.build(experiment.data, tokenizer, config, experiment.seed)
+    if folder := data.prepared(experiment.data.train):
+        return data.opened(folder, experiment.data, tokenizer, config, experiment.seed, end)
     return data.build(experiment.data, tokenizer, config, experiment.seed, end)
 
 
@@ -168,6 +211,11 @@ def _learned(experiment: Experiment, task: tasks.Task | None) -> Any:
         raise UserError(
             f"source.tokenizer={LEARNED!r} is for a model from random weights: expected '' for the "
             f"tokenizer of source.path={source.path!r}"
+        )
+    if folder := data.prepared(settings.train):
+        raise UserError(
+            f"source.tokenizer={LEARNED!r} is learned from texts, and {folder} holds shards: "
+            "expected the tokenizer that they were prepared with"
         )
     if task is not None:
         texts = task.texts(settings)

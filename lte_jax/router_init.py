@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TOKENS_PER_UNKNOWN = 32  # babyllama at 75%, untrained: perplexity 21.2 of 2, 14.6 of 8, 13.0 of 64
 LEAST_ROWS = 32
+ROWS_AT_A_TIME = 256  # that are read to count their tokens
 PASS_BYTES = 4 * 2**30  # of arrays of layers held in a pass over the calibration data
 MATRICES = ("gate", "up", "down")  # of layers/ffn: [N, E, M, D]
 BINS = 1024  # of a histogram of logits, over REACH standard deviations on either side of the mean
@@ -73,22 +74,32 @@ def factored(router: Mapping[str, Array], rank: int) -> dict[str, Any]:
 
 
 def enough_records(
-    segments_RL: Int[np.ndarray, "R L"], d_model: int, asked: int | None, rng: np.random.Generator
+    segments_RL: Any, d_model: int, asked: int | None, rng: np.random.Generator
 ) -> Int[np.ndarray, " C"]:
     """A random choice of `asked` rows to calibrate on, ascending; all rows if there are fewer.
 
     None: enough for TOKENS_PER_UNKNOWN real tokens per unknown of a logit, at least LEAST_ROWS.
+
+    Args:
+      segments_RL: an array, or what reads its rows by index; no more are read than it takes.
+      d_model: D.
+      asked: see above.
+      rng: of the choice.
     """
-    order_R = rng.permutation(len(segments_RL))
+    order_R, tokens = rng.permutation(len(segments_RL)), 0
+    wanted = TOKENS_PER_UNKNOWN * (d_model + 1)
+    for start in range(0, len(order_R) if asked is None else 0, ROWS_AT_A_TIME):
+        some_CL = segments_RL[order_R[start : start + ROWS_AT_A_TIME]]
+        tokens_C = tokens + np.cumsum(np.count_nonzero(some_CL, axis=1))
+        tokens = int(tokens_C[-1])
+        if tokens >= wanted:
+            enough = start + 1 + int(np.searchsorted(tokens_C, wanted))
+            return np.sort(order_R[: max(LEAST_ROWS, enough)])
     if asked is None:
-        tokens_R = np.cumsum(np.count_nonzero(segments_RL, axis=1)[order_R])
-        wanted = TOKENS_PER_UNKNOWN * (d_model + 1)
-        asked = max(LEAST_ROWS, 1 + int(np.searchsorted(tokens_R, wanted)))
-        if tokens_R[-1] < wanted:
-            log.warning(
-                "calibration: uses all %d tokens of the training text, fewer than the %d wanted",
-                *(tokens_R[-1], wanted),
-            )
+        log.warning(
+            "calibration: uses all %d tokens of the training text, fewer than the %d wanted",
+            *(tokens, wanted),
+        )
     return np.sort(order_R[:asked])
 
 

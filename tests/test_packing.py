@@ -81,7 +81,7 @@ def test_padding_lays_one_document_a_row():
 
 def test_digest_tells_rows_apart():
     tokens_RL, segments_RL = np.arange(12, dtype=np.int32).reshape(3, 4), np.ones((3, 4), np.int32)
-    digest = data.digest(data.Records(tokens_RL, segments_RL))
+    digest = data.Records(tokens_RL, segments_RL).digest()
     bytes_of = b"(3, 4)" + struct.pack("<24i", *range(12), *[1] * 12)
     assert digest == hashlib.sha256(bytes_of).hexdigest()
     other_RL = tokens_RL.copy()
@@ -92,9 +92,9 @@ def test_digest_tells_rows_apart():
         data.Records(tokens_RL.reshape(4, 3), segments_RL.reshape(4, 3)),
         data.Records(tokens_RL[:2], segments_RL[:2]),
     ]
-    assert len({digest, *map(data.digest, others)}) == 5
+    assert len({digest, *(other.digest() for other in others)}) == 5
     views = data.Records(np.asfortranarray(tokens_RL), segments_RL[::-1][::-1])
-    assert data.digest(views) == digest
+    assert views.digest() == digest
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -206,7 +206,7 @@ def test_build_from_the_standard_library(monkeypatch):
     texts = {
         part: data.read_texts("python-stdlib", split=part)[:30] for part in data.sources.SPLITS
     }
-    monkeypatch.setattr(data.packing, "read_each", lambda *args: [texts[args[4]]])
+    monkeypatch.setattr(data.building, "read_each", lambda *args: [texts[args[4]]])
     config = DataConfig(train="python-stdlib", validation="python-stdlib", max_validation_records=8)
     records, kept = data.build(config, data.byte_tokenizer(), MODEL, seed=0)
     assert len(records) > 100 and len(kept) == 8

@@ -70,6 +70,7 @@ ORDER = {
     "lte_jax.sweep": 25,
     "lte_jax": 26,
     "lte_jax.cli": 27,
+    "lte_jax.data.__main__": 27.5,  # a command, as kernels.tune is
     "lte_jax.__main__": 28,
 }
 # Their own folder or script of that name must not be found in place of the packages they shadow.

@@ -14,25 +14,33 @@ a run resumes exactly, on any number of hosts.
 Dimension key: B batch  L length  R records
 """
 
+from lte_jax.data.building import build, check
 from lte_jax.data.ends import end_probabilities, end_token
 from lte_jax.data.packing import (
     Example,
     Records,
-    build,
-    check,
-    digest,
     eval_batches,
     pack,
     pad,
     train_iterator,
 )
+from lte_jax.data.prepare import prepare
+from lte_jax.data.shards import Stored, manifest, opened, prepared
 from lte_jax.data.sources import local_path, overlap, read_rows
-from lte_jax.data.texts import count_texts, read_each, read_texts, text_of, value_of
-from lte_jax.data.tokens import byte_tokenizer, learned_tokenizer, tokenize
+from lte_jax.data.texts import (
+    count_texts,
+    read_each,
+    read_texts,
+    stream_texts,
+    text_of,
+    value_of,
+)
+from lte_jax.data.tokens import byte_tokenizer, digest, learned_tokenizer, tokenize
 
 __all__ = [
     "Example",
     "Records",
+    "Stored",
     "build",
     "byte_tokenizer",
     "check",
@@ -43,12 +51,17 @@ __all__ = [
     "eval_batches",
     "learned_tokenizer",
     "local_path",
+    "manifest",
+    "opened",
     "overlap",
     "pack",
     "pad",
+    "prepare",
+    "prepared",
     "read_each",
     "read_rows",
     "read_texts",
+    "stream_texts",
     "text_of",
     "tokenize",
     "train_iterator",

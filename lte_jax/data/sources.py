@@ -21,7 +21,7 @@ from typing import Any
 
 from lte_jax.data.formats import KINDS, WholeText, file_rows, kind_of
 from lte_jax.errors import UserError, nearest, one_line
-from lte_jax.files import MIRROR, mirrored
+from lte_jax.files import MIRROR, mirrored, sha256
 
 STDLIB = "python-stdlib"
 # Installed packages, and tests, which some distributions leave out.
@@ -106,6 +106,21 @@ def overlap(train: str, validation: str, split: str = "validation") -> str | Non
     pairs = (train, "train"), (validation, split)
     a, b = ({i for _, n in parts(s) for i in _identities(n, part)} for s, part in pairs)
     return min(a & b, default=None)
+
+
+def digest(source: str, split: str) -> str:
+    """SHA-256 of the contents of all files of a source; of the hub's, of their names alone."""
+    sha = hashlib.sha256()
+    for _, name in parts(source):
+        files = local_files(name, split)
+        for file in files or ():
+            sha.update(sha256(file).encode() if file.is_file() else str(file).encode())
+        if is_stdlib(name):
+            with read_rows(name, split) as rows:
+                sha.update(hashlib.sha256("".join(text for _, text in rows).encode()).digest())
+        elif files is None:
+            sha.update(name.encode())
+    return sha.hexdigest()
 
 
 def _identities(name: str, split: str) -> set[str]:

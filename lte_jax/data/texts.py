@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import re
@@ -60,6 +61,43 @@ def read_each(
     Raises:
       UserError: if a source has no text, or a record is malformed; it names file and line.
     """
+    groups: list[list[str]] = [[] for _ in parts(source)]
+    for i, text in _each(source, column, newline, limit, split, join):
+        groups[i].append(text)
+    return groups
+
+
+def stream_texts(
+    source: str,
+    column: str = "text",
+    newline: str = "\n",
+    limit: int | None = None,
+    split: str | None = None,
+    join: str | None = None,
+) -> Iterator[tuple[int, str]]:
+    """The documents of `read_each` one by one, each with the number of its source, from 0.
+
+    In memory is one at a time. Sources with weights are read twice, first to find their shares.
+    """
+    how = column, newline, limit, split, join
+    if parts(source)[0][0] is None:
+        yield from _each(source, *how)
+        return
+    numbers = collections.Counter(i for i, _ in _each(source, *how))
+    for i, (_, name) in enumerate(parts(source)):
+        with contextlib.closing(_each(name, *how)) as texts:
+            yield from ((i, text) for _, text in itertools.islice(texts, numbers[i]))
+
+
+def _each(
+    source: str,
+    column: str,
+    newline: str,
+    limit: int | None,
+    split: str | None,
+    join: str | None,
+) -> Iterator[tuple[int, str]]:
+    """As `stream_texts`, but sources with weights in turns."""
     if not source:
         raise UserError(
             "data source is '': expected a file, a folder, a hub dataset or 'python-stdlib'"
@@ -72,19 +110,22 @@ def read_each(
     weights, names = zip(*parts(source), strict=True)
     if join is not None and None not in weights:
         raise UserError(f"{source}: joined records have no shares: leave out the weights, or join")
+    having = set()
     with contextlib.ExitStack() as opened:
         texts = []
         for name in names:
             rows = read_rows(name, split, limit is not None, join is not None)
             found = _texts(opened.enter_context(rows), column, join is not None)
-            texts.append(text.replace("\n", newline) for text in itertools.islice(found, limit))
-        groups = [[*of] for of in texts] if None in weights else _in_proportion(weights, texts)
-    for name, group in zip(names, groups, strict=True):
-        if not any(group):
+            own = (text.replace("\n", newline) for text in itertools.islice(found, limit))
+            texts.append(own if join is None else _joined(own, join))
+        for i, text in _in_order(texts) if None in weights else _in_proportion(weights, texts):
+            having.add(i)
+            yield i, text
+    for i, name in enumerate(names):
+        if i not in having:
             raise UserError(
                 f"{name}: no rows with text in column {column!r}: expected at least one"
             )
-    return groups if join is None else [[join.join(group)] for group in groups]
 
 
 def _texts(rows: Iterator[tuple[str, Any]], column: str, empty: bool) -> Iterator[str]:
@@ -96,16 +137,28 @@ def _texts(rows: Iterator[tuple[str, Any]], column: str, empty: bool) -> Iterato
     return (text for text in texts if text or empty)
 
 
-def _in_proportion(weights: Sequence[float], texts: Sequence[Iterator[str]]) -> list[list[str]]:
+def _joined(texts: Iterator[str], join: str) -> Iterator[str]:
+    whole = [*texts]
+    if any(whole):
+        yield join.join(whole)
+
+
+def _in_order(texts: Sequence[Iterator[str]]) -> Iterator[tuple[int, str]]:
+    return ((i, text) for i, own in enumerate(texts) for text in own)
+
+
+def _in_proportion(
+    weights: Sequence[float], texts: Sequence[Iterator[str]]
+) -> Iterator[tuple[int, str]]:
     """The first texts of each, so many that their characters are as the weights, until one ends."""
-    taken, groups = [0] * len(weights), [[] for _ in weights]
+    taken = [0] * len(weights)
     while True:
         i = min(range(len(weights)), key=lambda i: taken[i] / weights[i])
         text = next(texts[i], None)
         if text is None:
-            return groups
-        groups[i].append(text)
+            return
         taken[i] += len(text)
+        yield i, text
 
 
 def count_texts(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import hashlib
+import json
 import logging
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -102,13 +104,30 @@ def _fast(tokenizer: Any) -> Any:
     )
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, *, start: bool = True) -> list[np.ndarray]:
+def digest(tokenizer: Any) -> str:
+    """SHA-256 of all that decides which ids a tokenizer gives, wherever it was loaded from."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        described = json.loads(backend.to_str())
+        # Calls set these; those of `tokenize` set none.
+        described |= {"truncation": None, "padding": None}
+    else:
+        settings = {
+            k: repr(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("path", "file"))
+        }
+        described = [type(tokenizer).__name__, tokenizer.get_vocab(), settings]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer: Any, *, start: bool = True, quiet: bool = False
+) -> list[np.ndarray]:
     """Each text as an int32 array of token ids.
 
     The ids start with what the tokenizer puts in front, such as <s>, unless the text begins with
     it; nothing is added at the end. With `start` False, each text is the middle of one and nothing
     is added at all. Lone surrogates, which are not characters, become U+FFFD and
-    are counted in one log line. On a terminal, a progress bar appears after two seconds.
+    are counted in one log line. On a terminal, a progress bar appears after two seconds, unless
+    `quiet`.
     """
     from tqdm import tqdm
 
@@ -117,7 +136,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, *, start: bool = True) -> lis
         raise UserError(f"tokenizer is {kind}: expected the result of load_tokenizer")
     prefix = _prefix(tokenizer) if start else np.zeros(0, np.int32)
     documents, replaced = [], 0
-    style = {"unit": " characters", "unit_scale": True, "delay": 2, "disable": None}
+    style = {"unit": " characters", "unit_scale": True, "delay": 2, "disable": quiet or None}
     with tqdm(total=sum(map(len, texts)), desc="tokenising", **style) as bar:
 
         def progress(characters: int) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lte_jax import data, hf, kernels, objective, sharding, stages, tasks, training_step
 from lte_jax.config import CheckpointConfig, Experiment, ModelConfig, num_experts
@@ -216,11 +215,11 @@ class Plan:
     def _tokens(self) -> str:
         batch, length = self.experiment.data.batch_size, self.experiment.data.length
         if self.records is not None:
-            length = self.records[0].tokens_RL.shape[1]
+            length = self.records[0].length
         step = f"{batch * length:,} a step ({batch} records of {length})"
         if self.records is None:
             return step
-        train, validation = (np.count_nonzero(r.segments_RL) for r in self.records)
+        train, validation = (r.num_tokens for r in self.records)
         return f"{train:,} to train on, {validation:,} to validate; {step}"
 
     def _kernels(self) -> str:

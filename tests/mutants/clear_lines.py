@@ -10,7 +10,7 @@ _OF_GENERATE = "tests/test_checks.py::test_settings_of_generate"
 MUTANTS: list[Mutant] = [
     Mutant(
         "23 a tokenizer with a token to spare is refused",
-        "lte_jax/data/packing.py",
+        "lte_jax/data/building.py",
         '        log.info(\n            "the tokenizer has',
         '        raise UserError(\n            "the tokenizer has',
         "tests/test_packing.py::test_a_tokenizer_larger_than_the_vocabulary_may_have_tokens_to_spare",

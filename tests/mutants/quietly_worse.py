@@ -157,8 +157,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "F records are not joined",
         "lte_jax/data/texts.py",
-        "return groups if join is None else [[join.join(group)] for group in groups]",
-        "return groups",
+        "texts.append(own if join is None else _joined(own, join))",
+        "texts.append(own)",
         "tests/test_texts.py::test_records_joined_to_one_text",
     ),
     Mutant(
@@ -170,7 +170,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "F the task forgets to say how records are joined",
-        "lte_jax/data/packing.py",
+        "lte_jax/data/building.py",
         "data.max_documents, split, data.join\n",
         "data.max_documents, split\n",
         "tests/test_packing.py::test_joined_validation_is_one_text_too",

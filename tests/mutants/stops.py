@@ -241,7 +241,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "14 an empty data.train blames data.validation",
-        "lte_jax/data/packing.py",
+        "lte_jax/data/building.py",
         "    if not data.train:",
         "    if False:",
         "tests/test_preflight.py::test_bad_input_is_found_before_anything_is_claimed[no-text]",

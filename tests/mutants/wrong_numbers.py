@@ -93,7 +93,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "4 no end token is appended",
-        "lte_jax/data/packing.py",
+        "lte_jax/data/building.py",
         "return ids if end is None or",
         "return ids if True or",
         "tests/test_packing.py::test_the_end_stands_after_the_last_piece",
@@ -171,9 +171,9 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "5 training looks at no id",
-        "lte_jax/data/packing.py",
-        "                ids,\n                model_config.vocab_size,",
-        "                ids,\n                2**31,",
+        "lte_jax/data/building.py",
+        "            ids,\n            vocab_size,",
+        "            ids,\n            2**31,",
         "tests/test_packing.py::test_one_text_of_many_with_a_token_outside_the_vocabulary",
     ),
     Mutant(
