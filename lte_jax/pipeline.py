@@ -181,7 +181,8 @@ class _Run:
     def parts(self) -> preflight.Parts:
         """Tokenizer, records and the dense model's config; read and checked on first access."""
         done = self.paths.dense if self.paths.has(self.paths.dense) else None
-        return preflight.prepare(self.experiment, self.mesh, done, work.recorded(self.paths))
+        known, cache = work.recorded(self.paths), self.paths.root / "data"
+        return preflight.prepare(self.experiment, self.mesh, done, known, cache)
 
     @functools.cached_property
     def calibration(self) -> data.Records:

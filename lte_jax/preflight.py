@@ -7,6 +7,7 @@ hours after training. What is read here, the run uses.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ class Parts:
 
 
 def prepare(
-    experiment: Experiment, mesh: jax.sharding.Mesh, dense: Path | None, known: Mapping[str, Any]
+    experiment: Experiment,
+    mesh: jax.sharding.Mesh,
+    dense: Path | None,
+    known: Mapping[str, Any],
+    cache: Path | None = None,
 ) -> Parts:
     """Reads the model's config, the tokenizer and the texts, and checks that they fit together.
 
@@ -54,6 +59,7 @@ def prepare(
       mesh: to run it on.
       dense: the finished dense model of this run; None: there is none yet.
       known: the inputs recorded when the run started; the end token is taken from them.
+      cache: the folder for records if data.cache is set.
 
     Raises:
       UserError: on anything that would fail later.
@@ -87,7 +93,7 @@ def prepare(
         end = _end_token(experiment, tokenizer, config, folder, mesh)
     if folder is None and end is not None and not config.eos_ids:
         config = dataclasses.replace(config, eos_ids=(end,))  # which the model learns
-    records = _records(experiment, task, tokenizer, config, end)
+    records = _records(experiment, task, tokenizer, config, end, cache)
     inputs: dict[str, Any] = {"end_token": end} | {
         f"rows/{name}": [len(part), part.digest()]
         for name, part in zip(("train", "validation"), records, strict=True)
@@ -174,12 +180,28 @@ def _tokenizer(experiment: Experiment, task: tasks.Task | None) -> tuple[Any, st
     return (hf.load_tokenizer(named), named) if named else (data.byte_tokenizer(), "")
 
 
-def _records(experiment, task, tokenizer, config, end) -> tuple[data.Records, data.Records]:
+def _records(experiment, task, tokenizer, config, end, cache) -> tuple[data.Records, data.Records]:
     if task is not None:
         return task.build(experiment.data, tokenizer, config, experiment.seed)
-    if folder := data.prepared(experiment.data.train):
+    folder = data.prepared(experiment.data.train)
+    if folder is None and experiment.data.cache and cache is not None:
+        folder = cache
+        on_first(lambda: _fill(cache, experiment, tokenizer, config, end))
+    if folder is not None:
         return data.opened(folder, experiment.data, tokenizer, config, experiment.seed, end)
     return data.build(experiment.data, tokenizer, config, experiment.seed, end)
+
+
+def _fill(
+    cache: Path, experiment: Experiment, tokenizer: Any, config: ModelConfig, end: int | None
+) -> None:
+    """Prepares an experiment's texts in a folder, unless they are there; others make room."""
+    what, seed = (cache, experiment.data, tokenizer, config), experiment.seed
+    try:
+        data.prepare(*what, seed=seed, end=end)
+    except data.OtherRecords:
+        shutil.rmtree(cache)
+        data.prepare(*what, seed=seed, end=end)
 
 
 def is_sparse(experiment: Experiment) -> bool:

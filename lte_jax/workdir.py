@@ -1,6 +1,7 @@
 """The work directory of a run: its layout, its lock, and the configuration and inputs of the run.
 
     experiment.json          the configuration
+    data/                    records, if data.cache is set
     inputs.json              number and SHA-256 of what was read: records, source model, tokenizer
     dense/ experts/ lte/     models, written atomically
     checkpoints/<stage>/     training states

@@ -290,6 +290,9 @@ class DataConfig(Checked):
     # Documents to read from each source, from the first; of the hub no more is loaded. None: all.
     max_documents: Count | None = None
     max_validation_records: Count = 64  # validation records to keep, of data.length tokens each
+    # True: records of language modelling are prepared in WORKDIR/data by the first process; later
+    # starts, and the other processes, read them there. False: each start and process makes them.
+    cache: bool = False
 
     def _check_together(self):
         if self.join is not None and not self.pack:

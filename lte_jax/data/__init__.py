@@ -24,7 +24,7 @@ from lte_jax.data.packing import (
     pad,
     train_iterator,
 )
-from lte_jax.data.prepare import prepare
+from lte_jax.data.preparing import OtherRecords, prepare
 from lte_jax.data.shards import Stored, manifest, opened, prepared
 from lte_jax.data.sources import local_path, overlap, read_rows
 from lte_jax.data.texts import (
@@ -39,6 +39,7 @@ from lte_jax.data.tokens import byte_tokenizer, digest, learned_tokenizer, token
 
 __all__ = [
     "Example",
+    "OtherRecords",
     "Records",
     "Stored",
     "build",

@@ -1,7 +1,7 @@
 """Documents of a configuration to its training and validation records.
 
 Documents are tokenised in chunks and packed in groups of chunks: how they are cut depends on the
-texts alone. So `build`, in memory, and prepare.py, with many processes and on disk, make the same
+texts alone. So `build`, in memory, and preparing.py, with many processes and on disk, make the same
 records.
 
 Dimension key: B batch  L length  D documents of a source

@@ -192,6 +192,7 @@ def prepare(
       The manifest.
 
     Raises:
+      OtherRecords: if the folder was prepared, or begun, with others.
       UserError: as `building.build`; also if the folder holds anything else, or cannot be written.
     """
     building.check(data, tokenizer, model_config)
@@ -242,11 +243,15 @@ def _begin(made: Prepared, asked: dict[str, Any]) -> None:
     files.atomic_write(known, json.dumps(asked))
 
 
+class OtherRecords(UserError):
+    """A folder holds, or was begun with, records of other texts or settings."""
+
+
 def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuses to go on with other settings than a folder was begun with."""
     if different := [key for key in asked if found.get(key) != asked[key]]:
         key = different[0]
-        raise UserError(
+        raise OtherRecords(
             f"{folder} holds records prepared with another {key} ({str(found.get(key))[:60]}, now "
             f"{str(asked[key])[:60]}): name another folder, or remove this one"
         )
