@@ -47,6 +47,7 @@ def get_config(arg=""):
 
     c.data.train = c.data.validation = "Salesforce/wikitext:wikitext-103-raw-v1"
     c.data.join = ""  # its records are single lines with their newlines
+    c.data.cache = True  # tokenised once, by one process
     c.data.length = 2048
     c.data.batch_size = 16
     c.data.max_validation_records = 256  # all of it

@@ -24,7 +24,7 @@ NOT_RUN = {
     "pytest": "would run tests within tests; its files are looked up",
     "pre-commit": "would install hooks into this checkout",
 }
-OURS = ("train", "evaluate", "generate", "convert", "sweep", "benchmark")
+OURS = ("train", "evaluate", "generate", "convert", "sweep", "prepare", "benchmark")
 
 
 def blocks(page: str, *languages: str) -> list[tuple[int, str]]:

@@ -333,7 +333,7 @@ def _lay(
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of a chunk's documents, and all their ids, mapped."""
     with contextlib.suppress(ValueError, OSError):
-        whole = np.load(path, mmap_mode="r")
+        whole = np.asarray(np.load(path, mmap_mode="r"))
         return np.array(whole[1 : 1 + whole[0]]), whole[1 + whole[0] :]
     raise UserError(f"{path} is damaged: remove it; the same command makes it again")
 

@@ -22,8 +22,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "B 10,000 tokens calibrate a model of any width",
         _ROUTERS,
-        "        wanted = TOKENS_PER_UNKNOWN * (d_model + 1)",
-        "        wanted = 10_000",
+        ", 0\n    wanted = TOKENS_PER_UNKNOWN * (d_model + 1)",
+        ", 0\n    wanted = 10_000",
         "tests/test_router_init.py::test_rows_for_the_width_of_the_model",
     ),
     Mutant(
