@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from lte_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig
 from lte_jax.data import building, preparing, shards, workers
 from lte_jax.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 BYTES = data.byte_tokenizer()
 MODEL = ModelConfig(vocab_size=259)
 SMALL = {"CHUNK": 400, "GROUP": 1500}  # characters, so that a test has several of each
@@ -322,7 +324,7 @@ def test_workers_leave_no_trace_and_end_with_a_killed_command(texts):
     )
     command = [sys.executable, "run.py", "prepare", "--config=c.py", "--out=out"]
     command += [f"--config.data.train={config.train}"]
-    env = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     for turn, count in enumerate((2, 1)):
         running = subprocess.Popen([*command, f"--workers={count}"], cwd=texts, env=env)
         deadline = time.monotonic() + 300
@@ -522,6 +524,18 @@ def test_the_command_prepares_what_the_run_reads(texts, capsys):
     stored = read(texts / "out", experiment.data, model=experiment.source.scratch)
     assert stored[0].take(np.arange(len(stored[0]))).digest() == memory[0].digest()
     assert stored[1].digest() == memory[1].digest()
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_it(texts):
+    lte_jax.save(texts / "model", *tiny.model_and_params(None, MODEL))
+    BYTES.save_pretrained(texts / "model")
+    command = [sys.executable, "benchmarks/prepare.py", f"--texts={texts / 'a.jsonl'}"]
+    command += [f"--model={texts / 'model'}", f"--out={texts}", "--length=64", "--workers=1"]
+    command += ["--documents=300", "--rounds=1", "--only=prepare"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "| prepare | 1 | " in done.stdout, done.stderr
+    assert "300 documents" in done.stdout
 
 
 def refused(call, *parts: str) -> None:
