@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import cli, data, files, preflight, router_init, sharding
+from lte_jax import cli, data, files, interrupt, preflight, router_init, sharding
 from lte_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig
 from lte_jax.data import building, preparing, shards, workers
 from lte_jax.errors import UserError
@@ -351,11 +351,15 @@ def _children(process: int) -> list[int]:
         return [int(child) for child in file.read().split()]
 
 
-def test_a_worker_that_is_ended_from_outside():
+def test_a_worker_that_is_ended_from_outside(monkeypatch):
     future = Future()
     future.set_exception(BrokenProcessPool("a process in the pool was terminated"))
     with pytest.raises(UserError, match="worker process was ended from outside .* goes on"):
         workers._Result(future).result()
+    monkeypatch.setattr(interrupt, "_noted", (signal.SIGTERM, 0.0))  # to it and to this process
+    with pytest.raises(SystemExit) as stopped:
+        workers._Result(future).result()
+    assert stopped.value.code == 143
 
 
 # ---------------------------------------------------------------------------------- what is refused

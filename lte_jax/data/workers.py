@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
+from lte_jax import interrupt
 from lte_jax.errors import UserError
 
 _tokenizer: Any = None  # of a worker
@@ -60,6 +61,7 @@ class _Result:
         try:
             return self._future.result()
         except BrokenProcessPool:
+            interrupt.check("with its workers")  # a signal to all processes at once
             raise UserError(
                 "a worker process was ended from outside (short of memory?): run the same command "
                 "again, which goes on, perhaps with fewer --workers"
