@@ -11,7 +11,9 @@ Expect: not measured. The paper reports a perplexity of 5.95 at 52% sparsity of 
         are joined into one running text, in records of 2048 tokens.
 
 Variants: `:paper` takes the paper's losses and one learning rate instead of the preset `ours`;
-`:smoke` is a tiny model on Python's own source, for tests; `:paper,smoke` is both.
+`:lora` trains adapters and routers on one GPU of 24 GB (docs/scale.md); `:smoke` is a tiny model on
+Python's own source, for tests. They go together, as `:paper,smoke`; `:lora,smoke` asks for a
+source.path.
 """
 
 from lte_jax import config
@@ -36,7 +38,7 @@ EPOCH = 4200
 
 
 def get_config(arg=""):
-    words = config.variants(arg, *config.PRESETS, "smoke")
+    words = config.variants(arg, *config.PRESETS, "lora", "smoke")
     preset = "paper" if "paper" in words else "ours"
     c = config.to_config_dict(config.Experiment(lte=config.PRESETS[preset]))
 
@@ -73,9 +75,20 @@ def get_config(arg=""):
     c.mesh.data = 1
     c.mesh.fsdp = -1  # every device holds a slice of every matrix
 
+    if "lora" in words:
+        _adapt(c)
     if "smoke" in words:
         _shrink(c)
     return c
+
+
+def _adapt(c):
+    c.lora.rank = 16  # 40M parameters beside the routers' 45M
+    c.optim.microbatches = 16  # one record at a time
+    for stage in c.stages.values():  # adapters start at zero, and learn at ten times the rate
+        stage.learning_rate = 1.5e-4
+    c.stages.router.router_lr_multiplier = 2.5
+    c.report = False  # it would hold the dense model beside the sparse one; evaluate.py makes it
 
 
 def _shrink(c):

@@ -198,6 +198,10 @@ def declare(
         else:
             shape = row.shape(sizes)[row.layered :]
             weights[name] = module.param(name, row.initializer(sizes), shape, jnp.float32)
+            for adapter in parameters.ADAPTERS.get(row.path, ()):  # in training, see lora.py
+                beside = adapter.path.rpartition("/")[2]
+                if module.has_variable("params", beside):
+                    weights[beside] = module.get_variable("params", beside)
     return weights
 
 

@@ -146,20 +146,24 @@ def _chunked(model, size, weights, head, x_BLD, whole, told) -> tuple[Array, Par
     return _over_chunks(of_chunk, size, head, x_BLD, whole, told)[0]
 
 
-def _forward(model, size, weights, head, x_BLD, whole, told):
+def _forward(model, size, weights, *args):
     """Takes the gradient on the way, while the logits of a chunk are there.
 
     That costs what one pass over all logits costs; to take it later, they would be computed twice.
+    A head that does not learn (lora.py) gets none.
     """
+    learns = any(leaf.perturbed for leaf in jax.tree.leaves(args[0]))
+    head, x_BLD, whole, told = jax.tree.map(lambda leaf: leaf.value, args)
 
     def of_chunk(head, x_BlD, whole, told):
         losses_of = functools.partial(_of_chunk, model, weights, whole=whole, told=told)
-        gradient = jax.value_and_grad(losses_of, argnums=(0, 1), has_aux=True)
-        sums, (d_head, d_x_BlD) = gradient(head, x_BlD)
+        gradient = jax.value_and_grad(losses_of, argnums=(1, 0) if learns else (1,), has_aux=True)
+        sums, (d_x_BlD, *d_head) = gradient(head, x_BlD)
         return (sums, d_head), d_x_BlD
 
     (sums, d_head), d_x_BLD = _over_chunks(of_chunk, size, head, x_BLD, whole, told)
-    return sums, (jax.tree.map(lambda g, w: g.astype(w.dtype), d_head, head), d_x_BLD)
+    d_heads = [jax.tree.map(lambda g, w: g.astype(w.dtype), d, head) for d in d_head]
+    return sums, (d_heads[0] if learns else None, d_x_BLD)
 
 
 def _backward(model, size, weights, gradients, cotangents):
@@ -169,7 +173,7 @@ def _backward(model, size, weights, gradients, cotangents):
     return *jax.tree.map(times, gradients), None, None
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _of_chunk(model, weights, head, x_BlD, whole, told) -> tuple[Array, Parts]:

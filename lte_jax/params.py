@@ -7,6 +7,7 @@ name in a family.
 Dimension key: D model width  E experts  M neurons per expert  N layers  H heads  K kv heads
                C head width  V vocabulary  P pooled width (= D)  S rows of the table of positions
                U token types  Y labels  Z width of embeddings of texts  R hidden units of a router
+               A rank of adapters
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ NAMES = {
     "Y": "num_labels",
     "Z": "embed_dim",
     "R": "lte.router_rank",
+    "A": "lora.rank",
 }
 Exists = Callable[[ModelConfig, LTEConfig | None], bool]
 LAYERS = "layers/"  # parameters below it have a leading axis N
@@ -150,7 +152,28 @@ ROWS = (
     Row("dense/bias", "Z", "zeros", lambda config, _: config.embed_dim is not None),
     Row("classifier/bias", "Y", "zeros", lambda c, _: c.head == "classes" and not c.causal),
 )
-BY_PATH: Mapping[str, Row] = {row.path: row for row in ROWS}
+
+
+def is_router(path: str) -> bool:
+    """Whether the path is that of a router parameter."""
+    return path.startswith(ROUTER)
+
+
+def _adapters(row: Row) -> tuple[Row, Row]:
+    """Beside a matrix: a, from its inputs to A numbers, and b, from those to its outputs."""
+    inputs = "EM" if row.path == f"{LAYERS}ffn/down" else row.start
+    outputs = "".join(letter for letter in row.letters[1:] if letter not in inputs)
+    a, b = f"{row.path}_a", f"{row.path}_b"
+    return Row(a, f"N{inputs}A", inputs), Row(b, f"NA{outputs}", "A")
+
+
+# Of each matrix of attention and experts the two that lora.py adds; no model has them by itself.
+ADAPTERS: Mapping[str, tuple[Row, Row]] = {
+    row.path: _adapters(row)
+    for row in ROWS
+    if row.layered and row.is_matrix and not is_router(row.path)
+}
+BY_PATH: Mapping[str, Row] = {row.path: row for rows in (ROWS, *ADAPTERS.values()) for row in rows}
 
 
 def table(config: ModelConfig, lte: LTEConfig | None) -> tuple[Row, ...]:
@@ -198,8 +221,3 @@ def adopt(
             fresh = jax.make_array_from_callback(whole.shape, placed[row.path], whole.__getitem__)
         new[row.path] = fresh
     return traverse_util.unflatten_dict(new, sep="/")
-
-
-def is_router(path: str) -> bool:
-    """Whether the path is that of a router parameter."""
-    return path.startswith(ROUTER)

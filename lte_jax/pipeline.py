@@ -29,6 +29,7 @@ from lte_jax import (
     files,
     hf,
     interrupt,
+    lora,
     preflight,
     processes,
     report,
@@ -210,10 +211,12 @@ class _Run:
             key, tokens = jax.random.key(self.experiment.seed), jnp.zeros((1, 1), jnp.int32)
             init = jax.jit(lambda: model.init(key, tokens)["params"], out_shardings=shardings)
             params = init()
-        for stage in self.stages():
-            if not stage.sparse:
-                control = SparsityController.start(self.experiment.lte)
-                params = self._fit(model, stage, params, control, None).params
+        if dense := [stage for stage in self.stages() if not stage.sparse]:
+            control = SparsityController.start(self.experiment.lte)
+            base, params = lora.start(model.config, None, params, self.experiment)
+            for stage in dense:
+                params = self._fit(model, stage, params, control, None, base).params
+            params = lora.merged(base, params)
         self._save(self.paths.dense, model, params, source)
 
     def experts(self) -> None:
@@ -232,18 +235,19 @@ class _Run:
         assert model.lte is not None
         on_text = self.calibration, self.experiment.data.batch_size, self.mesh
         layers = model.config.num_layers
+        base, params = lora.start(model.config, model.lte, params, self.experiment)
         control = SparsityController.start(model.lte, layers)
         if model.lte.sparsity_range:
-            curve = trainer.measure_curve(model, params, *on_text)
+            curve = trainer.measure_curve(model, lora.whole(base, params), *on_text)
             control = SparsityController.start(model.lte, layers, curve)
         distils = any(stage.taught for stage in self.stages())
-        teacher = self._teacher(params) if distils else None
+        teacher = self._teacher(base.params if base else params) if distils else None
         for stage in self.stages():
             if stage.sparse:
-                trained = self._fit(model, stage, params, control, teacher)
+                trained = self._fit(model, stage, params, control, teacher, base)
                 params, control = trained.params, trained.control
-        lte = trainer.calibrated(model, params, control, *on_text)
-        order_NEM = hf.load_expert_order(self.paths.experts)
+        lte = trainer.calibrated(model, lora.whole(base, params), control, *on_text)
+        order_NEM, params = hf.load_expert_order(self.paths.experts), lora.merged(base, params)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
 
     def _teacher(self, params: Any) -> Any:
@@ -315,7 +319,7 @@ class _Run:
         """The stages this experiment runs."""
         return stages.make(self.experiment.stages, self.experiment.lte)
 
-    def _fit(self, model, stage, params, control, teacher) -> trainer.Trained:
+    def _fit(self, model, stage, params, control, teacher, base) -> trainer.Trained:
         return trainer.fit(
             model,
             stage,
@@ -327,6 +331,7 @@ class _Run:
             self.writer,
             mesh=self.mesh,
             teacher=teacher,
+            base=base,
             profile=self.paths.root / "profile" / stage.name if self.profile else None,
         )
 
@@ -334,10 +339,11 @@ class _Run:
         return training_step.trained_model(config, lte, self.experiment.compute)
 
     def _load(self, folder: Path) -> tuple[Transformer, Any]:
-        """A model to train, with float32 master weights, directly on the mesh."""
+        """A model to train, in float32 but for what adapters freeze, directly on the mesh."""
         model = self._model(*hf.read_config(folder))
         shardings = sharding.param_shardings(abstract_params(model), self.mesh)
-        return model, hf.load_params(folder, model.config, model.lte, "float32", shardings)
+        types = lora.dtypes(model.config, model.lte, self.experiment)
+        return model, hf.load_params(folder, model.config, model.lte, types, shardings)
 
     def _result(self, folder: Path) -> tuple[Transformer, Any]:
         """Loads a model from its folder, for evaluation."""

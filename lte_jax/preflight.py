@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lte_jax import data, files, hf, plan, sharding, stages, tasks
+from lte_jax import data, files, hf, lora, plan, sharding, stages, tasks
 from lte_jax.config import Experiment, MeshConfig, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.hf.config_json import write_config
@@ -248,6 +248,7 @@ def _learned(experiment: Experiment, task: tasks.Task | None) -> Any:
 
 
 def _check_sizes(experiment: Experiment, config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    lora.check(experiment, config)
     sharding.check_batch(experiment.data.batch_size, experiment.optim.microbatches, mesh)
     sparse = experiment.lte if is_sparse(experiment) else None
     num_experts(config, sparse)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lte_jax import kernels
@@ -74,6 +75,7 @@ class Slice:
         kernel = self.vectors[name]["kernel"].astype(dtype)
         inputs = x_BLI.ndim - 2
         y = jnp.tensordot(x_BLI.astype(dtype), kernel, inputs, precision=precision)
+        y = _adapted(self.vectors[name], "kernel", x_BLI, y)
         bias = self.vectors[name].get("bias")
         return y if bias is None else y + as_last(bias, y)
 
@@ -102,6 +104,7 @@ class Slice:
             read_BLD = inputs(name).astype(x_BLD.dtype)
             h_BLEM = _neurons(read_BLD, self.vectors[name].astype(self.dtype))
             h_BLEM = checkpoint_name(h_BLEM, NEURONS)
+            h_BLEM = _adapted(self.vectors, name, read_BLD, h_BLEM)
             bias = self.vectors.get(f"{name}_bias")
             return h_BLEM if bias is None else h_BLEM + as_last(bias, h_BLEM)
 
@@ -115,6 +118,7 @@ class Slice:
         if gates_BLE is not None:
             h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
         y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, self.vectors["down"].astype(self.dtype))
+        y_BLD = _adapted(self.vectors, "down", h_BLEM, y_BLD)
         return y_BLD, scores_BLE, active_BLE
 
 
@@ -129,13 +133,31 @@ def _neurons(x_BLD: Float[Array, "B L D"], w_EMD: Float[Array, "E M D"]) -> Arra
     return jnp.einsum("BLD,EMD->BLEM", x_BLD, w_EMD)
 
 
-def _neurons_back(operands: tuple[Array, Array], slope_BLEM: Array) -> tuple[Array, Array]:
-    x_BLD, w_EMD = operands
-    slope_DEM = jnp.einsum("BLD,BLEM->DEM", x_BLD, slope_BLEM)
-    return jnp.einsum("BLEM,EMD->BLD", slope_BLEM, w_EMD), jnp.moveaxis(slope_DEM, 0, -1)
+def _neurons_kept(x: Any, w: Any) -> tuple[Array, tuple[Array | None, Array]]:
+    """Keeps x for the slope of w, unless w is frozen."""
+    return _neurons(x.value, w.value), (x.value if w.perturbed else None, w.value)
 
 
-_neurons.defvjp(lambda x_BLD, w_EMD: (_neurons(x_BLD, w_EMD), (x_BLD, w_EMD)), _neurons_back)
+def _neurons_back(kept: Any, slope_BLEM: Any) -> tuple[Array | None, Array | None]:
+    if isinstance(slope_BLEM, SymbolicZero):
+        return None, None
+    x_BLD, w_EMD = kept
+    slope_EMD = None
+    if x_BLD is not None:
+        slope_EMD = jnp.moveaxis(jnp.einsum("BLD,BLEM->DEM", x_BLD, slope_BLEM), 0, -1)
+    return jnp.einsum("BLEM,EMD->BLD", slope_BLEM, w_EMD), slope_EMD
+
+
+_neurons.defvjp(_neurons_kept, _neurons_back, symbolic_zeros=True)
+
+
+def _adapted(weights: Weights, name: str, x_BLI: Array, y_BLO: Array) -> Array:
+    """The product y of x with a matrix, and what its adapters add if it has some (lora.py)."""
+    if f"{name}_a" not in weights:
+        return y_BLO
+    a_IA, b_AO = (weights[f"{name}_{part}"].astype(y_BLO.dtype) for part in "ab")
+    inner_BLA = jnp.tensordot(x_BLI.astype(y_BLO.dtype), a_IA, a_IA.ndim - 1)
+    return y_BLO + jnp.tensordot(inner_BLA, b_AO, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Routing:
     reads_neurons: ClassVar[bool] = False  # whether scores come from all neurons' activations
     random: ClassVar[bool] = False  # whether training asks for random numbers
     keeps_zeros: ClassVar[bool] = False  # whether weights of the FFN that are zero stay so
+    reads_weights: ClassVar[bool] = False  # whether it looks at values of the FFN's matrices
     served: ClassVar[str] = "hard"  # routing for validation and serving after training with this
 
     @classmethod

@@ -211,8 +211,8 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding
     spec = [RULES.get(letter) for letter in letters]
     if set(letters) <= set("NDC"):  # small: replicated
         spec = [None] * len(letters)
-    elif "EM" in letters and shape[1] == 1:  # a dense FFN is one expert: split its neurons
-        spec[1], spec[2] = spec[2], spec[1]
+    elif (e := letters.find("EM")) > 0 and shape[e] == 1:  # a dense FFN: split its neurons
+        spec[e], spec[e + 1] = spec[e + 1], spec[e]
     for size, letter, axis in zip(shape, letters, spec, strict=True):
         if axis and size % mesh.shape[axis]:
             raise UserError(

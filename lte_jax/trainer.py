@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lte_jax import calibration, data, interrupt, optim, processes, sharding, training_step
+from lte_jax import calibration, data, interrupt, lora, optim, processes, sharding, training_step
 from lte_jax.checkpoint import Checkpointer
 from lte_jax.config import Experiment, LTEConfig, own_threshold
 from lte_jax.errors import UserError
@@ -58,6 +58,7 @@ def fit(
     *,
     mesh: jax.sharding.Mesh,
     teacher: Any = None,
+    base: lora.Base | None = None,
     profile: str | Path | None = None,
 ) -> Trained:
     """Runs a stage to its last step, from its newest checkpoint in `folder` if there is one.
@@ -65,7 +66,7 @@ def fit(
     Args:
       model: dense or LTE.
       stage: what to train and how, see stages.py.
-      params: initial parameters; copied.
+      params: initial parameters, of `lora.start` if there are adapters; copied.
       control: initial state of the controller.
       records: training and validation records.
       experiment: batch size, optimizer, seed, and how often to log, validate and save.
@@ -73,6 +74,7 @@ def fit(
       writer: of metrics.
       mesh: with the axes of sharding.py.
       teacher: the dense model's parameters in the same layout, for a stage with distillation.
+      base: what `params` adapt, not copied; None: they are the whole model's.
       profile: folder for a trace of PROFILED steps, after the first one, which compiles.
 
     Raises:
@@ -87,7 +89,7 @@ def fit(
         contextlib.closing(_traced(profile)) as turns,
     ):
         start = (params, control)
-        loop = _Loop(model, stage, start, records, experiment, mesh, writer, checkpointer)
+        loop = _Loop(model, stage, start, base, records, experiment, mesh, writer, checkpointer)
         for _ in turns:
             loop.validate()
             stopping = _stopping()
@@ -153,8 +155,9 @@ class _Pace:
 class _Loop:
     """A running stage: compiled functions, the training state, and what is due next."""
 
-    def __init__(self, model, stage, start, records, experiment, mesh, writer, checkpointer):
+    def __init__(self, model, stage, start, base, records, experiment, mesh, writer, checkpointer):
         """Builds the step functions; restores the newest checkpoint, or takes the `start`."""
+        self._base = base
         self._stage, self._experiment, self._mesh = stage, experiment, mesh
         self._writer, self._checkpointer, self._held_out = writer, checkpointer, records[1]
         self._running: tuple[int, Any, Any] | None = None  # step, metrics, batch
@@ -218,7 +221,7 @@ class _Loop:
         for batch in _fed(self._held_out, batch_size, self._mesh):
             if interrupt.requested():
                 return {}
-            part = self._eval_step(self.state.params, batch, threshold)
+            part = self._eval_step(self.state.params, batch, threshold, self._base)
             sums = {k: sums.get(k, 0.0) + v for k, v in _fetched(part).items()}
         return {
             "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),
@@ -238,7 +241,7 @@ class _Loop:
         """Takes one step; checks meanwhile that the previous one was finite, so no device waits."""
         batch, self.validation = next(self._batches), {}
         fed = sharding.feed(batch, self._experiment.data.batch_size, self._mesh)
-        self.state, metrics = self._train_step(self.state, fed, teacher)
+        self.state, metrics = self._train_step(self.state, fed, teacher, self._base)
         self.step += 1
         self._finish()
         self._running = (self.step, metrics, batch)

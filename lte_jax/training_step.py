@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array
 
-from lte_jax import losses, optim, sharding
+from lte_jax import lora, losses, optim, sharding
 from lte_jax.config import ComputeConfig, LTEConfig, ModelConfig
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import Batch, counts_of, head_losses, predicted
@@ -34,7 +34,7 @@ class TrainState:
     """Everything a step changes."""
 
     step: Any  # of this stage, int32
-    params: Any
+    params: Any  # those that are trained, see lora.py
     opt_state: Any
     control: SparsityController
 
@@ -134,16 +134,21 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     seed: int = 0,
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
-    """One optimizer step of a stage, to be jitted: (state, batch, teacher) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One optimizer step, to be jitted: (state, batch, teacher, base) -> (state, metrics).
 
-    `seed` is of dropout, whose random numbers depend on it and on the step alone. The metrics are
-    scalars, and "sparsity_per_layer" [N]; docs/metrics.md says what each is.
+    `base` is what the state's parameters adapt (lora.py); None: they are the whole model. `seed` is
+    of dropout, whose random numbers depend on it and on the step alone. The metrics are scalars,
+    and "sparsity_per_layer" [N]; docs/metrics.md says what each is.
     """
-    gradient = jax.grad(make_loss(model, stage), has_aux=True)
-    rate = optim.schedule(stage.config)
+    loss, rate = make_loss(model, stage), optim.schedule(stage.config)
 
-    def step(state: TrainState, batch: Batch, teacher: Any = None):
+    def of_trained(params: Any, base: lora.Base | None, *args: Any):
+        return loss(lora.whole(base, params), *args)
+
+    gradient = jax.grad(of_trained, has_aux=True)
+
+    def step(state: TrainState, batch: Batch, teacher: Any = None, base: lora.Base | None = None):
         counts = counts_of(model, batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         target_key = jax.random.fold_in(key, _TARGET)
@@ -151,7 +156,7 @@ def make_train_step(
 
         def gradient_of(part, key, place):
             control = state.control.drawn(target_key, place)
-            return gradient(state.params, teacher, part, control, counts, key)
+            return gradient(state.params, base, teacher, part, control, counts, key)
 
         def accumulate(total, scanned):
             return jax.tree.map(jnp.add, total, gradient_of(*scanned)), None
@@ -218,10 +223,11 @@ def _interleave(x: Array, parts: int) -> Array:
 
 
 def make_eval_step(model: Transformer, stage: Stage) -> Callable[..., dict[str, Array]]:
-    """Sums over a batch under the served routing: (params, batch, threshold) -> sums."""
+    """Sums over a batch under the served routing: (params, batch, threshold, base) -> sums."""
     routing = kind(stage.routing).served
 
-    def step(params: Any, batch: Batch, threshold: Array):
+    def step(params: Any, batch: Batch, threshold: Array, base: lora.Base | None = None):
+        params = lora.whole(base, params)
         out = forward(model, params, batch, routing=routing, threshold=threshold)
         real = jnp.sum(batch["segments"] > 0, dtype=jnp.float32)
         loss, _ = head_losses(model, params, out, batch, {"predicted": jnp.float32(1)})

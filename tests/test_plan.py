@@ -14,11 +14,21 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import checkpoint, config, data, optim, pipeline, plan, preflight, sharding, stages
+from lte_jax import (
+    checkpoint,
+    config,
+    data,
+    lora,
+    optim,
+    pipeline,
+    plan,
+    preflight,
+    sharding,
+    stages,
+)
 from lte_jax import training_step as training
 from lte_jax.cli import train
 from lte_jax.config import CheckpointConfig, MeshConfig, UserError
-from lte_jax.model import abstract_params
 from lte_jax.plan import devices, step
 from lte_jax.sparsity import SparsityController, flops_per_token
 from lte_jax.workdir import Paths
@@ -198,7 +208,7 @@ def test_memory_is_of_a_device(experiment):
 SHAPES = dict(d_model=256, d_ff=1024, num_heads=4, num_kv_heads=4, head_dim=64, num_layers=4)
 
 
-def sized(name, mesh, vocab=512, **compute):
+def sized(name, mesh, vocab=512, rank=0, **compute):
     """A stage, its experiment and the mesh."""
     scratch = config.ModelConfig(**SHAPES, vocab_size=vocab)
     made = config.Experiment(
@@ -207,6 +217,7 @@ def sized(name, mesh, vocab=512, **compute):
         stages=tiny.STAGES,
         mesh=MeshConfig(*mesh),
         compute=config.ComputeConfig(**compute),
+        lora=config.LoraConfig(rank),
     )
     [stage] = [s for s in stages.make(made.stages, made.lte) if s.name == name]
     return stage, made, sharding.make_mesh(made.mesh)
@@ -216,10 +227,8 @@ def compiled(stage, experiment, mesh):
     """What XLA says of the memory of the step that the trainer runs."""
     lte, scratch = experiment.lte if stage.sparse else None, experiment.source.scratch
     model = training.trained_model(scratch, lte, experiment.compute)
-    optimizer, params = (
-        optim.make(experiment.optim, stage.config, stage.rules),
-        abstract_params(model),
-    )
+    optimizer = optim.make(experiment.optim, stage.config, stage.rules)
+    base, params = lora.abstract(scratch, lte, experiment)
 
     def begin(params):
         control = SparsityController.start(experiment.lte, scratch.num_layers)
@@ -239,7 +248,11 @@ def compiled(stage, experiment, mesh):
         outputs = (shardings, sharding.replicated(mesh))
         made = jax.jit(made, donate_argnums=0, out_shardings=outputs)
         teacher = placed(params, shardings.params) if stage.taught else None
-        return made.lower(placed(state, shardings), batch, teacher).compile().memory_analysis()
+        if base is not None:
+            held = placed(base.params, sharding.param_shardings(base.params, mesh))
+            base, teacher = base.replace(params=held), held if stage.taught else None
+        given = placed(state, shardings), batch, teacher, base
+        return made.lower(*given).compile().memory_analysis()
 
 
 @pytest.mark.slow
@@ -250,6 +263,8 @@ def compiled(stage, experiment, mesh):
         ("router", (8, 1, 1), 4096, {"remat": False}),  # logits
         ("adapt", (1, 8, 1), 4096, {"remat": True, "head_tokens": 64}),  # logits in chunks
         ("finetune", (2, 2, 2), 512, {"remat": "dots_with_no_batch_dims_saveable"}),
+        ("router", (1, 8, 1), 512, {"remat": True, "rank": 8}),
+        ("adapt", (8, 1, 1), 4096, {"remat": True, "rank": 8, "head_tokens": 64}),
     ],
 )
 def test_bytes_of_a_step_are_those_that_xla_counts(name, mesh, vocab, compute):
@@ -273,9 +288,10 @@ def assert_counted(stage, experiment, mesh):
     """The plan is within a tenth of what XLA needs for the step."""
     found, here = compiled(stage, experiment, mesh), plan.Devices.at_hand(mesh)
     needed = plan.needs.of_stage(stage, experiment, experiment.source.scratch, here).memory
-    state = needed["parameters"] + needed["moments"]
-    if stage.taught:  # in the router stage by the stage's start itself
-        state += needed.get("teacher", needed["the stage's start"])
+    state = needed["parameters"] + needed["moments"] + needed.get("frozen", 0)
+    if stage.taught:  # by what is frozen, or in the router stage by the stage's start itself
+        shared = needed.get("frozen", needed["the stage's start"])
+        state += needed.get("teacher", shared)
     assert found.argument_size_in_bytes == pytest.approx(state, rel=0.01)
     work = needed["gradients"] + needed["activations"] + needed.get("logits", 0)
     whole = found.argument_size_in_bytes + found.temp_size_in_bytes
@@ -397,7 +413,8 @@ def test_jax_s_names_of_devices_are_known():
     names = {
         "NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100",
         "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-        "TPU v6 lite": "v6e", "NVIDIA GeForce RTX 4090": "rtx4090", "cpu": None,
+        "TPU v6 lite": "v6e", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA L4": "l4",
+        "NVIDIA L40S": None, "cpu": None,
     }  # fmt: skip
     for kind, expected in names.items():
         found = [name for name, m in plan.MACHINES.items() if re.search(m.kind, kind)]

@@ -50,6 +50,7 @@ ORDER = {
     "lte_jax.calibration": 16.5,
     "lte_jax.optim": 17,
     "lte_jax.stages": 17.5,
+    "lte_jax.lora": 17.6,
     "lte_jax.data": 17.8,  # asks a model where texts end
     "lte_jax.scoring": 17.9,
     "lte_jax.generation": 17.95,

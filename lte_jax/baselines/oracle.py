@@ -45,6 +45,7 @@ class OracleExperts(Oracle):
     """The experts whose outputs have the largest L2 norms."""
 
     served: ClassVar[str] = "oracle_experts"
+    reads_weights: ClassVar[bool] = True
 
     def scores(self, view: View) -> Scores:
         """The norms."""

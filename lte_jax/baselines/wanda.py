@@ -29,6 +29,7 @@ class Pruned(Routing):
     by_threshold: ClassVar[bool] = False
     reads_neurons: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = True
     served: ClassVar[str] = "pruned"
 
     def choose(self, view: View, threshold: Float[Array, ""] | float) -> Choice:

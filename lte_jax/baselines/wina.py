@@ -26,6 +26,7 @@ class Wina(OfInputs):
     """The entries of largest magnitude times column norm."""
 
     served: ClassVar[str] = "wina"
+    reads_weights: ClassVar[bool] = True
     inputs_kept: int
     neurons_kept: int
 

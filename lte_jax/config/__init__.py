@@ -37,6 +37,7 @@ from lte_jax.config.loading import load_config as load_config
 from lte_jax.config.loading import packaged as packaged
 from lte_jax.config.loading import parse_flags as parse_flags
 from lte_jax.config.loading import variants as variants
+from lte_jax.config.lora import LoraConfig as LoraConfig
 from lte_jax.config.names import Activation as Activation
 from lte_jax.config.names import Remat as Remat
 from lte_jax.config.names import RoutingName as RoutingName

@@ -28,6 +28,7 @@ from lte_jax.config.fields import (
     Target,
     Whole,
 )
+from lte_jax.config.lora import LoraConfig
 from lte_jax.config.names import (
     Activation,
     Grouping,
@@ -370,6 +371,7 @@ class Experiment(Checked):
     data: DataConfig = DataConfig()
     lte: LTEConfig = LTEConfig()
     stages: StagesConfig = StagesConfig()
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -39,7 +39,7 @@ def load_params(
     folder: Path,
     config: ModelConfig,
     lte: LTEConfig | None,
-    dtype: str | None = None,
+    dtype: str | Mapping[str, str] | None = None,
     shardings: Any = None,
 ) -> dict[str, Any]:
     """The parameters in a folder, as the parameter tree of `Transformer(config, lte)`.
@@ -48,7 +48,7 @@ def load_params(
       folder: of an HF model (dense) or an LTE model, safetensors only.
       config: from `read_config`.
       lte: from `read_config`.
-      dtype: float32, bfloat16 or float16; None keeps what is stored.
+      dtype: float32, bfloat16 or float16, or that of each path; None keeps what is stored.
       shardings: a tree of NamedSharding like that of the parameters; each process reads the parts
         that its devices hold. None: the default device.
 
@@ -57,7 +57,7 @@ def load_params(
         misshapen or not floating point, a router's weights are not finite, or a file is missing,
         truncated or not as its manifest says.
     """
-    if dtype is not None and dtype not in DTYPES:
+    if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
     folder = Path(folder)
     verify(folder)
@@ -70,7 +70,8 @@ def load_params(
         _drop_tied_head(tensors, config)
         _check_names(folder, tensors, rows, sizes, config)
         for row in rows:
-            array_dtype = dtype or _common_dtype(tensors, row, sizes)
+            own = dtype[row.path] if isinstance(dtype, Mapping) else dtype
+            array_dtype = own or _common_dtype(tensors, row, sizes)
             params[row.path] = _load_row(
                 tensors, row, sizes, array_dtype, placed[row.path] if placed else None
             )

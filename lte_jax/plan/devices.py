@@ -40,6 +40,7 @@ MACHINES = {
     "a100": Machine("A100", 80e9, 312e12, "NVIDIA A100 80GB datasheet, SXM"),
     "h100": Machine("H100", 80e9, 989.5e12, "NVIDIA H100 datasheet, SXM"),
     "h200": Machine("H200", 141e9, 989.5e12, "NVIDIA H200 datasheet, SXM"),
+    "l4": Machine("NVIDIA L4$", 24e9, 121e12, "NVIDIA L4 datasheet"),
     "rtx4090": Machine("RTX 4090", 24e9, 165.2e12, _ADA),
     "v4": Machine("TPU v4", 32e9, 275e12, "cloud.google.com/tpu/docs/v4"),
     "v5e": Machine("TPU v5 ?(lite|e)", 16e9, 197e12, "cloud.google.com/tpu/docs/v5e"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from lte_jax import optim, sharding, stages, training_step
+from lte_jax import lora, optim, sharding, stages, training_step
 from lte_jax.config import Experiment, LTEConfig, ModelConfig
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.params import is_router
@@ -57,6 +57,7 @@ def of_stage(
       at_most: bytes; if the state alone takes more on a device, its steps are not counted.
     """
     lte = experiment.lte if stage.sparse else None
+    base, trained = lora.abstract(config, lte, experiment)
     optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
     def begin(params: Any) -> training_step.TrainState:
@@ -64,7 +65,7 @@ def of_stage(
         number = jnp.zeros((), jnp.int32)
         return training_step.TrainState(number, params, optimizer.init(params), control)
 
-    state = jax.eval_shape(begin, abstract_params(Transformer(config, lte)))
+    state = jax.eval_shape(begin, trained)
     places = training_step.state_shardings(state, devices.mesh)
     params, parts = a_device(state.params, places.params), experiment.optim.microbatches
     memory = {
@@ -73,8 +74,12 @@ def of_stage(
         "moments": a_device(state.opt_state, places.opt_state),
         "the stage's start": params,
     }
+    start, place = trained, places.params
+    if base is not None:
+        start, place = base.params, sharding.param_shardings(base.params, devices.mesh)
+        memory = {"frozen": a_device(start, place)} | memory
     if stage.taught:
-        memory["teacher"] = _teacher(stage, experiment, state.params, places.params)
+        memory["teacher"] = _teacher(stage, experiment, start, place)
     flops = 0.0
     if sum(memory.values()) <= at_most:
         data, fsdp, tensor = map(devices.along, sharding.MESH_AXES)
@@ -89,10 +94,11 @@ def of_stage(
 
 
 def _teacher(stage: stages.Stage, experiment: Experiment, params: Any, places: Any) -> int:
-    """Bytes of the teacher on each device, less what it shares with the stage's start."""
+    """Bytes of the teacher on each device, less what it shares with the start, or with `base`."""
     held = jax.eval_shape(lambda w: training_step.teacher_of(w, experiment.compute), params)
     first = next(s for s in stages.make(experiment.stages, experiment.lte) if s.sparse)
-    shares = first.name == stage.name and training_step.starts_dense(experiment.lte)
+    shares = first.name == stage.name or experiment.lora.rank > 0
+    shares = shares and training_step.starts_dense(experiment.lte)
     leaves = zip(*map(jax.tree.leaves, (params, held, places)), strict=True)
     own = (x for x in leaves if not (shares and x[0].dtype == x[1].dtype))
     return sum(size(place.shard_shape(leaf.shape), leaf.dtype) for _, leaf, place in own)

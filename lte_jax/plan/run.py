@@ -233,6 +233,8 @@ class Plan:
         words = [how.dtype, f"remat {how.remat}"]
         if microbatches > 1:
             words.append(f"{microbatches} microbatches")
+        if rank := self.experiment.lora.rank:
+            words.append(f"adapters of rank {rank}")
         model = training_step.trained_model(self.config, None, how)
         batch = self.experiment.data.batch_size // microbatches
         rows = -(-batch // (self.devices.along("data") * self.devices.along("fsdp")))

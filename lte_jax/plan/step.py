@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lte_jax import objective, stages, training_step
-from lte_jax.config import ComputeConfig, Experiment, LTEConfig, ModelConfig, num_experts
+from lte_jax import lora, objective, stages, training_step
+from lte_jax.config import Experiment, LTEConfig, ModelConfig, num_experts
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.sparsity import SparsityController
 
@@ -80,17 +80,18 @@ def count(
     """
     config, lte = _share(config, tensor), experiment.lte if stage.sparse else None
     model = training_step.trained_model(config, lte, experiment.compute)
-    weights = _Weights(model, fsdp)
+    weights = _Weights(model, fsdp, frozen=experiment.lora.rank > 0)
     shape, answers = (rows, experiment.data.length), bool(experiment.data.task)
-    trace = _trace(stage, model, experiment.compute, experiment.lte, shape, answers)
+    how = Experiment(compute=experiment.compute, lte=experiment.lte, lora=experiment.lora)
+    trace = _trace(stage, model, how, shape, answers)
     logits = *shape, config.vocab_size
     seen = sum(_bytes(leaf) * n for leaf, n in trace.kept.items() if leaf[0] == logits)
     kept = sum(weights.bytes(leaf) * n for leaf, n in trace.kept.items()) - seen
 
     plain = model.clone(remat=False)
-    again = _trace(stage, plain, experiment.compute, experiment.lte, shape, answers)
+    again = _trace(stage, plain, how, shape, answers)
     own, held = (weights.of_one_layer(of.kept, config.num_layers) for of in (again, trace))
-    layer = max(own - held, own // 2) + again.scores + 2 * weights.of_layer
+    layer = max(own - held, own // 2) + again.scores + weights.at_work
     if lte is not None:
         layer += 4 * math.prod(shape) * config.num_layers * num_experts(config, lte)
 
@@ -99,9 +100,9 @@ def count(
         length = objective.chunk_length(model, *shape)
         taught, matrix = stage.distill_weight > 0, config.d_model * config.vocab_size
         head = 4 * rows * length * config.vocab_size * (_LOGITS_TAUGHT if taught else _LOGITS)
-        if weights.of_layer:
+        if weights.at_work:
             head += matrix * weights.itemsize * (1 + taught)
-        if length < shape[1]:
+        if length < shape[1] and not weights.frozen:
             head += 4 * matrix
     return Step(experiment.optim.microbatches * trace.flops, kept, layer, head)
 
@@ -109,14 +110,15 @@ def count(
 class _Weights:
     """What a device holds of a layer's matrices while they are used."""
 
-    def __init__(self, model: Transformer, fsdp: int) -> None:
+    def __init__(self, model: Transformer, fsdp: int, frozen: bool) -> None:
         flat = traverse_util.flatten_dict(abstract_params(model), sep="/")
         self._shapes = {leaf.shape for leaf in flat.values() if len(leaf.shape) > 2}
-        self._fsdp = fsdp
+        self._fsdp, self.frozen = fsdp, frozen
         self.itemsize = jnp.dtype(model.dtype).itemsize
         layered = (w.shape[1:] for path, w in flat.items() if path.startswith("layers/"))
-        cast = fsdp > 1 or model.dtype != "float32"
-        self.of_layer = sum(map(math.prod, layered)) * self.itemsize if cast else 0
+        made = fsdp > 1 or (model.dtype != "float32" and not frozen)
+        of_layer = sum(map(math.prod, layered)) * self.itemsize
+        self.at_work = of_layer * (1 if frozen else 2) if made else 0
 
     def bytes(self, leaf: Leaf) -> int:
         """Of a kept array; matrices that were cast are kept sharded as they are."""
@@ -141,24 +143,29 @@ class _Trace:
 def _trace(
     stage: stages.Stage,
     model: Transformer,
-    compute: ComputeConfig,
-    lte: LTEConfig,
+    experiment: Experiment,
     shape: tuple[int, int],
     answers: bool,
 ) -> _Trace:
-    """Traces the gradient of a stage's loss for so many records and tokens of each."""
-    weights, loss = abstract_params(model), training_step.make_loss(model, stage)
-    inputs = _inputs(model.config, lte, shape, answers)
+    """Traces the gradient of a stage's loss for so many records and tokens of each.
 
-    def gradient(params: Any, teacher: Any, inputs: Any) -> Any:
-        total, back, parts = jax.vjp(lambda w: loss(w, teacher, *inputs), params, has_aux=True)
+    `experiment` has `compute`, `lte` and `lora` alone, so that others share a trace.
+    """
+    base, weights = lora.abstract(model.config, model.lte, experiment)
+    loss = training_step.make_loss(model, stage)
+    inputs = _inputs(model.config, experiment.lte, shape, answers)
+
+    def gradient(params: Any, base: Any, teacher: Any, inputs: Any) -> Any:
+        of_trained = lambda w: loss(lora.whole(base, w), teacher, *inputs)  # noqa: E731
+        total, back, parts = jax.vjp(of_trained, params, has_aux=True)
         return jax.tree.leaves(back), (total, parts, back(jnp.ones_like(total)))
 
     teacher = None
     if stage.taught:
-        held = functools.partial(training_step.teacher_of, compute=compute)
-        teacher = jax.eval_shape(held, weights)
-    closed, (kept, _) = jax.make_jaxpr(gradient, return_shape=True)(weights, teacher, inputs)
+        held = functools.partial(training_step.teacher_of, compute=experiment.compute)
+        teacher = jax.eval_shape(held, weights if base is None else base.params)
+    traced = jax.make_jaxpr(gradient, return_shape=True)
+    closed, (kept, _) = traced(weights, base, teacher, inputs)
     jaxpr, given = closed.jaxpr, set(map(id, closed.jaxpr.invars))
     left = {id(var): var.aval for var in jaxpr.outvars[: len(kept)] if id(var) not in given}
     flops, scores = 0.0, 0
