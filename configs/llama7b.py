@@ -88,7 +88,7 @@ def _adapt(c):
     for stage in c.stages.values():  # adapters start at zero, and learn at ten times the rate
         stage.learning_rate = 1.5e-4
     c.stages.router.router_lr_multiplier = 2.5
-    c.report = False  # it would hold the dense model beside the sparse one; evaluate.py makes it
+    c.report = False  # it holds the dense model, too: `evaluate.py --workdir` where both fit
 
 
 def _shrink(c):

@@ -231,18 +231,25 @@ def test_the_written_model_says_what_model_and_adapters_say(variant, tmp_path):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A dense model in a folder."""
+    """A dense model in a folder, in bfloat16."""
     folder = tmp_path_factory.mktemp("source") / "dense"
     config = dataclasses.replace(tiny.CONFIG, vocab_size=259)
-    words = data.byte_tokenizer()
-    hf.save(folder, config, None, tiny.model_and_params(None, config)[1], tokenizer=words)
+    how = {"tokenizer": data.byte_tokenizer(), "dtype": "bfloat16"}
+    hf.save(folder, config, None, tiny.model_and_params(None, config)[1], **how)
     return folder
 
 
 @pytest.fixture(scope="module")
 def experiment(source, tmp_path_factory):
-    made = tiny.experiment(tmp_path_factory.mktemp("texts"), lora=LORA)
+    how = {"lora": LORA, "compute": ComputeConfig("bfloat16")}
+    made = tiny.experiment(tmp_path_factory.mktemp("texts"), **how)
     return dataclasses.replace(made, source=SourceConfig(str(source)))
+
+
+def train(experiment, root):
+    """A run, in which JAX's own attention may mix bfloat16 and float32."""
+    with jax.numpy_dtype_promotion("standard"):
+        lte_jax.train(experiment, root)
 
 
 @pytest.fixture(scope="module")
@@ -258,10 +265,11 @@ def run(experiment, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "fit", watched)
-        lte_jax.train(experiment, root)
+        train(experiment, root)
     return root, fits
 
 
+@pytest.mark.slow
 def test_a_run_holds_the_dense_model_once_and_writes_the_sums(run):
     root, fits = run
     for stage, folder in (("finetune", "dense"), ("adapt", "lte")):
@@ -270,7 +278,9 @@ def test_a_run_holds_the_dense_model_once_and_writes_the_sums(run):
         sums = summed(lora.merged(given["base"], trained.params))
         assert read.keys() == sums.keys()
         for path, array in sums.items():
-            np.testing.assert_array_equal(read[path], array, err_msg=path)
+            stored = array if is_router(path) else array.astype(jnp.bfloat16)
+            assert read[path].dtype == stored.dtype, path
+            np.testing.assert_array_equal(read[path], stored, err_msg=path)
         assert not np.array_equal(
             sums["layers/ffn/up"], given["base"].params["layers"]["ffn"]["up"]
         )
@@ -281,12 +291,13 @@ def test_a_run_holds_the_dense_model_once_and_writes_the_sums(run):
     assert flat(fits["adapt"][2].params).keys() == flat(fits["router"][2].params).keys()
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_from_its_checkpoint_to_the_same_bits(run, experiment, tmp_path):
     root, _ = run
     copy = shutil.copytree(root, tmp_path / "run")
     shutil.rmtree(copy / "lte")
     shutil.rmtree(copy / "checkpoints" / "adapt" / "2")
-    lte_jax.train(experiment, copy)
+    train(experiment, copy)
     for file in ("model.safetensors", "config.json"):
         assert (copy / "lte" / file).read_bytes() == (root / "lte" / file).read_bytes()
 

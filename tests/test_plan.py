@@ -272,16 +272,17 @@ def test_bytes_of_a_step_are_those_that_xla_counts(name, mesh, vocab, compute):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [
-    ["compute.remat=True"],
-    ["compute.remat=dots_with_no_batch_dims_saveable", "data.batch_size=64"],
+@pytest.mark.parametrize(("devices", "variant", "keys"), [
+    (8, "", ["compute.remat=True"]),
+    (8, "", ["compute.remat=dots_with_no_batch_dims_saveable", "data.batch_size=64"]),
+    (1, ":lora", []),
 ])  # fmt: skip
-def test_bytes_of_llama7b_are_those_that_xla_counts(keys):
-    """Of the router stage on eight devices; in float32, as XLA has no bfloat16 on a CPU."""
+def test_bytes_of_llama7b_are_those_that_xla_counts(devices, variant, keys):
+    """Of the router stage; in float32, as XLA has no bfloat16 on a CPU."""
     keys = ["source.path=", "compute.dtype=float32", *keys]
-    made = config.load_config(str(ROOT / "configs" / "llama7b.py"), keys)
+    made = config.load_config(f"{ROOT}/configs/llama7b.py{variant}", keys)
     [stage] = [s for s in stages.make(made.stages, made.lte) if s.name == "router"]
-    assert_counted(stage, made, sharding.make_mesh(made.mesh))
+    assert_counted(stage, made, sharding.make_mesh(made.mesh, jax.devices()[:devices]))
 
 
 def assert_counted(stage, experiment, mesh):
@@ -445,6 +446,9 @@ def test_the_page_has_the_plan_that_is_printed(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out.partition("\n")[2].partition("\ncounted")[0] in PAGE
     assert f"\n{printed.err.strip()}\n" in PAGE
+    train.main([f"{seven[0]}:lora", "--plan=rtx4090"])
+    adapted = capsys.readouterr().out.partition("\n")[2]
+    assert adapted in (ROOT / "docs" / "scale.md").read_text()
 
 
 def test_the_default_of_the_largest_config_fits_a_disk():

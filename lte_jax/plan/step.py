@@ -13,7 +13,8 @@ Every family, routing and remat policy is counted by what it does.
     layer   the backward pass of one layer: what remat computes again, at least half of what the
             layer keeps without, for slopes; attention's scores and theirs; the slopes of all
             routers' scores; and the layer's weights and their gradients, whole and in
-            compute.dtype, where they are sharded or cast
+            compute.dtype, where they are sharded or cast. With adapters (lora.py) there are no
+            such gradients, but the adapters' products beside those of the matrices
     head    _LOGITS float32 arrays of the tokens whose logits exist at a time; the head's matrices
             where they are sharded or cast; and the sum of its gradients over chunks
 
@@ -80,7 +81,7 @@ def count(
     """
     config, lte = _share(config, tensor), experiment.lte if stage.sparse else None
     model = training_step.trained_model(config, lte, experiment.compute)
-    weights = _Weights(model, fsdp, frozen=experiment.lora.rank > 0)
+    weights = _Weights(model, fsdp, experiment)
     shape, answers = (rows, experiment.data.length), bool(experiment.data.task)
     how = Experiment(compute=experiment.compute, lte=experiment.lte, lora=experiment.lora)
     trace = _trace(stage, model, how, shape, answers)
@@ -92,6 +93,7 @@ def count(
     again = _trace(stage, plain, how, shape, answers)
     own, held = (weights.of_one_layer(of.kept, config.num_layers) for of in (again, trace))
     layer = max(own - held, own // 2) + again.scores + weights.at_work
+    layer += math.prod(shape) * weights.added
     if lte is not None:
         layer += 4 * math.prod(shape) * config.num_layers * num_experts(config, lte)
 
@@ -100,7 +102,7 @@ def count(
         length = objective.chunk_length(model, *shape)
         taught, matrix = stage.distill_weight > 0, config.d_model * config.vocab_size
         head = 4 * rows * length * config.vocab_size * (_LOGITS_TAUGHT if taught else _LOGITS)
-        if weights.at_work:
+        if weights.made:
             head += matrix * weights.itemsize * (1 + taught)
         if length < shape[1] and not weights.frozen:
             head += 4 * matrix
@@ -110,15 +112,19 @@ def count(
 class _Weights:
     """What a device holds of a layer's matrices while they are used."""
 
-    def __init__(self, model: Transformer, fsdp: int, frozen: bool) -> None:
+    def __init__(self, model: Transformer, fsdp: int, experiment: Experiment) -> None:
         flat = traverse_util.flatten_dict(abstract_params(model), sep="/")
+        base, trained = lora.abstract(model.config, model.lte, experiment)
         self._shapes = {leaf.shape for leaf in flat.values() if len(leaf.shape) > 2}
-        self._fsdp, self.frozen = fsdp, frozen
+        self._fsdp, self.frozen = fsdp, base is not None
         self.itemsize = jnp.dtype(model.dtype).itemsize
         layered = (w.shape[1:] for path, w in flat.items() if path.startswith("layers/"))
-        made = fsdp > 1 or (model.dtype != "float32" and not frozen)
         of_layer = sum(map(math.prod, layered)) * self.itemsize
-        self.at_work = of_layer * (1 if frozen else 2) if made else 0
+        self.made = fsdp > 1 or (model.dtype != "float32" and not self.frozen)
+        self.at_work = of_layer if self.frozen else 2 * of_layer * self.made
+        own = traverse_util.flatten_dict(trained, sep="/").items()
+        outputs = (math.prod(leaf.shape[2:]) for path, leaf in own if path.endswith("_b"))
+        self.added = sum(outputs) * self.itemsize  # of adapters, for each token
 
     def bytes(self, leaf: Leaf) -> int:
         """Of a kept array; matrices that were cast are kept sharded as they are."""
