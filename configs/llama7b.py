@@ -84,6 +84,7 @@ def get_config(arg=""):
 
 def _adapt(c):
     c.lora.rank = 16  # 40M parameters beside the routers' 45M
+    c.lte.refit = False  # so that the frozen model is the teacher, too
     c.optim.microbatches = 16  # one record at a time
     for stage in c.stages.values():  # adapters start at zero, and learn at ten times the rate
         stage.learning_rate = 1.5e-4
