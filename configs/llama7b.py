@@ -93,7 +93,7 @@ def _adapt(c):
 
 
 def _shrink(c):
-    c.source.path = ""
+    c.source.path, c.optim.microbatches = "", 1
     c.source.scratch = config.to_config_dict(config.ModelConfig(vocab_size=259))  # bytes, specials
     c.data.train = c.data.validation = "python-stdlib"
     c.data.max_documents, c.data.length, c.data.batch_size = 40, 32, 8

@@ -21,7 +21,7 @@ from docs_code import COMMANDS, FENCE, NOT_RUN, OURS, PAGES, PROJECT, ROOT, WRIT
 import lte_jax
 import lte_jax.plan
 import lte_jax.sweep.command
-from lte_jax import data
+from lte_jax import data, preflight
 from lte_jax.config import LTEConfig, ModelConfig
 
 HUB = ("HuggingFaceTB/SmolLM-135M",)  # ids whose place a small random Llama takes
@@ -151,6 +151,7 @@ def test_commands_are_parsed(command, here, monkeypatch, record_property):
     monkeypatch.setattr(lte_jax, "train", _stop)  # after its configuration is read
     monkeypatch.setattr(lte_jax.plan, "show", _stop)
     monkeypatch.setattr(lte_jax.sweep.command, "perform", _stop)
+    monkeypatch.setattr(preflight, "of_texts", _stop)
     for way in ("parse_args", "parse_intermixed_args"):
         parse = getattr(argparse.ArgumentParser, way)
         stop = lambda *given, parse=parse: _stop(parse(*given))  # noqa: E731

@@ -202,8 +202,8 @@ def test_every_line_can_be_made_small(here):
             keys = [word.removeprefix("--config.") for word in words if "--config." in word]
             made = config.load_config(_flag(words, "config"), [*keys, "wandb="])
             assert all(stage.steps <= 12 for stage in vars(made.stages).values())
-            if made.data.train in MAKERS:
-                continue  # another line prepares it
+            if made.data.train in MAKERS or any(word.startswith("--plan") for word in words):
+                continue  # another line prepares it, or nothing is read
             mesh = sharding.make_mesh(made.mesh)
             assert preflight.prepare(made, mesh, None, {"end_token": None}).records
 

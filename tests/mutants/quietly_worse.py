@@ -108,8 +108,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "D sampling keeps ties",
         "lte_jax/generation/decoding.py",
-        "kept_BV = first_largest(logits_BV, least_B1, count_B1)",
-        "kept_BV = logits_BV >= least_B1",
+        "kept_BV = first_largest(logits_BV, *_nucleus(logits_BV, self.top_p))",
+        "kept_BV = logits_BV >= _nucleus(logits_BV, self.top_p)[0]",
         "tests/test_model.py::test_exactly_k_tokens",
     ),
     Mutant(
