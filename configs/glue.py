@@ -10,8 +10,8 @@ Cost:   a step of minilm (23 M parameters, 512 tokens, on sst2 38 texts) takes 0
         in the router stage 0.7 s, with huge pages (README): sst2's 1,800 dense steps take 16
         minutes, its LTE stages 5. RoBERTa's: not measured; it is for a GPU.
 Expect: minilm, three seeds, ± standard error (docs/tasks.md): sst2 dense 89.6 ± 0.1, LTE 89.3,
-        89.1, 89.2 at 80, 90, 95%; mrpc dense 80.2 ± 0.2, LTE 79.7, 78.1, 77.9; rte dense 55.8 ± 1.2,
-        LTE 56.0, 56.8, 54.5 (one label always: 52.7).
+        89.1, 89.2 at 80, 90, 95%; mrpc dense 80.2 ± 0.2, LTE 79.7, 78.1, 77.9; rte dense 55.8
+        ± 1.2 (one label always: 52.7), LTE 56.0, 56.8, 54.5.
         RoBERTa's dense figures (fairseq, single task): base 94.8 on sst2, 90.2 on mrpc, 78.7 on
         rte; large 96.4, 90.9, 86.6. The paper reports no drop of LTE at 80 to 95% FFN
         sparsity.
