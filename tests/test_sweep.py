@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import lte_jax
-from lte_jax import config, data, figures, report, style
+from lte_jax import config, data, figures, files, report, style
 from lte_jax.config import Row, Sweep
 from lte_jax.errors import UserError
 from lte_jax.sweep import command, processes, results, running, tables
@@ -83,7 +83,7 @@ def finish(run, workdir):
     stages.append({"stage": "adapt", "step": 1, "seconds": 7.0})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in stages))
     told = {"models": [model | {"name": "dense"}, model], "environment": {"commit": "abc"}}
-    (workdir / "results.json").write_text(json.dumps(told))
+    files.atomic_write(workdir / "results.json", json.dumps(told))  # another sweep may look
 
 
 @pytest.fixture
