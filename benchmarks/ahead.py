@@ -33,13 +33,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.experimental import topologies
 
-from lte_jax import config, moefication, optim, plan, refit, router_init, sharding, stages
+from lte_jax import config, lora, moefication, optim, plan, refit, router_init, sharding, stages
 from lte_jax import training_step as training
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import atomic_write
-from lte_jax.model import abstract_params
+from lte_jax.model import Transformer, abstract_params
 from lte_jax.plan.needs import written
 from lte_jax.sparsity import SparsityController
 
@@ -59,6 +60,7 @@ dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H200"
 """
 TPU = {"v5p": "v5p:{}x{}x{}", "v5e": "v5e:{}x{}", "v6e": "v6e:{}x{}", "v4": "v4:{}x{}x{}"}
+START = "the stage's start"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -97,41 +99,65 @@ def placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def steps(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Iterator[Program]:
-    """The training step and the validation of each stage."""
+def loaded(model: Transformer, experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Any:
+    """The parameters of a model as the pipeline loads them."""
+    types = lora.dtypes(model.config, model.lte, experiment)
+    shapes = traverse_util.flatten_dict(abstract_params(model), sep="/")
+    typed = {k: jax.ShapeDtypeStruct(x.shape, jnp.dtype(types[k])) for k, x in shapes.items()}
+    params = traverse_util.unflatten_dict(typed, sep="/")
+    return placed(params, sharding.param_shardings(params, mesh))
+
+
+def step_of(
+    stage: stages.Stage, experiment: config.Experiment, mesh: jax.sharding.Mesh
+) -> tuple[Any, tuple[Any, ...]]:
+    """The training step of a stage as the trainer jits it, and its operands."""
     scratch, data = experiment.source.scratch, experiment.data
-    devices = plan.Devices(mesh.devices.flat[0].device_kind, mesh, None, None)
+    lte = experiment.lte if stage.sparse else None
+    model = training.trained_model(scratch, lte, experiment.compute)
+    optimizer = optim.make(experiment.optim, stage.config, stage.rules)
+
+    def begin(params: Any) -> training.TrainState:
+        control = SparsityController.start(experiment.lte, scratch.num_layers)
+        number = jnp.zeros((), jnp.int32)
+        return training.TrainState(number, params, optimizer.init(params), control)
+
+    base, params = lora.abstract(scratch, lte, experiment)
+    state = jax.eval_shape(begin, params)
+    places = training.state_shardings(state, mesh)
+    whole = params
+    if base is not None:
+        whole = placed(base.params, sharding.param_shardings(base.params, mesh))
+        base = base.replace(params=whole)
+    teacher = None
+    if stage.taught:
+        held = jax.eval_shape(lambda w: training.teacher_of(w, experiment.compute), whole)
+        teacher = placed(held, sharding.param_shardings(whole, mesh))
     cells = jax.ShapeDtypeStruct((data.batch_size, data.length), jnp.int32)
     batch = dict.fromkeys(("tokens", "segments"), placed(cells, sharding.batch_sharding(mesh)))
+    step = training.make_train_step(model, stage, optimizer, experiment.optim.microbatches)
+    outputs = (places, sharding.replicated(mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+    return jitted, (placed(state, places), batch, teacher, base)
+
+
+def steps(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Iterator[Program]:
+    """The training step and the validation of each stage."""
+    scratch = experiment.source.scratch
+    devices = plan.Devices(mesh.devices.flat[0].device_kind, mesh, None, None)
     for stage in stages.make(experiment.stages, experiment.lte):
-        lte = experiment.lte if stage.sparse else None
-        model = training.trained_model(scratch, lte, experiment.compute)
-        optimizer = optim.make(experiment.optim, stage.config, stage.rules)
-
-        def begin(params: Any, optimizer=optimizer) -> training.TrainState:
-            control = SparsityController.start(experiment.lte, scratch.num_layers)
-            number = jnp.zeros((), jnp.int32)
-            return training.TrainState(number, params, optimizer.init(params), control)
-
-        params = abstract_params(model)
-        state = jax.eval_shape(begin, params)
-        places = training.state_shardings(state, mesh)
-        teacher = None
-        if stage.taught:
-            held = jax.eval_shape(lambda w: training.teacher_of(w, experiment.compute), params)
-            teacher = placed(held, places.params)
-        step = training.make_train_step(model, stage, optimizer, experiment.optim.microbatches)
-        outputs = (places, sharding.replicated(mesh))
-        whole = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        operands = placed(state, places), batch, teacher
+        step, operands = step_of(stage, experiment, mesh)
         needed = plan.needs.of_stage(stage, experiment, scratch, devices).memory
         # What else lies there, the stage's start, is no operand, unless it is the teacher.
-        own = "teacher" if "teacher" in needed or not stage.taught else "the stage's start"
-        names = ("parameters", "moments", "gradients", "activations", "logits", own)
+        own = "teacher" if {"teacher", "frozen"} & {*needed} or not stage.taught else START
+        names = ("frozen", "parameters", "moments", "gradients", "activations", "logits", own)
         counted = sum(needed.get(name, 0) for name in names)
-        yield Program(f"step of {stage.name}", lambda f=whole, x=operands: f.lower(*x), counted)
+        yield Program(f"step of {stage.name}", lambda f=step, x=operands: f.lower(*x), counted)
+        state, batch, _, base = operands
+        lte = experiment.lte if stage.sparse else None
+        model = training.trained_model(scratch, lte, experiment.compute)
         check = jax.jit(training.make_eval_step(model, stage))
-        seen = placed(params, places.params), batch, jax.ShapeDtypeStruct((), jnp.float32)
+        seen = state.params, batch, jax.ShapeDtypeStruct((), jnp.float32), base
         yield Program(f"validation of {stage.name}", lambda f=check, x=seen: f.lower(*x))
 
 
@@ -142,15 +168,13 @@ def preparation(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Itera
     cells = jax.ShapeDtypeStruct((1, experiment.data.length), jnp.int32, sharding=everywhere)
     record = {"tokens": cells, "segments": cells}
     model = training.trained_model(scratch, lte, experiment.compute)
-    params = abstract_params(model)
-    params = placed(params, sharding.param_shardings(params, mesh))
+    params = loaded(model, experiment, mesh)
     whole = {k: w for k, w in params["layers"]["ffn"].items() if k != "router"}
     bare = params | {"layers": params["layers"] | {"ffn": whole}}
     part = range(max(1, router_init.PASS_BYTES // (4 * scratch.d_ff**2)))
     if lte.grouping == "coactivation":
         dense = model.clone(lte=None)
-        shapes = abstract_params(dense)
-        shapes = placed(shapes, sharding.param_shardings(shapes, mesh))
+        shapes = loaded(dense, experiment, mesh)
         sums = moefication._magnitude_sums  # noqa: SLF001
         yield Program("grouping", lambda: sums.lower(dense, shapes, record, part))
     if lte.router_init == "ridge":

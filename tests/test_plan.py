@@ -4,11 +4,11 @@ import collections
 import dataclasses
 import math
 import re
+import runpy
 import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -18,19 +18,16 @@ from lte_jax import (
     checkpoint,
     config,
     data,
-    lora,
-    optim,
     pipeline,
     plan,
     preflight,
     sharding,
     stages,
 )
-from lte_jax import training_step as training
 from lte_jax.cli import train
 from lte_jax.config import CheckpointConfig, MeshConfig, UserError
 from lte_jax.plan import devices, step
-from lte_jax.sparsity import SparsityController, flops_per_token
+from lte_jax.sparsity import flops_per_token
 from lte_jax.workdir import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,34 +222,10 @@ def sized(name, mesh, vocab=512, rank=0, **compute):
 
 def compiled(stage, experiment, mesh):
     """What XLA says of the memory of the step that the trainer runs."""
-    lte, scratch = experiment.lte if stage.sparse else None, experiment.source.scratch
-    model = training.trained_model(scratch, lte, experiment.compute)
-    optimizer = optim.make(experiment.optim, stage.config, stage.rules)
-    base, params = lora.abstract(scratch, lte, experiment)
-
-    def begin(params):
-        control = SparsityController.start(experiment.lte, scratch.num_layers)
-        number = jnp.zeros((), jnp.int32)
-        return training.TrainState(number, params, optimizer.init(params), control)
-
-    def placed(tree, shardings):
-        with_place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        return jax.tree.map(with_place, tree, shardings)
-
-    state, data = jax.eval_shape(begin, params), experiment.data
+    ahead = runpy.run_path(str(ROOT / "benchmarks/ahead.py"))
+    step, operands = ahead["step_of"](stage, experiment, mesh)
     with jax.set_mesh(mesh):
-        shardings = training.state_shardings(state, mesh)
-        cells = jax.ShapeDtypeStruct((data.batch_size, data.length), jnp.int32)
-        batch = dict.fromkeys(("tokens", "segments"), placed(cells, sharding.batch_sharding(mesh)))
-        made = training.make_train_step(model, stage, optimizer, experiment.optim.microbatches)
-        outputs = (shardings, sharding.replicated(mesh))
-        made = jax.jit(made, donate_argnums=0, out_shardings=outputs)
-        teacher = placed(params, shardings.params) if stage.taught else None
-        if base is not None:
-            held = placed(base.params, sharding.param_shardings(base.params, mesh))
-            base, teacher = base.replace(params=held), held if stage.taught else None
-        given = placed(state, shardings), batch, teacher, base
-        return made.lower(*given).compile().memory_analysis()
+        return step.lower(*operands).compile().memory_analysis()
 
 
 @pytest.mark.slow
