@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .quantized import BITS, GROUP, Quantized
 from .reference import ACTIVATIONS, Unsupported
 
 _SOURCE = pathlib.Path(__file__).with_name("cpu_ffn.cc")
@@ -53,16 +54,18 @@ def sparse_ffn(
     """
     _ready(x_BD)
     names = ("up", "down", "gate", "up_bias", "gate_bias")
+    settings: dict = {"activation": np.int64(list(ACTIVATIONS).index(activation))}
+    settings |= {f"has_{name}": name in weights for name in names[2:]}
+    operands = jax.tree.leaves([weights[name] for name in names if name in weights])
+    target, up = "lte_jax_ffn", weights["up"]
+    if isinstance(up, Quantized):
+        target, neurons = "lte_jax_scaledffn", up.shape[2]
+        if neurons % GROUP:
+            raise Unsupported(f"experts of {neurons} neurons in {up.format}: multiples of {GROUP}")
+        settings |= {"bits": np.int64(BITS[up.format]), "neurons": np.int64(neurons)}
     out = jax.ShapeDtypeStruct(x_BD.shape, x_BD.dtype)
-    call = jax.ffi.ffi_call("lte_jax_ffn", out, vmap_method="sequential")
-    return call(
-        x_BD,
-        active_BE,
-        layer,
-        *(weights[name] for name in names if name in weights),
-        activation=np.int64(list(ACTIVATIONS).index(activation)),
-        **{f"has_{name}": name in weights for name in names[2:]},
-    )
+    call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
+    return call(x_BD, active_BE, layer, *operands, **settings)
 
 
 def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
@@ -72,6 +75,9 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     """
     _ready(x_BK)
     out = jax.ShapeDtypeStruct((len(x_BK), w.shape[1 if transposed else 2]), jnp.float32)
+    if isinstance(w, Quantized):
+        call = jax.ffi.ffi_call("lte_jax_scaledlinear", out, vmap_method="sequential")
+        return call(x_BK, layer, w.codes, w.scales, bits=np.int64(BITS[w.format]))
     call = jax.ffi.ffi_call("lte_jax_linear", out, vmap_method="sequential")
     return call(x_BK, layer, w, transposed=transposed)
 
@@ -98,6 +104,8 @@ def attend(
 
 def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
     """Rows of the table: [B, D]. In bfloat16, XLA would first convert the whole table."""
+    if isinstance(table_VD, Quantized):
+        return table_VD.rows(tokens_B)
     _load()
     out = jax.ShapeDtypeStruct((tokens_B.size, table_VD.shape[1]), table_VD.dtype)
     return jax.ffi.ffi_call("lte_jax_embed", out)(tokens_B, table_VD)
@@ -127,7 +135,7 @@ def _load() -> None:
         library = ctypes.CDLL(str(_build()))
     except OSError as error:
         raise Unsupported(f"{error}: name another folder in $LTE_JAX_CACHE") from error
-    for name in ("Ffn", "Linear", "Attend", "Embed"):
+    for name in ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Embed"):
         capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
         jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
 

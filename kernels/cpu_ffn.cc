@@ -26,6 +26,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -253,6 +257,116 @@ void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t
       Store(out + b * width + i, sums[b * width + Place(static_cast<const T*>(nullptr), i, width)]);
 }
 
+// ---- Weights of 8 and 4 bits, in the tiles of quantized.py: 16 outputs by 32 inputs.
+//
+// x is rounded to signed bytes as well, in groups of 32 with a scale each, and products are summed as
+// integers: in every group of a tile exactly, so all instruction sets give the same bits. Codes are
+// unsigned, as the instruction for dot products of bytes wants them; zero times the sum of x's bytes,
+// the same for all outputs, is taken off beforehand.
+
+constexpr int kOutputs = 16, kGroup = 32;
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint32_t Bits16 __attribute__((vector_size(64)));
+typedef uint16_t Shorts16 __attribute__((vector_size(32)));
+
+struct Scaled {  // codes and bfloat16 scales of a matrix, or of the part at hand
+  const uint8_t* codes;
+  const uint16_t* scales;
+};
+
+// sums + the dot products of 4 codes of each of 16 outputs with 4 signed bytes of x
+inline Ints16 AddDots(Ints16 sums, Bits16 codes, int32_t x) {
+#ifdef __AVX512VNNI__
+  return (Ints16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(x));
+#else
+  for (int j = 0; j < 4; ++j) sums += (Ints16)(codes >> (8 * j) & 255) * int32_t(int8_t(x >> (8 * j)));
+  return sums;
+#endif
+}
+
+// Rows of x, rounded.
+struct Rounded {
+  int64_t rows, groups;
+  std::vector<int32_t> words;  // [rows][8 groups], 4 bytes each
+  std::vector<float> scales;   // [rows][groups]
+  std::vector<int32_t> sums;   // of the bytes of a group
+
+  Rounded(int64_t rows, int64_t width)
+      : rows(rows), groups(width / kGroup), words(rows * groups * 8), scales(rows * groups),
+        sums(rows * groups) {}
+
+  void Set(int64_t row, const float* x) {
+    for (int64_t g = row * groups; g < (row + 1) * groups; ++g, x += kGroup) {
+      float most = 0;
+      for (int i = 0; i < kGroup; ++i) most = std::max(most, std::fabs(x[i]));
+      const float steps = most > 0 ? 127 / most : 0;
+      int8_t bytes[kGroup];
+      sums[g] = 0;
+      for (int i = 0; i < kGroup; ++i) sums[g] += bytes[i] = int8_t(std::nearbyint(x[i] * steps));
+      std::memcpy(words.data() + g * 8, bytes, kGroup);
+      scales[g] = most / 127;
+    }
+  }
+};
+
+// sums[r] += the products of one tile row, 16 outputs by all inputs, with R rows of x.
+template <int kBits, int R>
+inline void AddTile(Scaled w, const Rounded& x, const int64_t* rows, Floats16* sums) {
+  const int32_t *words[R], *totals[R];
+  const float* scales[R];
+  for (int r = 0; r < R; ++r) {
+    words[r] = x.words.data() + rows[r] * x.groups * 8;
+    totals[r] = x.sums.data() + rows[r] * x.groups;
+    scales[r] = x.scales.data() + rows[r] * x.groups;
+  }
+  for (int64_t g = 0; g < x.groups; ++g) {
+    Ints16 dots[R];
+    for (int r = 0; r < R; ++r) dots[r] = Ints16{} - totals[r][g] * (1 << (kBits - 1));
+    for (int s = 0; s < kBits; ++s) {
+      Bits16 codes;
+      std::memcpy(&codes, w.codes + (g * kBits + s) * 64, sizeof codes);
+      if constexpr (kBits == 8) {
+        for (int r = 0; r < R; ++r) dots[r] = AddDots(dots[r], codes, words[r][g * 8 + s]);
+      } else {
+        const Bits16 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;
+        for (int r = 0; r < R; ++r) {
+          dots[r] = AddDots(dots[r], low, words[r][g * 8 + s]);
+          dots[r] = AddDots(dots[r], high, words[r][g * 8 + s + 4]);
+        }
+      }
+    }
+    Shorts16 halves;
+    std::memcpy(&halves, w.scales + g * kOutputs, sizeof halves);
+    const Floats16 scale = (Floats16)(__builtin_convertvector(halves, Bits16) << 16);
+    for (int r = 0; r < R; ++r)
+      sums[r] += __builtin_convertvector(dots[r], Floats16) * (scale * scales[r][g]);
+  }
+}
+
+// out[r][o] += sum over inputs of w[o] x[rows[r]], for outputs o from `begin` to `end`; `begin` is a
+// multiple of 16.
+template <int kBits>
+void AddProducts(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, int64_t begin,
+                 int64_t end, float* const* out) {
+  const int64_t count = rows.size(), size = x.groups * kOutputs;
+  for (int64_t o = begin; o < end; o += kOutputs) {
+    const Scaled tile = {w.codes + o / kOutputs * x.groups * kBits * 64,
+                         w.scales + o / kOutputs * size};
+    const int64_t bytes = std::min<int64_t>(kOutputs, end - o) * sizeof(float);
+    const auto some = [&](auto number, int64_t r) {
+      constexpr int R = number.value;
+      Floats16 sums[R] = {};
+      for (int i = 0; i < R; ++i) std::memcpy(&sums[i], out[r + i] + o, bytes);
+      AddTile<kBits, R>(tile, x, rows.data() + r, sums);
+      for (int i = 0; i < R; ++i) std::memcpy(out[r + i] + o, &sums[i], bytes);
+    };
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>(), r);
+    for (; r < count; ++r) some(std::integral_constant<int, 1>(), r);
+  }
+}
+
 // ---- The sparse FFN.
 
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu };  // in the order of reference.ACTIVATIONS
@@ -275,6 +389,20 @@ struct Weights {
   const T *gate, *up, *down, *gate_bias, *up_bias;  // null if the model has none
 };
 
+// up[r] = act(gate[r]) * up[r], or act(up[r]) where gate is null, after their biases if there are any.
+template <class T>
+void Activations(Activation activation, int64_t rows, int64_t M, const T* up_bias, const T* gate_bias,
+                 const float* gate, float* up) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t m = 0; m < M; ++m) {
+      float& h = up[r * M + m];
+      if (up_bias) h += Load(up_bias + m);
+      const float bias = gate && gate_bias ? Load(gate_bias + m) : 0;
+      h = gate ? h * Activate(activation, gate[r * M + m] + bias) : Activate(activation, h);
+    }
+  }
+}
+
 // y[b] += down^T act(gate x[b]) * (up x[b]) for one expert and the rows that use it.
 template <class T>
 void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
@@ -285,19 +413,31 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   float *h = scratch.data(), *gate = h + rows * M;
   Dots(w.up, D, M, D, x.data(), rows, h, M);
   if (w.gate) Dots(w.gate, D, M, D, x.data(), rows, gate, M);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t m = 0; m < M; ++m) {
-      float& up = h[r * M + m];
-      if (w.up_bias) up += Load(w.up_bias + m);
-      if (w.gate) {
-        const float bias = w.gate_bias ? Load(w.gate_bias + m) : 0;
-        up *= Activate(activation, gate[r * M + m] + bias);
-      } else {
-        up = Activate(activation, up);
-      }
-    }
-  }
+  Activations(activation, rows, M, w.up_bias, w.gate_bias, w.gate ? gate : nullptr, h);
   Axpys(w.down, D, M, D, h, M, rows, y.data());
+}
+
+// The same with weights of kBits; `rows` are those of x.
+template <int kBits, class T>
+void AddExpert(Scaled gate, Scaled up, Scaled down, const T* up_bias, const T* gate_bias,
+               Activation activation, int64_t M, int64_t D, const Rounded& x,
+               const std::vector<int64_t>& rows, const std::vector<float*>& y,
+               std::vector<float>& scratch) {
+  const int64_t count = rows.size();
+  scratch.assign(2 * count * M, 0.0f);
+  std::vector<float*> to(count);
+  const auto project = [&](Scaled w, float* h) {
+    for (int64_t r = 0; r < count; ++r) to[r] = h + r * M;
+    AddProducts<kBits>(w, x, rows, 0, M, to.data());
+  };
+  float *h = scratch.data(), *gated = gate.codes ? h + count * M : nullptr;
+  project(up, h);
+  if (gated) project(gate, gated);
+  Activations(activation, count, M, up_bias, gate_bias, gated, h);
+  Rounded hidden(count, M);
+  std::vector<int64_t> all(count);
+  for (int64_t r = 0; r < count; ++r) hidden.Set(all[r] = r, h + r * M);
+  AddProducts<kBits>(down, hidden, all, 0, D, y.data());
 }
 
 // The rows of x as floats: in their order, or in that of weights of type T.
@@ -310,9 +450,11 @@ std::vector<float> ToFloat(const T* x, int64_t rows, int64_t width, bool placed)
   return made;
 }
 
-template <class T>
-void SparseFfn(ffi::ThreadPool& pool, const T* x, const bool* active, Weights<T> w, T* out,
-               Activation activation, int64_t B, int64_t D, int64_t E, int64_t M) {
+// out[b] = the sum over the experts of row b of what add(expert, rows, y, scratch) adds to y[i], for
+// the rows that use the expert; sums are stored in the order of weights of type T.
+template <class T, class Out, class Add>
+void SumExperts(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, int64_t D, int64_t E,
+                const Add& add) {
   std::vector<int64_t> used;  // by any row
   for (int64_t e = 0; e < E; ++e)
     for (int64_t b = 0; b < B; ++b)
@@ -320,52 +462,72 @@ void SparseFfn(ffi::ThreadPool& pool, const T* x, const bool* active, Weights<T>
         used.push_back(e);
         break;
       }
-  const std::vector<float> x_BD = ToFloat(x, B, D, true);
   const int64_t count = used.size(), chunks = NumChunks(pool, count);
   SumOverChunks<T>(pool, chunks, B, D, out, [&](int64_t chunk, float* y_BD) {
-    std::vector<const float*> from;
+    std::vector<int64_t> rows;
     std::vector<float*> to;
     std::vector<float> scratch;
     for (int64_t k = count * chunk / chunks; k < count * (chunk + 1) / chunks; ++k) {
       const int64_t e = used[k];
-      from.clear(), to.clear();
+      rows.clear(), to.clear();
       for (int64_t b = 0; b < B; ++b) {
         if (!active[b * E + e]) continue;
-        from.push_back(x_BD.data() + b * D);
+        rows.push_back(b);
         to.push_back(y_BD + b * D);
       }
-      const auto matrix = [&](const T* p) { return p ? p + e * M * D : nullptr; };
-      const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
-      const Weights<T> expert = {matrix(w.gate), matrix(w.up), matrix(w.down),
-                                 vector(w.gate_bias), vector(w.up_bias)};
-      AddExpert(expert, activation, M, D, from, to, scratch);
+      add(e, rows, to, scratch);
     }
   });
 }
 
-// Operands after x, active and layer: up, down, then gate, up_bias and gate_bias if present.
+// The operands of an FFN after x, active and layer, of which those of `layer` are taken in order.
+struct Operands {
+  const ffi::RemainingArgs& rest;
+  int64_t layer;
+  size_t next = 0;
+
+  template <class T>
+  const T* Take(bool exists = true) {
+    if (!exists) return nullptr;
+    const auto buffer = rest.get<ffi::AnyBuffer>(next++);
+    const int64_t N = buffer->dimensions()[0];
+    const int64_t one = buffer->element_count() / std::max<int64_t>(N, 1);
+    // as XLA's own dynamic slices
+    return static_cast<const T*>(buffer->untyped_data()) + std::min(std::max<int64_t>(layer, 0), N - 1) * one;
+  }
+  Scaled TakeScaled(bool exists = true) {
+    const auto* codes = Take<uint8_t>(exists);
+    return {codes, Take<uint16_t>(exists)};
+  }
+};
+
+// In order: up, down, then gate, up_bias and gate_bias if present.
 template <class T>
 ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& active,
                   int64_t layer, const ffi::RemainingArgs& rest, ffi::Result<ffi::AnyBuffer> y,
                   int64_t activation, bool has_gate, bool has_up_bias, bool has_gate_bias) {
-  const auto up = rest.get<ffi::AnyBuffer>(0);
   const int64_t B = x.dimensions()[0], D = x.dimensions()[1], E = active.dimensions()[1];
-  const int64_t N = up->dimensions()[0], M = up->dimensions()[2];
-  layer = std::min(std::max<int64_t>(layer, 0), N - 1);  // as XLA's own dynamic slices
-  size_t next = 0;
-  const auto take = [&](int64_t layer_size) {
-    const auto buffer = rest.get<ffi::AnyBuffer>(next++);
-    return static_cast<const T*>(buffer->untyped_data()) + layer * layer_size;
-  };
+  const int64_t M = rest.get<ffi::AnyBuffer>(0)->dimensions()[2];
+  Operands operands = {rest, layer};
   Weights<T> w = {};
-  w.up = take(E * M * D);
-  w.down = take(E * M * D);
-  if (has_gate) w.gate = take(E * M * D);
-  if (has_up_bias) w.up_bias = take(E * M);
-  if (has_gate_bias) w.gate_bias = take(E * M);
-  SparseFfn(pool, static_cast<const T*>(x.untyped_data()),
-            static_cast<const bool*>(active.untyped_data()), w, static_cast<T*>(y->untyped_data()),
-            Activation(activation), B, D, E, M);
+  w.up = operands.Take<T>();
+  w.down = operands.Take<T>();
+  w.gate = operands.Take<T>(has_gate);
+  w.up_bias = operands.Take<T>(has_up_bias);
+  w.gate_bias = operands.Take<T>(has_gate_bias);
+  const std::vector<float> x_BD = ToFloat(static_cast<const T*>(x.untyped_data()), B, D, true);
+  SumExperts<T>(pool, static_cast<const bool*>(active.untyped_data()),
+                static_cast<T*>(y->untyped_data()), B, D, E,
+                [&](int64_t e, const std::vector<int64_t>& rows, const std::vector<float*>& to,
+                    std::vector<float>& scratch) {
+                  std::vector<const float*> from;
+                  for (const int64_t b : rows) from.push_back(x_BD.data() + b * D);
+                  const auto matrix = [&](const T* p) { return p ? p + e * M * D : nullptr; };
+                  const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
+                  const Weights<T> expert = {matrix(w.gate), matrix(w.up), matrix(w.down),
+                                             vector(w.gate_bias), vector(w.up_bias)};
+                  AddExpert(expert, Activation(activation), M, D, from, to, scratch);
+                });
   return ffi::Error::Success();
 }
 
@@ -378,6 +540,59 @@ ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer active,
                          has_gate_bias);
   return RunFfn<BFloat16>(pool, x, active, index, rest, y, activation, has_gate, has_up_bias,
                           has_gate_bias);
+}
+
+// Rows of x, rounded to bytes.
+template <class T>
+Rounded ToRounded(const T* x, int64_t rows, int64_t width) {
+  const std::vector<float> floats = ToFloat(x, rows, width, false);
+  Rounded made(rows, width);
+  for (int64_t r = 0; r < rows; ++r) made.Set(r, floats.data() + r * width);
+  return made;
+}
+
+// Calls run(bits, zero), zero a null pointer of x's type, bits a std::integral_constant.
+template <class Run>
+ffi::Error ForBits(int64_t bits, bool is_float, const Run& run) {
+  const auto typed = [&](auto number) {
+    return is_float ? run(number, static_cast<float*>(nullptr))
+                    : run(number, static_cast<BFloat16*>(nullptr));
+  };
+  return bits == 8 ? typed(std::integral_constant<int, 8>()) : typed(std::integral_constant<int, 4>());
+}
+
+// Operands after layer, in order: codes and scales of up and down, of gate if present, then up_bias
+// and gate_bias if present. Codes are [N, E, M/16, D/32, ...] and, of down, [N, E, D/16, M/32, ...].
+ffi::Error ScaledFfn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer active,
+                     ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs rest,
+                     ffi::Result<ffi::AnyBuffer> y, int64_t activation, bool has_gate,
+                     bool has_up_bias, bool has_gate_bias, int64_t bits, int64_t neurons) {
+  return ForBits(bits, x.element_type() == ffi::F32, [&](auto number, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int kBits = number.value;
+    const int64_t B = x.dimensions()[0], D = x.dimensions()[1], E = active.dimensions()[1], M = neurons;
+    Operands operands = {rest, layer.typed_data()[0]};
+    const Scaled up = operands.TakeScaled(), down = operands.TakeScaled();
+    const Scaled gate = operands.TakeScaled(has_gate);
+    const T* up_bias = operands.template Take<T>(has_up_bias);
+    const T* gate_bias = operands.template Take<T>(has_gate_bias);
+    // Of an expert's matrix of O outputs and K inputs.
+    const auto at = [](Scaled w, int64_t e, int64_t O, int64_t K) {
+      const int64_t tiles = (O + kOutputs - 1) / kOutputs * (K / kGroup);
+      return w.codes ? Scaled{w.codes + e * tiles * kBits * 64, w.scales + e * tiles * kOutputs} : w;
+    };
+    const Rounded x_BD = ToRounded(static_cast<const T*>(x.untyped_data()), B, D);
+    SumExperts<float>(pool, static_cast<const bool*>(active.untyped_data()),
+                      static_cast<T*>(y->untyped_data()), B, D, E,
+                      [&](int64_t e, const std::vector<int64_t>& rows, const std::vector<float*>& to,
+                          std::vector<float>& scratch) {
+                        const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
+                        AddExpert<kBits>(at(gate, e, M, D), at(up, e, M, D), at(down, e, D, M),
+                                         vector(up_bias), vector(gate_bias), Activation(activation), M,
+                                         D, x_BD, rows, to, scratch);
+                      });
+    return ffi::Error::Success();
+  });
 }
 
 // ---- Matrix-vector products.
@@ -417,6 +632,34 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   const int64_t index = layer.typed_data()[0];
   if (x.element_type() == ffi::F32) return RunLinear<float>(pool, x, index, w, y, transposed);
   return RunLinear<BFloat16>(pool, x, index, w, y, transposed);
+}
+
+// y [B, O] = x [B, K] w[layer], w in tiles: codes [N, T, G, ...], scales [N, T, G, 16].
+ffi::Error ScaledLinear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer,
+                        ffi::AnyBuffer codes, ffi::AnyBuffer scales,
+                        ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits) {
+  return ForBits(bits, x.element_type() == ffi::F32, [&](auto number, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int kBits = number.value;
+    const int64_t B = x.dimensions()[0], K = x.dimensions()[1], O = y->dimensions()[1];
+    const int64_t N = codes.dimensions()[0], tiles = codes.dimensions()[1];
+    const int64_t n = std::min(std::max<int64_t>(layer.typed_data()[0], 0), N - 1);
+    const int64_t size = tiles * (K / kGroup);
+    const Scaled w = {static_cast<const uint8_t*>(codes.untyped_data()) + n * size * kBits * 64,
+                      static_cast<const uint16_t*>(scales.untyped_data()) + n * size * kOutputs};
+    const Rounded x_BK = ToRounded(static_cast<const T*>(x.untyped_data()), B, K);
+    std::vector<int64_t> rows(B);
+    std::vector<float*> to(B);
+    for (int64_t b = 0; b < B; ++b) rows[b] = b, to[b] = y->typed_data() + b * O;
+    const int64_t chunks = NumChunks(pool, tiles);
+    ParallelFor(pool, chunks, [&](int64_t chunk) {
+      const int64_t begin = tiles * chunk / chunks * kOutputs;
+      const int64_t end = std::min(O, tiles * (chunk + 1) / chunks * kOutputs);
+      for (int64_t b = 0; b < B; ++b) std::fill(to[b] + begin, to[b] + end, 0.0f);
+      AddProducts<kBits>(w, x_BK, rows, begin, end, to.data());
+    });
+    return ffi::Error::Success();
+  });
 }
 
 // ---- Attention of one new token a row over the keys and values so far.
@@ -549,3 +792,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxLinear, Linear,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<bool>("transposed"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxScaledFfn, ScaledFfn,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("activation")
+                                  .Attr<bool>("has_gate")
+                                  .Attr<bool>("has_up_bias")
+                                  .Attr<bool>("has_gate_bias")
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("neurons"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxScaledLinear, ScaledLinear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("bits"));

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from .quantized import Quantized
+
 
 class Unsupported(Exception):
     """Raised for what an implementation cannot run, with the reason in one line."""
@@ -98,4 +100,4 @@ def attend(
 
 def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
     """Rows of the table: [B, D]."""
-    return table_VD[tokens_B]
+    return table_VD.rows(tokens_B) if isinstance(table_VD, Quantized) else table_VD[tokens_B]

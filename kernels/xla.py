@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .quantized import Quantized
 from .reference import ACTIVATIONS, compact, embed
 
 __all__ = ["attend", "embed", "linear", "sparse_ffn"]
 _at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+
+
+def _of(w: Any, index: jax.Array, dtype: Any) -> jax.Array:
+    """One of several matrices, as an array."""
+    one = jax.tree.map(lambda a: _at(a, index), w)
+    return one.astype(dtype) if isinstance(one, Quantized) else one
 
 
 def sparse_ffn(
@@ -34,11 +42,12 @@ def sparse_ffn(
     act = ACTIVATIONS[activation]
     ids_E, count = compact(active_BE)
     first = layer * active_BE.shape[1]  # this layer's first expert in the flat view
-    flat = {name: w.reshape(-1, *w.shape[2:]) for name, w in weights.items()}
+    flatten = functools.partial(jax.tree.map, lambda w: w.reshape(-1, *w.shape[2:]))
+    flat = {name: flatten(w) for name, w in weights.items()}
 
     def add_expert(i: jax.Array, y_BD: jax.Array) -> jax.Array:
         expert = ids_E[i]
-        w = {name: _at(f, first + expert) for name, f in flat.items()}
+        w = {name: _of(f, first + expert, x_BD.dtype) for name, f in flat.items()}
 
         def project(name: str) -> jax.Array:
             h_BM = jnp.einsum("BD,MD->BM", x_BD, w[name], preferred_element_type=jnp.float32)
@@ -62,8 +71,9 @@ def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool)
     precision = jax.lax.Precision.HIGHEST if x_BK.dtype == jnp.float32 else None
     dims = "BK,OK->BO" if transposed else "BK,KO->BO"
     return jnp.einsum(
-        dims, x_BK, _at(w, layer), precision=precision, preferred_element_type=jnp.float32
-    )
+        dims, x_BK, _of(w, layer, x_BK.dtype), precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def attend(

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lte_jax import checks as _checks
 from lte_jax import hf as _hf
 from lte_jax import moefication as _moefication
+from lte_jax import quantization as _quantization
 from lte_jax.config import (
     Experiment,
     LTEConfig,
@@ -73,6 +74,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "moefy",
+    "quantize",
     "save",
     "train",
 ]
@@ -199,6 +201,37 @@ def moefy(
     _checks.finite_params(params, "to be moefied")
     sparse, params, _ = _moefication.to_experts(model, params, lte, rows, masked, seed=seed)
     return sparse, _moefication.add_routers(sparse, params, rows, masked, seed=seed)
+
+
+def quantize(
+    model: Given[Transformer],
+    params: Mapping[str, Any],
+    format: Given[Literal["int8", "int4"]],
+) -> dict[str, Any]:
+    """The parameters with weights of 8 or 4 bits, for inference.
+
+        params = lte_jax.quantize(model, params, "int8")
+        lte_jax.generate(model, params, tokens, max_new_tokens=50)
+
+    Matrices of attention, experts, embedding and head are rounded, in groups of 32 inputs that share
+    a scale: 8.5 or 4.5 bits a weight. Routers, norms and biases are kept. Where such parameters are
+    read by the CPU kernels, their input is rounded to 8 bits as well. They work wherever a model
+    computes (`apply`, `evaluate`, `generate`), but cannot be trained, moefied or saved as a model
+    of another kind.
+
+    Args:
+      model: dense or LTE.
+      params: its parameters, float32 or bfloat16.
+      format: "int8" or "int4".
+
+    Raises:
+      UserError: if the format is unknown, the parameters are not the model's, or a matrix has a
+        number of inputs that is no multiple of 32.
+    """
+    _checks.model(model, params)
+    if found := _quantization.format_of(params):
+        raise UserError(f"quantize: params are {found} already: pass those that load returns")
+    return _quantization.quantize(model.config, model.lte, params, format, model.dtype)
 
 
 def calibrate(

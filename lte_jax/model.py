@@ -25,6 +25,7 @@ from lte_jax import params as parameters
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
 from lte_jax.config import LTEConfig, ModelConfig, Remat, own_threshold
+from lte_jax.kernels.quantized import Quantized
 from lte_jax.layers import Output
 from lte_jax.selection import Routing
 
@@ -197,7 +198,11 @@ def declare(
             weights[name] = Parameters(config, lte, f"{prefix}{name}/", name=name)()
         else:
             shape = row.shape(sizes)[row.layered :]
-            weights[name] = module.param(name, row.initializer(sizes), shape, jnp.float32)
+            stored = module.get_variable("params", name)
+            if isinstance(stored, Quantized):
+                weights[name] = stored
+            else:
+                weights[name] = module.param(name, row.initializer(sizes), shape, jnp.float32)
             for adapter in parameters.ADAPTERS.get(row.path, ()):  # in training, see lora.py
                 beside = adapter.path.rpartition("/")[2]
                 if module.has_variable("params", beside):

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from lte_jax import kernels
 from lte_jax.attention import masked_attention, put
 from lte_jax.config import Activation, ModelConfig
+from lte_jax.kernels.quantized import Quantized
 from lte_jax.kernels.reference import ACTIVATIONS
 from lte_jax.params import BY_PATH, is_router
 from lte_jax.selection import as_last
@@ -52,7 +53,10 @@ class Slice:
 
     def embed(self, name: str, ids_BL: Integer[Array | np.ndarray, "B L"]) -> Array:
         """Rows of an embedding, [B, L, D]."""
-        return jnp.take(self.vectors["embed"][name], ids_BL, axis=0).astype(self.dtype)
+        table = self.vectors["embed"][name]
+        if isinstance(table, Quantized):
+            return table.rows(jnp.asarray(ids_BL)).astype(self.dtype)
+        return jnp.take(table, ids_BL, axis=0).astype(self.dtype)
 
     def head(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits of tokens, float32; the embedding's where there is no head of its own."""
@@ -106,7 +110,9 @@ class Slice:
             h_BLEM = checkpoint_name(h_BLEM, NEURONS)
             h_BLEM = _adapted(self.vectors, name, read_BLD, h_BLEM)
             bias = self.vectors.get(f"{name}_bias")
-            return h_BLEM if bias is None else h_BLEM + as_last(bias, h_BLEM)
+            if bias is None:
+                return h_BLEM
+            return h_BLEM + as_last(bias.reshape(h_BLEM.shape[2:]), h_BLEM)
 
         act = ACTIVATIONS[activation]
         gate_BLEM = act(project("gate" if "gate" in self.vectors else "up"))
@@ -263,6 +269,9 @@ def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, 
         neurons = "EM" in row.letters
         if not (row.is_matrix or neurons):
             vectors[path] = array
+            continue
+        if isinstance(array, Quantized):
+            matrices[path] = array
             continue
         if neurons and array.shape[1] == 1:
             array = array.reshape(array.shape[0], -1, rows, *array.shape[3:])

@@ -20,6 +20,7 @@ from lte_jax import routing as routings
 from lte_jax.attention import Cache
 from lte_jax.config import own_threshold
 from lte_jax.kernels import resolve
+from lte_jax.kernels.quantized import Quantized
 from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.selection import Routing, first_largest, largest
 
@@ -243,10 +244,12 @@ def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]
     """
 
     def convert(path, leaf):
+        if isinstance(leaf, Quantized):
+            return leaf
         is_router = any(getattr(key, "key", None) == "router" for key in path)
         return jnp.asarray(leaf, jnp.float32 if is_router else model.dtype)
 
-    return jax.tree.map_with_path(convert, params)
+    return jax.tree.map_with_path(convert, params, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from typing import Any
 from lte_jax.config import LTEConfig, ModelConfig, from_mapping, moved, num_experts
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
-from lte_jax.hf import foreign, sentence
+from lte_jax.hf import foreign, scaled, sentence
 from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.fields import DTYPES, Fields
 from lte_jax.hf.folder import CONFIG, verify
@@ -53,8 +53,8 @@ def parse(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, LTEConfig | 
             raise UserError(
                 f"model_type={model_type!r} {foreign.family(model_type)}: valid are {valid}"
             )
-        if fields.get("quantization_config", dict, None):
-            raise UserError(foreign.quantised(raw["quantization_config"]))
+        if fields.get(scaled.KEY, dict, None) and scaled.format_of(raw) is None:
+            raise UserError(foreign.quantised(raw[scaled.KEY]))
         config = dataclasses.replace(FAMILIES[model_type].read(fields), dtype=_dtype(fields))
         section = fields.get("lte", dict, None)
         reject_unknown(fields)

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from lte_jax import sharding
+from lte_jax import quantization, sharding
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import expand, read_json, replacing, write_manifest
-from lte_jax.hf import names, sentence
+from lte_jax.hf import names, scaled, sentence
 from lte_jax.hf.config_json import parse, read_config, write_config
 from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.family import HEAD
@@ -32,9 +32,10 @@ from lte_jax.hf.folder import CONFIG, EXPERT_ORDER, INDEX, ONE_FILE, check_repla
 from lte_jax.hf.hub import resolve
 from lte_jax.hf.names import Row
 from lte_jax.hf.weights import STORED_DTYPES, check_expert_order, open_parameters
+from lte_jax.kernels.quantized import Quantized
 from lte_jax.params import dimension_sizes, is_router
 
-_TAGS = {dtype: tag for tag, dtype in STORED_DTYPES.items()} | {"int32": "I32"}
+_TAGS = {dtype: tag for tag, dtype in STORED_DTYPES.items()} | {"int32": "I32", "uint8": "U8"}
 
 
 def save(
@@ -78,6 +79,9 @@ def save(
     if source is not None:
         _check_source(config, source)
     raw = _config_json(config, lte, source)
+    raw.pop(scaled.KEY, None)
+    if format := quantization.format_of(params):
+        raw |= {scaled.KEY: scaled.setting(format)}
     stored = _stored_dtypes(source) if source is not None and dtype == "source" else {}
     tensors = _plan(config, lte, params, dtype, stored)
     order = None if expert_order is None else _plan_order(config, lte, expert_order)
@@ -158,7 +162,7 @@ def _main_dtype(tensors: list[_Tensor]) -> str:
     """The dtype for config.json: that of most weights, routers aside."""
     numbers: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
-        if not any(row and is_router(row.path) for _, row in tensor.arrays):
+        if all(row and not is_router(row.path) for _, row in tensor.arrays):
             numbers[tensor.dtype] += math.prod(tensor.shape)
     return max(DTYPES, key=lambda dtype: numbers[dtype])
 
@@ -206,6 +210,10 @@ def _plan(
     planned: dict[str, _Tensor] = {}
     for row in rows:
         array = flat[row.path]
+        if isinstance(array, Quantized):
+            for name, kind, shape, part, layer in scaled.parts(row.path, array):
+                planned[name] = _Tensor(name, kind, shape, [(part, None)], layer)
+            continue
         if array.shape != row.shape(sizes):
             raise UserError(
                 f"{row.path} has shape {list(array.shape)}, expected {list(row.shape(sizes))}: "

@@ -22,7 +22,7 @@ from flax import traverse_util
 from lte_jax.config import LTEConfig, ModelConfig
 from lte_jax.errors import UserError, nearest
 from lte_jax.files import read_json
-from lte_jax.hf import foreign, names, renaming, sentence
+from lte_jax.hf import foreign, names, renaming, scaled, sentence
 from lte_jax.hf.config_json import read_config
 from lte_jax.hf.families import FAMILIES
 from lte_jax.hf.fields import DTYPES
@@ -63,10 +63,14 @@ def load_params(
     verify(folder)
     sizes = dimension_sizes(config, lte)
     placed: dict[str, Any] = traverse_util.flatten_dict(shardings or {}, sep="/")
-    params = {}
+    params: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         tensors = open_parameters(folder, config, lte, stack)
         rows = names.table(config, lte)
+        if format := scaled.format_of(read_json(folder / CONFIG)):
+            if shardings is not None:
+                raise UserError(f"{folder} is in {format}, which only one device computes with")
+            rows, params = _load_scaled(tensors, rows, format, sizes, str(dtype or config.dtype))
         _drop_tied_head(tensors, config)
         _check_names(folder, tensors, rows, sizes, config)
         for row in rows:
@@ -76,6 +80,20 @@ def load_params(
                 tensors, row, sizes, array_dtype, placed[row.path] if placed else None
             )
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _load_scaled(
+    tensors: dict[str, StoredTensor],
+    rows: tuple[Row, ...],
+    format: str,
+    sizes: Mapping[str, int],
+    dtype: str,
+) -> tuple[tuple[Row, ...], dict[str, Any]]:
+    """The rows that are floats in a model of this format, and the other parameters by path."""
+    held = {name: tensors.pop(name) for name in list(tensors) if scaled.is_part(name)}
+    made = {row.path: scaled.load(row.path, format, held, sizes, dtype) for row in rows}
+    floats = tuple(row for row in rows if made[row.path] is None)
+    return floats, {path: value for path, value in made.items() if value is not None}
 
 
 def check_params(folder: Path, config: ModelConfig) -> None:

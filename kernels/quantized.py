@@ -1,0 +1,186 @@
+"""Matrices of 8 or 4 bits a weight, stored in the order in which the kernels read them.
+
+A matrix of O outputs and K inputs is cut into tiles of 16 outputs by 32 inputs. The 32 weights of
+an output in a tile share a scale, and a weight is
+
+    scale * (code - zero)        codes 0 to 255, zero 128 (int8); 0 to 15, zero 8 (int4)
+
+These are the blocks of Q8_0 and Q4_0 in GGUF files, with bfloat16 scales. In a tile the outputs are
+the lanes of a vector: one load has 4 inputs of each of 16 outputs (int4: and 4 more, 16 inputs on,
+in the upper halves of the bytes), as a CPU's dot products of bytes take them.
+
+Dimension key: O outputs  K inputs  T = O/16 tiles, the last filled up with zeros  G = K/32 groups
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LANES, GROUP = 16, 32
+BITS = {"int8": 8, "int4": 4}
+# Of int4, the scales tried for a group: its largest weight over these.
+_STEPS = tuple(-8.0 + 0.25 * i for i in range(-4, 9))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scales"),
+    meta_fields=("format", "sizes", "inputs_first", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix, or several of one shape: it stands in for an array [..., *sizes].
+
+    Its arrays may be sliced and stacked along the leading dimensions.
+    """
+
+    codes: Any  # uint8 [..., T, G, 512 or 256]
+    scales: Any  # bfloat16 [..., T, G, 16]
+    format: str  # "int8" or "int4"
+    sizes: tuple[int, ...]  # of one matrix
+    inputs_first: bool  # whether its inputs are the first of these dimensions, or the last
+    dtype: Any  # of what is computed with it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array it stands for."""
+        return (*self.codes.shape[:-3], *self.sizes)
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions of the array it stands for."""
+        return len(self.shape)
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.codes.shape[-2] * GROUP
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return math.prod(self.sizes) // self.inputs
+
+    def __getitem__(self, index: Any) -> Quantized:
+        """Of several matrices the one, or those, at this index of the leading dimensions."""
+        return jax.tree.map(lambda a: a[index], self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> Quantized:
+        """Each matrix with other dimensions; inputs stay inputs."""
+        lead = self.codes.ndim - 3
+        assert math.prod(shape[lead:]) == math.prod(self.sizes), (self.shape, shape)
+        return dataclasses.replace(self, sizes=tuple(shape[lead:]))
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The array it stands for."""
+        w_OK = _weights(self.codes, self.scales, self.format)  # [..., T, 16, G, 32]
+        w_OK = w_OK.reshape(*w_OK.shape[:-4], -1, self.inputs)[..., : self.outputs, :]
+        w = jnp.swapaxes(w_OK, -1, -2) if self.inputs_first else w_OK
+        return w.reshape(self.shape).astype(dtype)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows of one matrix [O, K] as floats of its dtype: [..., K]."""
+        codes, scales = self.codes[ids // LANES], self.scales[ids // LANES]
+        tiles = _weights(codes, scales, self.format)  # [..., 16, G, 32]
+        lane = (ids % LANES)[..., None, None, None]
+        row = jnp.take_along_axis(tiles, lane, axis=-3)
+        return row.reshape(*ids.shape, self.inputs).astype(self.dtype)
+
+
+def quantize(w: jax.Array, format: str, *, inputs_first: bool, dtype: Any) -> Quantized:
+    """The matrices in this format, each weight rounded to what is nearest.
+
+    Args:
+      w: floats, [..., K, O] if `inputs_first`, else [..., O, K]; K is a multiple of 32.
+      format: one of BITS.
+      inputs_first: see above.
+      dtype: of what is to be computed with it.
+    """
+    w_OK = jnp.swapaxes(w, -1, -2) if inputs_first else w
+    codes, scales = _packed(w_OK.astype(jnp.float32), format)
+    return Quantized(codes, scales, format, tuple(w.shape[-2:]), inputs_first, dtype)
+
+
+def packed_shapes(inputs: int, outputs: int, format: str) -> tuple[tuple[int, ...], ...]:
+    """Those of the codes and scales of a matrix."""
+    tiles = (-(-outputs // LANES), inputs // GROUP)
+    return (*tiles, LANES * GROUP * BITS[format] // 8), (*tiles, LANES)
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def _packed(w_OK: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of matrices [..., O, K]."""
+    *lead, outputs, inputs = w_OK.shape
+    fill = -outputs % LANES
+    w_OK = jnp.pad(w_OK, [(0, 0)] * len(lead) + [(0, fill), (0, 0)])
+    w_groups = w_OK.reshape(*lead, -1, LANES, inputs // GROUP, GROUP)
+    scale = (_scale_8 if format == "int8" else _scale_4)(w_groups)[..., None]
+    scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+    codes = _round(w_groups, scale, BITS[format]).astype(jnp.uint8)
+    # [..., T, 16, G, 32] to [..., T, G, 8 loads, 16, 4]
+    codes = jnp.moveaxis(codes.reshape(*codes.shape[:-1], -1, 4), -4, -2)
+    if format == "int4":
+        low, high = jnp.split(codes, 2, axis=-3)
+        codes = low | high << 4
+    codes = codes.reshape(*codes.shape[:-3], -1)
+    return codes, jnp.swapaxes(scale[..., 0], -1, -2).astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def _weights(codes: jax.Array, scales: jax.Array, format: str) -> jax.Array:
+    """The weights, [..., T, 16, G, 32], float32; the reverse of `_packed`."""
+    tiles = codes.reshape(*codes.shape[:-1], -1, LANES, 4)
+    if format == "int4":
+        tiles = jnp.concatenate([tiles & 15, tiles >> 4], axis=-3)
+    tiles = jnp.moveaxis(tiles, -2, -4)  # [..., T, 16, G, 8, 4]
+    tiles = tiles.reshape(*tiles.shape[:-2], GROUP).astype(jnp.int32) - 2 ** (BITS[format] - 1)
+    return tiles.astype(jnp.float32) * jnp.swapaxes(scales, -1, -2).astype(jnp.float32)[..., None]
+
+
+def _round(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+    """Codes; where the scale is 0, zero's."""
+    zero = 2 ** (bits - 1)
+    steps = jnp.where(scale == 0, 0.0, w / jnp.where(scale == 0, 1.0, scale))
+    return jnp.clip(jnp.round(steps) + zero, 0, 2 * zero - 1)
+
+
+def _scale_8(w: jax.Array) -> jax.Array:
+    """127 steps to the largest weight of each group."""
+    return jnp.max(jnp.abs(w), axis=-1) / 127
+
+
+def _scale_4(w: jax.Array) -> jax.Array:
+    """The scale of each group with the least squared error.
+
+    Of some that put the largest weight at an end of the codes or beyond it, each made the best one
+    for its codes, by least squares.
+    """
+    largest = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=-1, keepdims=True), axis=-1)
+
+    def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scale = largest / jnp.asarray(_STEPS, jnp.float32)[i]
+        steps = _round(w, scale, 4) - 8
+        squares = jnp.sum(steps * steps, axis=-1, keepdims=True)
+        scale = jnp.sum(w * steps, axis=-1, keepdims=True) / jnp.maximum(squares, 1)
+        error = jnp.sum((w - scale * (_round(w, scale, 4) - 8)) ** 2, axis=-1, keepdims=True)
+        return jax.tree.map(
+            lambda new, old: jnp.where(error < best[0], new, old), (error, scale), best
+        )
+
+    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
+    return jax.lax.fori_loop(0, len(_STEPS), better, start)[1][..., 0]
+
+
+def refuse(*weights: Any) -> str | None:
+    """Why kernels that read floats alone cannot take these weights; None if they can."""
+    found = [w for w in weights if isinstance(w, Quantized)]
+    return f"weights in {found[0].format}: the kernels that take them are for CPUs" if found else None
