@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .quantized import BITS, GROUP, Quantized
+from .quantized import BITS, GROUP, Quantized, Weight
 from .reference import ACTIVATIONS, Unsupported
 
 _SOURCE = pathlib.Path(__file__).with_name("cpu_ffn.cc")
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 def sparse_ffn(
     x_BD: jax.Array,
     active_BE: jax.Array,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Weight],
     layer: jax.Array,
     *,
     activation: str,
@@ -68,7 +68,7 @@ def sparse_ffn(
     return call(x_BD, active_BE, layer, *operands, **settings)
 
 
-def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) -> jax.Array:
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K].
 
     Raises: as sparse_ffn.
@@ -102,7 +102,7 @@ def attend(
     return tuple(call(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, layer, index))
 
 
-def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
+def embed(tokens_B: jax.Array, table_VD: Weight) -> jax.Array:
     """Rows of the table: [B, D]. In bfloat16, XLA would first convert the whole table."""
     if isinstance(table_VD, Quantized):
         return table_VD.rows(tokens_B)
@@ -146,7 +146,8 @@ def _build() -> pathlib.Path:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ("-O3", native, "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-w")
     version = _run([*compiler, "--version"])
-    parts = (_SOURCE.read_text(encoding="utf-8"), *flags, version, jax.__version__, _cpu())
+    source = _SOURCE.read_text(encoding="utf-8")
+    parts = (source, *compiler, *flags, version, jax.__version__, _cpu())
     name = f"cpu_ffn-{_digest(chr(0).join(parts).encode())}-"
 
     folder = _cache_folder()

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .reference import Unsupported
+from .quantized import Weight
+from .reference import Unsupported, floats_only
 from .xla import attend, embed  # a few percent of a step
 
 __all__ = ["attend", "embed", "linear", "sparse_ffn", "unavailable"]
@@ -45,7 +46,7 @@ class Blocks(NamedTuple):
 def sparse_ffn(
     x_BD: jax.Array,
     active_BE: jax.Array,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Weight],
     layer: jax.Array,
     *,
     activation: str,
@@ -55,6 +56,7 @@ def sparse_ffn(
     Raises:
       Unsupported: on types other than float32 and bfloat16, more than 64 rows, or no jax-triton.
     """
+    floats_only(weights.values())
     e, m, d = weights["up"].shape[1:]
     b, dtype = x_BD.shape[0], x_BD.dtype.name
     cut = blocks("hidden", b, m, d, dtype)
@@ -63,11 +65,12 @@ def sparse_ffn(
     return combine(h_EBM, weights["down"], layer, ids_E, count, cut=cut).astype(x_BD.dtype)
 
 
-def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) -> jax.Array:
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K].
 
     Raises: as sparse_ffn.
     """
+    floats_only([w])
     kernel = "project" if transposed else "combine"
     cut = blocks(kernel, x_BK.shape[0], w.shape[1], w.shape[2], x_BK.dtype.name)
     if transposed:

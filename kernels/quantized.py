@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,9 @@ class Quantized:
         lane = (ids % LANES)[..., None, None, None]
         row = jnp.take_along_axis(tiles, lane, axis=-3)
         return row.reshape(*ids.shape, self.inputs).astype(self.dtype)
+
+
+Weight: TypeAlias = jax.Array | Quantized
 
 
 def quantize(w: jax.Array, format: str, *, inputs_first: bool, dtype: Any) -> Quantized:
@@ -178,9 +181,3 @@ def _scale_4(w: jax.Array) -> jax.Array:
 
     start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
     return jax.lax.fori_loop(0, len(_STEPS), better, start)[1][..., 0]
-
-
-def refuse(*weights: Any) -> str | None:
-    """Why kernels that read floats alone cannot take these weights; None if they can."""
-    found = [w for w in weights if isinstance(w, Quantized)]
-    return f"weights in {found[0].format}: the kernels that take them are for CPUs" if found else None

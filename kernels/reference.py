@@ -14,16 +14,24 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .quantized import Quantized
+from .quantized import Quantized, Weight
 
 
 class Unsupported(Exception):
     """Raised for what an implementation cannot run, with the reason in one line."""
+
+
+def floats_only(weights: Iterable[Any]) -> None:
+    """Raises for weights that only kernels for CPUs and those of XLA read."""
+    for w in weights:
+        if isinstance(w, Quantized):
+            raise Unsupported(f"weights in {w.format}: only the kernels for CPUs and XLA take them")
 
 
 ACTIVATIONS = {
@@ -49,7 +57,7 @@ def compact(active_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sparse_ffn(
     x_BD: jax.Array,
     active_BE: jax.Array,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Weight],
     layer: jax.Array,
     *,
     activation: str,
@@ -68,7 +76,7 @@ def sparse_ffn(
     return jnp.einsum("BEM,EMD->BD", h_BEM, w["down"], precision="highest").astype(x_BD.dtype)
 
 
-def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) -> jax.Array:
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
     w_KO = w[layer].astype(jnp.float32)
     w_KO = w_KO.T if transposed else w_KO
@@ -98,6 +106,6 @@ def attend(
     return y_BKGC.reshape(b, h, c).astype(q_BHC.dtype), k_NBTKC, v_NBTKC
 
 
-def embed(tokens_B: jax.Array, table_VD: jax.Array) -> jax.Array:
+def embed(tokens_B: jax.Array, table_VD: Weight) -> jax.Array:
     """Rows of the table: [B, D]."""
     return table_VD.rows(tokens_B) if isinstance(table_VD, Quantized) else table_VD[tokens_B]

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .reference import ACTIVATIONS, Unsupported, compact
+from .quantized import Weight
+from .reference import ACTIVATIONS, Unsupported, compact, floats_only
 from .xla import attend, embed, linear  # good enough on a TPU
 
 __all__ = ["attend", "embed", "linear", "sparse_ffn"]
@@ -37,7 +38,7 @@ _ACTIVATIONS = ACTIVATIONS | {"gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x *
 def sparse_ffn(
     x_BD: jax.Array,
     active_BE: jax.Array,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Weight],
     layer: jax.Array,
     *,
     activation: str,
@@ -51,6 +52,7 @@ def sparse_ffn(
     Raises:
       Unsupported: on a type or shape that a TPU does not take, in interpret mode too.
     """
+    floats_only(weights.values())
     _check(x_BD, active_BE, weights)
     if interpret is None:
         interpret = jax.default_backend() != "tpu"

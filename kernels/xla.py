@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .quantized import Quantized
+from .quantized import Quantized, Weight
 from .reference import ACTIVATIONS, compact, embed
 
 __all__ = ["attend", "embed", "linear", "sparse_ffn"]
@@ -33,7 +33,7 @@ def _of(w: Any, index: jax.Array, dtype: Any) -> jax.Array:
 def sparse_ffn(
     x_BD: jax.Array,
     active_BE: jax.Array,
-    weights: Mapping[str, jax.Array],
+    weights: Mapping[str, Weight],
     layer: jax.Array,
     *,
     activation: str,
@@ -64,7 +64,7 @@ def sparse_ffn(
     return y_BD.astype(x_BD.dtype)
 
 
-def linear(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, transposed: bool) -> jax.Array:
+def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) -> jax.Array:
     """x w[layer], float32 [B, O]; w is stacked [N, K, O] or, transposed, [N, O, K]."""
     # TPUs and GPUs would round float32, and routers then choose other experts than in training.
     # Full precision costs nothing here: the time goes into reading w.

@@ -198,6 +198,8 @@ def moefy(
             asked, d_model = lte.calibration_records, model.config.d_model
             chosen = _enough_records(np.asarray(rows), d_model, asked, rng)
             rows, masked = rows[chosen], None if masked is None else masked[chosen]
+    if found := _quantization.format_of(params):
+        raise UserError(f"moefy: params are {found}: moefy the model first, then quantize")
     _checks.finite_params(params, "to be moefied")
     sparse, params, _ = _moefication.to_experts(model, params, lte, rows, masked, seed=seed)
     return sparse, _moefication.add_routers(sparse, params, rows, masked, seed=seed)
@@ -213,11 +215,11 @@ def quantize(
         params = lte_jax.quantize(model, params, "int8")
         lte_jax.generate(model, params, tokens, max_new_tokens=50)
 
-    Matrices of attention, experts, embedding and head are rounded, in groups of 32 inputs that share
-    a scale: 8.5 or 4.5 bits a weight. Routers, norms and biases are kept. Where such parameters are
-    read by the CPU kernels, their input is rounded to 8 bits as well. They work wherever a model
-    computes (`apply`, `evaluate`, `generate`), but cannot be trained, moefied or saved as a model
-    of another kind.
+    Matrices of attention, experts, embedding and head are rounded, in groups of 32 inputs that
+    share a scale: 8.5 or 4.5 bits a weight (embedding and head always 8.5). Routers, norms and
+    biases are kept. The CPU kernels round what they multiply with to 8 bits as well. Such
+    parameters work wherever a model computes (`apply`, `evaluate`, `generate`) and in `save`; they
+    cannot be trained or moefied.
 
     Args:
       model: dense or LTE.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lte_jax import checks, interrupt
+from lte_jax import checks, interrupt, quantization
 from lte_jax.config import RoutingName, own_threshold
 from lte_jax.data import Records, eval_batches, tokenize
 from lte_jax.errors import Given, UserError
@@ -157,16 +157,16 @@ class _Entrant:
         settings |= {"num_bytes": num_bytes, "label": self.name, "task": task}
         quality = perplexity(self.model, self.params, records, **settings)
         config, lte, dtype = self.model.config, self.model.lte, self.model.dtype
-        sparsity, width = quality["sparsity"], jnp.dtype(dtype).itemsize
+        sparsity, widths = quality["sparsity"], quantization.widths(self.params, dtype)
         return {
             "name": self.name,
             "config": dataclasses.asdict(config),
             "lte": None if lte is None else dataclasses.asdict(lte),
             "threshold": self._threshold(),
-            "dtype": dtype,
+            "dtype": quantization.format_of(self.params) or dtype,
             **quality,
             "gflops_per_token": flops_per_token(config, lte, sparsity) / _GIGA,
-            "gbytes_per_token": bytes_per_token(config, lte, sparsity, width) / _GIGA,
+            "gbytes_per_token": bytes_per_token(config, lte, sparsity, *widths) / _GIGA,
         }
 
     def _threshold(self) -> float | None:

@@ -61,9 +61,26 @@ def format_in(row: Row, format: str) -> str | None:
 
 def format_of(params: Mapping[str, Any]) -> str | None:
     """The format of quantized parameters, None for others."""
+    return min((w.format for w in _rounded(params)), key=lambda name: BITS[name], default=None)
+
+
+def dtype_of(params: Mapping[str, Any]) -> str | None:
+    """What is computed in with quantized parameters, None for others."""
+    return next((jnp.dtype(w.dtype).name for w in _rounded(params)), None)
+
+
+def _rounded(params: Mapping[str, Any]) -> list[Quantized]:
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
-    formats = {leaf.format for leaf in leaves if isinstance(leaf, Quantized)}
-    return min(formats, key=lambda name: BITS[name], default=None)
+    return [leaf for leaf in leaves if isinstance(leaf, Quantized)]
+
+
+def widths(params: Mapping[str, Any], dtype: str) -> tuple[float, float]:
+    """Bytes a weight of the layers' matrices, and of the head's, where floats are of `dtype`."""
+    format = format_of(params)
+    if format is None:
+        return (float(jnp.dtype(dtype).itemsize),) * 2
+    each = {name: (bits + 16 / GROUP) / 8 for name, bits in BITS.items()}
+    return each[format], each["int8"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -280,7 +280,7 @@ def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, 
     return unflatten(vectors), unflatten(matrices)
 
 
-def _head(weights: Weights) -> tuple[Array, str]:
+def _head(weights: Weights) -> tuple[Array | Quantized, str]:
     """The matrix of the head and its dimensions: the embedding where the two are tied."""
     if "kernel" in weights.get("lm_head", {}):
         return weights["lm_head"]["kernel"], "DV"

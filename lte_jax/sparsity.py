@@ -175,15 +175,21 @@ def flops_per_token(
 
 
 def bytes_per_token(
-    config: ModelConfig, lte: LTEConfig | None = None, sparsity: float = 0.0, width: int = 2
+    config: ModelConfig,
+    lte: LTEConfig | None = None,
+    sparsity: float = 0.0,
+    width: float = 2,
+    head_width: float | None = None,
 ) -> float:
     """Bytes of weights, `width` bytes each, that decoding one token at batch size 1 reads.
 
-    Counts what flops_per_token counts, plus the output head; routers are float32. With the cached
+    Counts what flops_per_token counts, plus the output head (of `head_width`, if it has another);
+    routers are float32; `quantization.widths` are those of rounded weights. With the cached
     keys and values, divided by memory bandwidth, this bounds the time of a decode step from below.
     """
-    weights = _weights_per_token(config, lte, sparsity) + config.vocab_size * config.d_model
-    return width * weights + 4 * _router_weights(config, lte)
+    head = config.vocab_size * config.d_model * (width if head_width is None else head_width)
+    weights = _weights_per_token(config, lte, sparsity)
+    return width * weights + head + 4 * _router_weights(config, lte)
 
 
 def _weights_per_token(config: ModelConfig, lte: LTEConfig | None, sparsity: float) -> float:

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = {
+    "lte_jax.kernels.quantized": 0.05,
     "lte_jax.kernels.reference": 0.1,
     "lte_jax.kernels.xla": 0.2,
     "lte_jax.kernels.cpu": 0.3,
@@ -29,6 +30,7 @@ ORDER = {
     "lte_jax.losses": 3,
     "lte_jax.config": 4,
     "lte_jax.params": 5,
+    "lte_jax.quantization": 5.5,
     "lte_jax.sharding": 6,
     "lte_jax.hf": 7,
     "lte_jax.checks": 7.5,

@@ -1,6 +1,7 @@
-"""Writes a model in another dtype, or an LTE model as a dense one.
+"""Writes a model in another dtype, in weights of 8 or 4 bits, or an LTE model as a dense one.
 
     lte-jax convert owner/name my-model --dtype=bfloat16
+    lte-jax convert runs/demo/lte runs/demo/lte-int8 --quantize=int8
     lte-jax convert runs/demo/lte my-dense --dense
 With --dense, the weights are those of the LTE model, its neurons back in the order of the dense
 model it was made from; routers are left out. That computes what the LTE model does with all its
@@ -10,6 +11,7 @@ experts running (--routing=dense), and not what it does when it skips some.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lte_jax import hf, moefication
+from lte_jax import hf, moefication, quantization
 from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.files import Mirror, expand
+from lte_jax.kernels.quantized import BITS, Quantized
 from lte_jax.model import Transformer
 
 
@@ -28,17 +31,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = _parser(prog)
     with cli_errors():
         flags = parser.parse_args(argv)
-        if not flags.dtype and not flags.dense:
-            parser.error("nothing to convert: give --dtype, --dense or both")
+        if not (flags.dtype or flags.dense or flags.quantize):
+            parser.error("nothing to convert: give --dtype, --quantize or --dense")
         out, folder = expand(flags.out, "OUT"), hf.resolve(flags.model)
         if out.exists() and os.path.samefile(out, folder):
             raise UserError(f"{out} is the model itself: expected another folder to write to")
         hf.verify(folder, digests=True)
         config, lte = hf.read_config(folder)
         params, order = hf.load_params(folder, config, lte), hf.load_expert_order(folder)
+        if found := quantization.format_of(params):
+            raise UserError(f"{folder} is in {found}: name the model that it was quantised from")
         model = Transformer(config, lte)
         if flags.dense:
             model, params, order = *_dense(model, params, order, folder), None
+        if flags.quantize:
+            settings = flags.quantize, flags.dtype or "bfloat16"
+            params = quantization.quantize(model.config, model.lte, params, *settings)
         hf.save(out, model.config, model.lte, params, folder, order, dtype=flags.dtype)
         print(_told(out, model, params))
 
@@ -50,6 +58,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("out", metavar="OUT", help="the folder to write; a model already there is replaced")
     dtypes = ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, help="of the weights but routers; default: as stored")
+    bits = "8 or 4 bits a weight of the large matrices; --dtype is then that of computing"
+    add("--quantize", choices=list(BITS), help=bits)
     add("--dense", action="store_true", help="an LTE model as a dense one")
     return Mirror.add_to(parser)
 
@@ -73,8 +83,9 @@ def _dense(model: Transformer, params, order_NEM, folder: Path) -> tuple[Transfo
 def _told(out: Path, model: Transformer, params) -> str:
     """What was written, in one line."""
     config, lte = hf.read_config(out)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    whole = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    count = sum(math.prod(array.shape) for array in whole)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     experts = "dense" if lte is None else f"experts of {lte.expert_size}"
-    kind = f"{config.family}, {experts}, {config.dtype}"
+    kind = f"{config.family}, {experts}, {quantization.format_of(params) or config.dtype}"
     return f"{out}: {kind}, {count:,} parameters in {size / 1e6:,.1f} MB"

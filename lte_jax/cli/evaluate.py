@@ -17,6 +17,7 @@ from typing import Any
 
 import lte_jax
 from lte_jax import config, data, errors, files, interrupt, pipeline, report, runs, tasks
+from lte_jax.kernels.quantized import BITS
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         if flags.model is None or not (flags.tasks or flags.data):
             parser.error("give --model and --data; or --model and --tasks; or --workdir; or --runs")
         model, params = lte_jax.load(flags.model, flags.dtype)
+        if flags.quantize:
+            params = lte_jax.quantize(model, params, flags.quantize)
         chosen = {
             k: getattr(flags, k) for k in ("name", "routing", "threshold", "sparsity", "batch_size")
         }
@@ -74,6 +77,7 @@ def _parser(prog: str | None) -> errors.Parser:
     several = "shares of experts to skip, joined by commas, of a model with a curve of thresholds"
     add("--sparsity", type=config.flag(tuple[config.Share, ...]), help=several)
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    add("--quantize", choices=list(BITS), help="round the model's weights to 8 or 4 bits")
     add("--prompt", type=errors.argument, default="Once upon a time", help="of the sample text")
     add("--name", help="name of the model in the table and figures")
     add("--out", help="output folder")

@@ -22,6 +22,7 @@ from lte_jax.errors import Parser, UserError, argument, cli_errors
 from lte_jax.files import Mirror, expand
 from lte_jax.generation import Measured
 from lte_jax.kernels import IMPLEMENTATIONS
+from lte_jax.kernels.quantized import BITS
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         path, dtype, given = (flags.pop(name) for name in ("model", "dtype", "prompt"))
         prompts = _prompts(given, flags.pop("file"))
         model, params = lte_jax.load(path, dtype)
+        if format := flags.pop("quantize"):
+            params = lte_jax.quantize(model, params, format)
         tokenizer = lte_jax.load_tokenizer(path)
         write, measured = functools.partial(print, end="", flush=True), []
         flags |= {"write": write, "measured": measured.append}
@@ -60,6 +63,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     skipped = "share of experts to skip, of a model with a curve of thresholds (docs/sparsity.md)"
     add("--sparsity", type=flag(config.Share), help=skipped)
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    bits = "round the large matrices to 8 or 4 bits a weight (docs/kernels.md)"
+    add("--quantize", choices=list(BITS), help=bits)
     kernels = f"kernels of the sparse FFN: auto (default), {', '.join(IMPLEMENTATIONS)}"
     add("--implementation", default="auto", help=kernels)
     return Mirror.add_to(parser)

@@ -95,7 +95,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         sentence.write(new, config, source)
-        _write_config(new, raw, source, _main_dtype(tensors))
+        _write_config(new, raw, source, quantization.dtype_of(params) or _main_dtype(tensors))
         _write_weights(new, tensors, max_shard_bytes)
         if order is not None:
             _write_safetensors(new / EXPERT_ORDER, [order])

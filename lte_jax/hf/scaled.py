@@ -47,7 +47,9 @@ def format_of(raw: Mapping[str, Any]) -> str | None:
     return str(found["format"])
 
 
-def parts(path: str, made: Quantized) -> Iterator[tuple[str, str, tuple[int, ...], Any, int | None]]:
+def parts(
+    path: str, made: Quantized
+) -> Iterator[tuple[str, str, tuple[int, ...], Any, int | None]]:
     """Of a parameter each tensor's name, type, shape, array and layer (None: all of the array)."""
     row = BY_PATH[path]
     for suffix, array in (("q", made.codes), ("scale", made.scales)):

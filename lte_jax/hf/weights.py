@@ -69,7 +69,10 @@ def load_params(
         rows = names.table(config, lte)
         if format := scaled.format_of(read_json(folder / CONFIG)):
             if shardings is not None:
-                raise UserError(f"{folder} is in {format}, which only one device computes with")
+                raise UserError(
+                    f"{folder} is in {format}, which is for inference on one device: name the "
+                    "model that it was quantised from"
+                )
             rows, params = _load_scaled(tensors, rows, format, sizes, str(dtype or config.dtype))
         _drop_tied_head(tensors, config)
         _check_names(folder, tensors, rows, sizes, config)

@@ -27,6 +27,8 @@ _HERE = pathlib.Path(__file__).resolve().parent
 if not (_HERE / "reference.py").exists():  # a checkout or an editable install
     __path__.append(str(_HERE.parents[1] / "kernels"))
 
+from .quantized import Weight  # noqa: E402  found once the path is set
+
 IMPLEMENTATIONS = ("reference", "xla", "cpu", "triton", "pallas")
 _MODULES = {"triton": "gpu_triton", "pallas": "tpu_pallas"}  # the others are named after theirs
 _BEST = {"cpu": "cpu", "gpu": "triton", "tpu": "pallas"}  # by jax's name of the device
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 def sparse_ffn(
     x_BD: Array,
     active_BE: Array,
-    weights: Mapping[str, Array],
+    weights: Mapping[str, Weight],
     *,
     activation: str,
     layer: Array | int | None = None,
@@ -48,7 +50,8 @@ def sparse_ffn(
       x_BD: one token per row, float.
       active_BE: bool, the experts each row uses; no row gets another row's experts.
       weights: up, down and, if the FFN is gated, gate, each [E, M, D]; up_bias and gate_bias, if
-        there are any, each [E, M]. All of x_BD's type. The caller adds the output bias, which
+        there are any, each [E, M]. All of x_BD's type; or the matrices `Quantized` (quantized.py),
+        with weights of 8 or 4 bits, to compute in that type. The caller adds the output bias, which
         belongs to no expert.
       activation: silu, gelu, gelu_tanh or relu.
       layer: the layer to use of stacked weights, [N, E, M, D] and [N, E, M], without slicing it
@@ -68,7 +71,7 @@ def sparse_ffn(
 
 def linear(
     x_BK: Array,
-    w: Array,
+    w: Weight,
     *,
     layer: Array | int | None = None,
     transposed: bool = False,
@@ -78,7 +81,7 @@ def linear(
 
     Args:
       x_BK: float.
-      w: [K, O] or, transposed, [O, K]; of x_BK's type.
+      w: [K, O] or, transposed, [O, K]; of x_BK's type, or `Quantized` for it.
       layer: the layer to use of a stacked w, [N, K, O] or [N, O, K]. None: w is not stacked.
       transposed: whether w is [O, K].
       implementation: as in sparse_ffn.
@@ -143,12 +146,12 @@ def attend(
     return _run("attend", operands, implementation)
 
 
-def embed(tokens_B: Array, table_VD: Array, *, implementation: str = "auto") -> Array:
+def embed(tokens_B: Array, table_VD: Weight, *, implementation: str = "auto") -> Array:
     """Rows of the table: [B, D], of its type.
 
     Args:
       tokens_B: integers, one token per row; rows of those outside 0 to V - 1 are undefined.
-      table_VD: of any type.
+      table_VD: of any type, or `Quantized`.
       implementation: as in sparse_ffn.
 
     Raises: as sparse_ffn.
@@ -230,7 +233,7 @@ def _refuse(function, primals, tangents):
     )
 
 
-def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Array], activation: str) -> None:
+def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Weight], activation: str) -> None:
     """Raises on what no implementation could run; the weights are stacked by now."""
     from .reference import ACTIVATIONS
 
