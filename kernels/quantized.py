@@ -113,6 +113,16 @@ def quantize(w: jax.Array, format: str, *, inputs_first: bool, dtype: Any) -> Qu
     return Quantized(codes, scales, format, tuple(w.shape[-2:]), inputs_first, dtype)
 
 
+def rounded(w: jax.Array, format: str, *, inputs_first: bool) -> jax.Array:
+    """What `quantize` makes of the matrices, as floats."""
+    w_OK = jnp.swapaxes(w, -1, -2) if inputs_first else w
+    groups = w_OK.reshape(*w_OK.shape[:-1], -1, GROUP).astype(jnp.float32)
+    scale = _scale(groups, format)
+    steps = _round(groups, scale, BITS[format]) - 2 ** (BITS[format] - 1)
+    w_OK = (scale * steps).reshape(w_OK.shape).astype(w.dtype)
+    return jnp.swapaxes(w_OK, -1, -2) if inputs_first else w_OK
+
+
 def packed_shapes(inputs: int, outputs: int, format: str) -> tuple[tuple[int, ...], ...]:
     """Those of the codes and scales of a matrix."""
     tiles = (-(-outputs // LANES), inputs // GROUP)
@@ -126,8 +136,7 @@ def _packed(w_OK: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
     fill = -outputs % LANES
     w_OK = jnp.pad(w_OK, [(0, 0)] * len(lead) + [(0, fill), (0, 0)])
     w_groups = w_OK.reshape(*lead, -1, LANES, inputs // GROUP, GROUP)
-    scale = (_scale_8 if format == "int8" else _scale_4)(w_groups)[..., None]
-    scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
+    scale = _scale(w_groups, format)
     codes = _round(w_groups, scale, BITS[format]).astype(jnp.uint8)
     # [..., T, 16, G, 32] to [..., T, G, 8 loads, 16, 4]
     codes = jnp.moveaxis(codes.reshape(*codes.shape[:-1], -1, 4), -4, -2)
@@ -154,6 +163,12 @@ def _round(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     zero = 2 ** (bits - 1)
     steps = jnp.where(scale == 0, 0.0, w / jnp.where(scale == 0, 1.0, scale))
     return jnp.clip(jnp.round(steps) + zero, 0, 2 * zero - 1)
+
+
+def _scale(groups: jax.Array, format: str) -> jax.Array:
+    """That of each group [..., 32], as it is stored; [..., 1]."""
+    scale = (_scale_8 if format == "int8" else _scale_4)(groups)[..., None]
+    return scale.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def _scale_8(w: jax.Array) -> jax.Array:

@@ -110,14 +110,37 @@ def cut(row: Row, dimensions: Mapping[str, int]) -> Cut:
     return Cut(lead, sizes, count, own.startswith(inputs))
 
 
-def _quantized(row: Row, array: Any, where: Cut, format: str, dtype: str) -> Quantized:
+def straight_through(
+    config: ModelConfig, lte: LTEConfig | None, params: Mapping[str, Any], format: str
+) -> dict[str, Any]:
+    """The parameters as `quantize` would round them, with gradients as if it did not.
+
+    Training through them makes weights that lose less by rounding (Bengio et al. 2013).
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    dimensions = dimension_sizes(config, lte)
+    for row in table(config, lte):
+        if kind := format_in(row, format):
+            array, where = flat[row.path], cut(row, dimensions)
+            w = _matrices(row, array, where, kind)
+            w = quantized.rounded(w, kind, inputs_first=where.inputs_first).reshape(array.shape)
+            flat[row.path] = array + jax.lax.stop_gradient(w - array)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _matrices(row: Row, array: Any, where: Cut, format: str) -> Any:
+    """An array as matrices of inputs and outputs, [*lead, K, O] or [*lead, O, K]."""
     if where.inputs % GROUP:
         raise UserError(
             f"quantize: {row.path} {list(array.shape)} has {where.inputs} inputs an output: "
             f"{format} takes multiples of {GROUP}"
         )
     matrix = (where.inputs, where.outputs)
-    array = array.reshape(*where.lead, *(matrix if where.inputs_first else matrix[::-1]))
+    return array.reshape(*where.lead, *(matrix if where.inputs_first else matrix[::-1]))
+
+
+def _quantized(row: Row, array: Any, where: Cut, format: str, dtype: str) -> Quantized:
+    array = _matrices(row, array, where, format)
     how = {"inputs_first": where.inputs_first, "dtype": jnp.dtype(dtype)}
     if row.layered:  # a layer at a time: the floats between take four times a layer's room
         each = [quantized.quantize(one, format, **how) for one in array]

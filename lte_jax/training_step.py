@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array
 
-from lte_jax import lora, losses, optim, sharding
+from lte_jax import lora, losses, optim, quantization, sharding
 from lte_jax.config import ComputeConfig, LTEConfig, ModelConfig
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import Batch, counts_of, head_losses, predicted
@@ -144,7 +144,10 @@ def make_train_step(
     loss, rate = make_loss(model, stage), optim.schedule(stage.config)
 
     def of_trained(params: Any, base: lora.Base | None, *args: Any):
-        return loss(lora.whole(base, params), *args)
+        params = lora.whole(base, params)
+        if format := stage.config.quantize:
+            params = quantization.straight_through(model.config, model.lte, params, format)
+        return loss(params, *args)
 
     gradient = jax.grad(of_trained, has_aux=True)
 
