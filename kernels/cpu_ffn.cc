@@ -26,7 +26,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -310,9 +310,9 @@ struct Rounded {
   }
 };
 
-// sums[r] += the products of one tile row, 16 outputs by all inputs, with R rows of x.
-template <int kBits, int R>
-inline void AddTile(Scaled w, const Rounded& x, const int64_t* rows, Floats16* sums) {
+// sums[t][r] += the products of W tile rows, each 16 outputs by all inputs, with R rows of x.
+template <int kBits, int R, int W>
+inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (*sums)[R]) {
   const int32_t *words[R], *totals[R];
   const float* scales[R];
   for (int r = 0; r < R; ++r) {
@@ -321,26 +321,31 @@ inline void AddTile(Scaled w, const Rounded& x, const int64_t* rows, Floats16* s
     scales[r] = x.scales.data() + rows[r] * x.groups;
   }
   for (int64_t g = 0; g < x.groups; ++g) {
-    Ints16 dots[R];
-    for (int r = 0; r < R; ++r) dots[r] = Ints16{} - totals[r][g] * (1 << (kBits - 1));
+    Ints16 dots[W][R];
+    for (int t = 0; t < W; ++t)
+      for (int r = 0; r < R; ++r) dots[t][r] = Ints16{} - totals[r][g] * (1 << (kBits - 1));
     for (int s = 0; s < kBits; ++s) {
-      Bits16 codes;
-      std::memcpy(&codes, w.codes + (g * kBits + s) * 64, sizeof codes);
-      if constexpr (kBits == 8) {
-        for (int r = 0; r < R; ++r) dots[r] = AddDots(dots[r], codes, words[r][g * 8 + s]);
-      } else {
-        const Bits16 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;
-        for (int r = 0; r < R; ++r) {
-          dots[r] = AddDots(dots[r], low, words[r][g * 8 + s]);
-          dots[r] = AddDots(dots[r], high, words[r][g * 8 + s + 4]);
+      for (int t = 0; t < W; ++t) {
+        Bits16 codes;
+        std::memcpy(&codes, w.codes + ((t * x.groups + g) * kBits + s) * 64, sizeof codes);
+        if constexpr (kBits == 8) {
+          for (int r = 0; r < R; ++r) dots[t][r] = AddDots(dots[t][r], codes, words[r][g * 8 + s]);
+        } else {
+          const Bits16 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;
+          for (int r = 0; r < R; ++r) {
+            dots[t][r] = AddDots(dots[t][r], low, words[r][g * 8 + s]);
+            dots[t][r] = AddDots(dots[t][r], high, words[r][g * 8 + s + 4]);
+          }
         }
       }
     }
-    Shorts16 halves;
-    std::memcpy(&halves, w.scales + g * kOutputs, sizeof halves);
-    const Floats16 scale = (Floats16)(__builtin_convertvector(halves, Bits16) << 16);
-    for (int r = 0; r < R; ++r)
-      sums[r] += __builtin_convertvector(dots[r], Floats16) * (scale * scales[r][g]);
+    for (int t = 0; t < W; ++t) {
+      Shorts16 halves;
+      std::memcpy(&halves, w.scales + (t * x.groups + g) * kOutputs, sizeof halves);
+      const Floats16 scale = (Floats16)(__builtin_convertvector(halves, Bits16) << 16);
+      for (int r = 0; r < R; ++r)
+        sums[t][r] += __builtin_convertvector(dots[t][r], Floats16) * (scale * scales[r][g]);
+    }
   }
 }
 
@@ -349,22 +354,94 @@ inline void AddTile(Scaled w, const Rounded& x, const int64_t* rows, Floats16* s
 template <int kBits>
 void AddProducts(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, int64_t begin,
                  int64_t end, float* const* out) {
-  const int64_t count = rows.size(), size = x.groups * kOutputs;
-  for (int64_t o = begin; o < end; o += kOutputs) {
-    const Scaled tile = {w.codes + o / kOutputs * x.groups * kBits * 64,
-                         w.scales + o / kOutputs * size};
-    const int64_t bytes = std::min<int64_t>(kOutputs, end - o) * sizeof(float);
-    const auto some = [&](auto number, int64_t r) {
-      constexpr int R = number.value;
-      Floats16 sums[R] = {};
-      for (int i = 0; i < R; ++i) std::memcpy(&sums[i], out[r + i] + o, bytes);
-      AddTile<kBits, R>(tile, x, rows.data() + r, sums);
-      for (int i = 0; i < R; ++i) std::memcpy(out[r + i] + o, &sums[i], bytes);
+  const int64_t count = rows.size(), tile = x.groups * kOutputs;
+  const auto some = [&](auto number, auto tiles, int64_t r, int64_t o) {
+    constexpr int R = number.value, W = tiles.value;
+    const Scaled part = {w.codes + o / kOutputs * x.groups * kBits * 64,
+                         w.scales + o / kOutputs * tile};
+    Floats16 sums[W][R] = {};
+    const auto bytes = [&](int t) {
+      return std::min<int64_t>(kOutputs, end - o - t * kOutputs) * sizeof(float);
     };
+    for (int t = 0; t < W; ++t)
+      for (int i = 0; i < R; ++i) std::memcpy(&sums[t][i], out[r + i] + o + t * kOutputs, bytes(t));
+    AddTiles<kBits, R, W>(part, x, rows.data() + r, sums);
+    for (int t = 0; t < W; ++t)
+      for (int i = 0; i < R; ++i) std::memcpy(out[r + i] + o + t * kOutputs, &sums[t][i], bytes(t));
+  };
+  const auto all = [&](auto tiles, int64_t o) {
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>(), r);
-    for (; r < count; ++r) some(std::integral_constant<int, 1>(), r);
+    for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>(), tiles, r, o);
+    for (; r < count; ++r) some(std::integral_constant<int, 1>(), tiles, r, o);
+  };
+  int64_t o = begin;
+  for (; o + kOutputs < end; o += 2 * kOutputs) all(std::integral_constant<int, 2>(), o);
+  if (o < end) all(std::integral_constant<int, 1>(), o);
+}
+
+// ---- Many rows of bfloat16, as those of a prompt: the time goes into products, not into reading.
+//
+// Weights are copied into panels of 32 outputs, of which every row of x then makes use. A word of a
+// panel has two neighbouring inputs of an output, which one instruction multiplies with two of x.
+
+constexpr int64_t kMany = 8;  // rows from which this is faster
+
+#ifdef __AVX512BF16__
+constexpr bool kHasPanels = true;
+#else
+constexpr bool kHasPanels = false;
+#endif
+constexpr int kPanel = 32;
+
+// panel[p][o]: inputs 2p and 2p + 1 of output o; weights [outputs][inputs], `stride` apart.
+void PackOutputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_t pairs,
+                 uint32_t* panel) {
+  if (outputs < kPanel) std::fill_n(panel, pairs * kPanel, 0u);
+  for (int64_t begin = 0; begin < pairs; begin += 16) {  // stays in the nearest cache
+    const int64_t end = std::min(pairs, begin + 16);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t p = begin; p < end; ++p)
+        std::memcpy(panel + p * kPanel + o, weights + o * stride + 2 * p, sizeof *panel);
   }
+}
+
+// The same of weights [inputs][outputs].
+void PackInputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_t pairs,
+                uint32_t* panel) {
+  for (int64_t p = 0; p < pairs; ++p) {
+    const BFloat16 *even = weights + 2 * p * stride, *odd = even + stride;
+    for (int64_t o = 0; o < outputs; ++o)
+      panel[p * kPanel + o] = uint32_t(odd[o].bits) << 16 | even[o].bits;
+    for (int64_t o = outputs; o < kPanel; ++o) panel[p * kPanel + o] = 0;
+  }
+}
+
+// y[r][0..32) += the products of a panel with R rows of x, each of so many pairs of bfloat16.
+template <int R>
+inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* const* x, float* const* y) {
+#ifdef __AVX512BF16__
+  __m512 low[R], high[R];
+  for (int r = 0; r < R; ++r) low[r] = _mm512_loadu_ps(y[r]), high[r] = _mm512_loadu_ps(y[r] + 16);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + p * kPanel);
+    const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + p * kPanel + 16);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(int32_t(x[r][p]));
+      low[r] = _mm512_dpbf16_ps(low[r], first, both);
+      high[r] = _mm512_dpbf16_ps(high[r], second, both);
+    }
+  }
+  for (int r = 0; r < R; ++r) _mm512_storeu_ps(y[r], low[r]), _mm512_storeu_ps(y[r] + 16, high[r]);
+#endif
+}
+
+void AddPanel(const uint32_t* panel, int64_t pairs, const std::vector<const uint32_t*>& x,
+              const std::vector<float*>& y) {
+  const int64_t rows = x.size();
+  int64_t r = 0;
+  for (; r + 12 <= rows; r += 12) AddPanelTile<12>(panel, pairs, x.data() + r, y.data() + r);
+  for (; r + 4 <= rows; r += 4) AddPanelTile<4>(panel, pairs, x.data() + r, y.data() + r);
+  for (; r < rows; ++r) AddPanelTile<1>(panel, pairs, x.data() + r, y.data() + r);
 }
 
 // ---- The sparse FFN.
@@ -389,16 +466,17 @@ struct Weights {
   const T *gate, *up, *down, *gate_bias, *up_bias;  // null if the model has none
 };
 
-// up[r] = act(gate[r]) * up[r], or act(up[r]) where gate is null, after their biases if there are any.
+// up[r] = act(gate[r]) * up[r], or act(up[r]) where gate is null, after their biases if there are any;
+// rows of M are `stride` apart.
 template <class T>
 void Activations(Activation activation, int64_t rows, int64_t M, const T* up_bias, const T* gate_bias,
-                 const float* gate, float* up) {
+                 const float* gate, float* up, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t m = 0; m < M; ++m) {
-      float& h = up[r * M + m];
+      float& h = up[r * stride + m];
       if (up_bias) h += Load(up_bias + m);
       const float bias = gate && gate_bias ? Load(gate_bias + m) : 0;
-      h = gate ? h * Activate(activation, gate[r * M + m] + bias) : Activate(activation, h);
+      h = gate ? h * Activate(activation, gate[r * stride + m] + bias) : Activate(activation, h);
     }
   }
 }
@@ -413,32 +491,43 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   float *h = scratch.data(), *gate = h + rows * M;
   Dots(w.up, D, M, D, x.data(), rows, h, M);
   if (w.gate) Dots(w.gate, D, M, D, x.data(), rows, gate, M);
-  Activations(activation, rows, M, w.up_bias, w.gate_bias, w.gate ? gate : nullptr, h);
+  Activations(activation, rows, M, w.up_bias, w.gate_bias, w.gate ? gate : nullptr, h, M);
   Axpys(w.down, D, M, D, h, M, rows, y.data());
 }
 
-// The same with weights of kBits; `rows` are those of x.
+// An expert with weights of kBits, and biases.
 template <int kBits, class T>
-void AddExpert(Scaled gate, Scaled up, Scaled down, const T* up_bias, const T* gate_bias,
-               Activation activation, int64_t M, int64_t D, const Rounded& x,
-               const std::vector<int64_t>& rows, const std::vector<float*>& y,
-               std::vector<float>& scratch) {
-  const int64_t count = rows.size();
-  scratch.assign(2 * count * M, 0.0f);
-  std::vector<float*> to(count);
-  const auto project = [&](Scaled w, float* h) {
-    for (int64_t r = 0; r < count; ++r) to[r] = h + r * M;
-    AddProducts<kBits>(w, x, rows, 0, M, to.data());
-  };
-  float *h = scratch.data(), *gated = gate.codes ? h + count * M : nullptr;
-  project(up, h);
-  if (gated) project(gate, gated);
-  Activations(activation, count, M, up_bias, gate_bias, gated, h);
-  Rounded hidden(count, M);
-  std::vector<int64_t> all(count);
-  for (int64_t r = 0; r < count; ++r) hidden.Set(all[r] = r, h + r * M);
-  AddProducts<kBits>(down, hidden, all, 0, D, y.data());
-}
+struct ScaledExpert {
+  Scaled gate, up, down;
+  const T *up_bias, *gate_bias;
+  Activation activation;
+  int64_t M, D;
+
+  // Hidden activations for rows of x, rounded, into places of `h` from `first` on.
+  void Hidden(const Rounded& x, const std::vector<int64_t>& rows, std::vector<float>& scratch,
+              Rounded& h, int64_t first) const {
+    const int64_t count = rows.size();
+    scratch.assign(2 * count * M, 0.0f);
+    std::vector<float*> to(count);
+    const auto project = [&](Scaled w, float* out) {
+      for (int64_t r = 0; r < count; ++r) to[r] = out + r * M;
+      AddProducts<kBits>(w, x, rows, 0, M, to.data());
+    };
+    float *made = scratch.data(), *gated = gate.codes ? made + count * M : nullptr;
+    project(up, made);
+    if (gated) project(gate, gated);
+    Activations(activation, count, M, up_bias, gate_bias, gated, made, M);
+    for (int64_t r = 0; r < count; ++r) h.Set(first + r, made + r * M);
+  }
+
+  // y[i] += what the activations in places from `first` on give, of outputs from `begin` to `end`.
+  void Down(const Rounded& h, int64_t first, int64_t begin, int64_t end,
+            const std::vector<float*>& y) const {
+    std::vector<int64_t> places(y.size());
+    for (size_t r = 0; r < y.size(); ++r) places[r] = first + r;
+    AddProducts<kBits>(down, h, places, begin, end, y.data());
+  }
+};
 
 // The rows of x as floats: in their order, or in that of weights of type T.
 template <class T>
@@ -480,6 +569,93 @@ void SumExperts(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, 
   });
 }
 
+// The same for many rows, in two steps: hidden(expert, rows, first) makes the hidden activations of
+// an expert for its rows and keeps them in places from `first` on; down(expert, first, begin, end, y)
+// adds what they give, of outputs from `begin` to `end`, to y[i] for each of the rows. `start(places)`
+// is called before. Each output is summed in the order of experts.
+template <class Out, class Start, class Hidden, class Down>
+void SumExpertsOfMany(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, int64_t D,
+                      int64_t E, const Start& start, const Hidden& hidden, const Down& down) {
+  constexpr int64_t kBlock = 256;  // outputs: those of all rows stay in the second cache
+  std::vector<std::vector<int64_t>> rows(E);
+  std::vector<int64_t> first(E), used;
+  int64_t places = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    for (int64_t b = 0; b < B; ++b)
+      if (active[b * E + e]) rows[e].push_back(b);
+    first[e] = places;
+    places += rows[e].size();
+    if (!rows[e].empty()) used.push_back(e);
+  }
+  start(places);
+  ParallelFor(pool, used.size(), [&](int64_t k) { hidden(used[k], rows[used[k]], first[used[k]]); });
+  const int64_t blocks = (D + kBlock - 1) / kBlock, width = blocks * kBlock;
+  static thread_local std::vector<float> kept;
+  if (int64_t(kept.size()) < B * width) kept.resize(B * width);
+  float* y_BD = kept.data();
+  ParallelFor(pool, blocks, [&](int64_t block) {
+    const int64_t begin = block * kBlock, end = std::min(D, begin + kBlock);
+    for (int64_t b = 0; b < B; ++b) std::fill_n(y_BD + b * width + begin, kBlock, 0.0f);
+    std::vector<float*> to;
+    for (const int64_t e : used) {
+      to.clear();
+      for (const int64_t b : rows[e]) to.push_back(y_BD + b * width);
+      down(e, first[e], begin, end, to);
+    }
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t d = begin; d < end; ++d) Store(out + b * D + d, y_BD[b * width + d]);
+  });
+}
+
+// The sparse FFN in bfloat16 for many rows.
+void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
+               const Weights<BFloat16>& w, BFloat16* out, Activation activation, int64_t B, int64_t D,
+               int64_t E, int64_t M) {
+  std::vector<BFloat16> h;  // [places][M]
+  const auto words = [](const BFloat16* p) { return reinterpret_cast<const uint32_t*>(p); };
+  const auto hidden = [&](int64_t e, const std::vector<int64_t>& rows, int64_t first) {
+    static thread_local std::vector<uint32_t> panel;
+    static thread_local std::vector<float> sums;
+    const int64_t count = rows.size();
+    panel.resize(D / 2 * kPanel);
+    std::vector<const uint32_t*> from;
+    std::vector<float*> to(count);
+    for (const int64_t b : rows) from.push_back(words(x + b * D));
+    for (int64_t m = 0; m < M; m += kPanel) {
+      const int64_t neurons = std::min<int64_t>(kPanel, M - m);
+      sums.assign(2 * count * kPanel, 0.0f);
+      float *up = sums.data(), *gate = up + count * kPanel;
+      const auto project = [&](const BFloat16* weights, float* to_RM) {
+        PackOutputs(weights + (e * M + m) * D, D, neurons, D / 2, panel.data());
+        for (int64_t r = 0; r < count; ++r) to[r] = to_RM + r * kPanel;
+        AddPanel(panel.data(), D / 2, from, to);
+      };
+      project(w.up, up);
+      if (w.gate) project(w.gate, gate);
+      const auto bias = [&](const BFloat16* p) { return p ? p + e * M + m : nullptr; };
+      Activations(activation, count, neurons, bias(w.up_bias), bias(w.gate_bias),
+                  w.gate ? gate : nullptr, up, kPanel);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = 0; i < neurons; ++i) Store(&h[(first + r) * M + m + i], up[r * kPanel + i]);
+    }
+  };
+  const auto down = [&](int64_t e, int64_t first, int64_t begin, int64_t end,
+                        const std::vector<float*>& rows) {
+    static thread_local std::vector<uint32_t> panel;
+    panel.resize(M / 2 * kPanel);
+    std::vector<const uint32_t*> from;
+    std::vector<float*> to(rows.size());
+    for (size_t r = 0; r < rows.size(); ++r) from.push_back(words(h.data() + (first + r) * M));
+    for (int64_t d = begin; d < end; d += kPanel) {
+      PackInputs(w.down + e * M * D + d, D, std::min<int64_t>(kPanel, end - d), M / 2, panel.data());
+      for (size_t r = 0; r < rows.size(); ++r) to[r] = rows[r] + d;
+      AddPanel(panel.data(), M / 2, from, to);
+    }
+  };
+  SumExpertsOfMany(pool, active, out, B, D, E, [&](int64_t places) { h.resize(places * M); }, hidden,
+                   down);
+}
+
 // The operands of an FFN after x, active and layer, of which those of `layer` are taken in order.
 struct Operands {
   const ffi::RemainingArgs& rest;
@@ -515,6 +691,14 @@ ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::Any
   w.gate = operands.Take<T>(has_gate);
   w.up_bias = operands.Take<T>(has_up_bias);
   w.gate_bias = operands.Take<T>(has_gate_bias);
+  if constexpr (kHasPanels && std::is_same_v<T, BFloat16>) {
+    if (B >= kMany && D % 2 == 0 && M % 2 == 0) {
+      FfnOfMany(pool, static_cast<const T*>(x.untyped_data()),
+                static_cast<const bool*>(active.untyped_data()), w,
+                static_cast<T*>(y->untyped_data()), Activation(activation), B, D, E, M);
+      return ffi::Error::Success();
+    }
+  }
   const std::vector<float> x_BD = ToFloat(static_cast<const T*>(x.untyped_data()), B, D, true);
   SumExperts<T>(pool, static_cast<const bool*>(active.untyped_data()),
                 static_cast<T*>(y->untyped_data()), B, D, E,
@@ -582,20 +766,62 @@ ffi::Error ScaledFfn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer acti
       return w.codes ? Scaled{w.codes + e * tiles * kBits * 64, w.scales + e * tiles * kOutputs} : w;
     };
     const Rounded x_BD = ToRounded(static_cast<const T*>(x.untyped_data()), B, D);
-    SumExperts<float>(pool, static_cast<const bool*>(active.untyped_data()),
-                      static_cast<T*>(y->untyped_data()), B, D, E,
-                      [&](int64_t e, const std::vector<int64_t>& rows, const std::vector<float*>& to,
-                          std::vector<float>& scratch) {
-                        const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
-                        AddExpert<kBits>(at(gate, e, M, D), at(up, e, M, D), at(down, e, D, M),
-                                         vector(up_bias), vector(gate_bias), Activation(activation), M,
-                                         D, x_BD, rows, to, scratch);
-                      });
+    const auto expert = [&](int64_t e) {
+      const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
+      return ScaledExpert<kBits, T>{at(gate, e, M, D), at(up, e, M, D), at(down, e, D, M),
+                                    vector(up_bias), vector(gate_bias), Activation(activation), M, D};
+    };
+    const bool* used = static_cast<const bool*>(active.untyped_data());
+    T* out = static_cast<T*>(y->untyped_data());
+    using Rows = std::vector<int64_t>;
+    using Sums = std::vector<float*>;
+    if (B < kMany) {
+      SumExperts<float>(pool, used, out, B, D, E,
+                        [&](int64_t e, const Rows& rows, const Sums& to, std::vector<float>& scratch) {
+                          Rounded h(rows.size(), M);
+                          expert(e).Hidden(x_BD, rows, scratch, h, 0);
+                          expert(e).Down(h, 0, 0, D, to);
+                        });
+      return ffi::Error::Success();
+    }
+    std::unique_ptr<Rounded> h;
+    SumExpertsOfMany(
+        pool, used, out, B, D, E, [&](int64_t places) { h = std::make_unique<Rounded>(places, M); },
+        [&](int64_t e, const Rows& rows, int64_t first) {
+          static thread_local std::vector<float> scratch;
+          expert(e).Hidden(x_BD, rows, scratch, *h, first);
+        },
+        [&](int64_t e, int64_t first, int64_t begin, int64_t end, const Sums& to) {
+          expert(e).Down(*h, first, begin, end, to);
+        });
     return ffi::Error::Success();
   });
 }
 
 // ---- Matrix-vector products.
+
+void LinearOfMany(ffi::ThreadPool& pool, const BFloat16* x, const BFloat16* weights, float* out,
+                  int64_t B, int64_t K, int64_t O, bool transposed) {
+  ParallelFor(pool, (O + kPanel - 1) / kPanel, [&](int64_t block) {
+    static thread_local std::vector<uint32_t> panel;
+    static thread_local std::vector<float> sums;
+    const int64_t o = block * kPanel, outputs = std::min<int64_t>(kPanel, O - o);
+    panel.resize(K / 2 * kPanel);
+    sums.assign(B * kPanel, 0.0f);
+    std::vector<const uint32_t*> from;
+    std::vector<float*> to;
+    for (int64_t b = 0; b < B; ++b) {
+      from.push_back(reinterpret_cast<const uint32_t*>(x + b * K));
+      to.push_back(sums.data() + b * kPanel);
+    }
+    if (transposed)
+      PackOutputs(weights + o * K, K, outputs, K / 2, panel.data());
+    else
+      PackInputs(weights + o, O, outputs, K / 2, panel.data());
+    AddPanel(panel.data(), K / 2, from, to);
+    for (int64_t b = 0; b < B; ++b) std::copy_n(to[b], outputs, out + b * O + o);
+  });
+}
 
 // y [B, O] = x [B, K] w[layer], w [N, K, O]; or, transposed, w [N, O, K].
 template <class T>
@@ -604,8 +830,14 @@ ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t lay
   const int64_t B = x.dimensions()[0], K = x.dimensions()[1], O = y->dimensions()[1];
   layer = std::min(std::max<int64_t>(layer, 0), int64_t(w.dimensions()[0]) - 1);
   const T* weights = static_cast<const T*>(w.untyped_data()) + layer * K * O;
-  const std::vector<float> x_BK = ToFloat(static_cast<const T*>(x.untyped_data()), B, K, transposed);
   float* out = y->typed_data();
+  if constexpr (kHasPanels && std::is_same_v<T, BFloat16>) {
+    if (B >= kMany && K % 2 == 0) {
+      LinearOfMany(pool, static_cast<const T*>(x.untyped_data()), weights, out, B, K, O, transposed);
+      return ffi::Error::Success();
+    }
+  }
+  const std::vector<float> x_BK = ToFloat(static_cast<const T*>(x.untyped_data()), B, K, transposed);
   std::vector<const float*> from;
   for (int64_t b = 0; b < B; ++b) from.push_back(x_BK.data() + b * K);
   const int64_t items = transposed ? O : K, chunks = NumChunks(pool, items / 8);
