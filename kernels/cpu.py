@@ -111,6 +111,11 @@ def embed(tokens_B: jax.Array, table_VD: Weight) -> jax.Array:
     return jax.ffi.ffi_call("lte_jax_embed", out)(tokens_B, table_VD)
 
 
+def reads_prompts(w: Weight) -> bool:
+    """Whether these kernels are faster than XLA's products with as many rows as a prompt has."""
+    return isinstance(w, Quantized) or (w.dtype == jnp.bfloat16 and _load().LteJaxHasPanels() == 1)
+
+
 def unavailable() -> str | None:
     """Why these kernels cannot run here; None if they can."""
     if jax.default_backend() != "cpu":
@@ -129,8 +134,8 @@ def _ready(x: jax.Array) -> None:
 
 
 @functools.cache
-def _load() -> None:
-    """Registers the calls with XLA, once per process."""
+def _load() -> ctypes.CDLL:
+    """The library; its calls are registered with XLA once per process."""
     try:
         library = ctypes.CDLL(str(_build()))
     except OSError as error:
@@ -138,6 +143,7 @@ def _load() -> None:
     for name in ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Embed"):
         capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
         jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
+    return library
 
 
 def _build() -> pathlib.Path:

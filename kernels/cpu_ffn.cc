@@ -982,6 +982,8 @@ ffi::Error Embed(ffi::Buffer<ffi::S32> tokens, ffi::AnyBuffer table, ffi::Result
 
 }  // namespace
 
+extern "C" int LteJaxHasPanels() { return kHasPanels; }
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -81,6 +81,31 @@ def masked_attention(
     return jnp.concatenate(blocks, axis=1)
 
 
+_SCORES_AT_ONCE = 1 << 25
+
+
+def attention_in_turn(
+    q_BLHC: Float[Array, "B L H C"],
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
+    visible_BLT: Bool[Array, "B L T"],
+) -> Float[Array, "B L H C"]:
+    """Softmax attention over the visible keys, for so many queries at a time as memory allows."""
+    (b, length, h, _), t = q_BLHC.shape, k_BTKC.shape[1]
+    size = max(1, _SCORES_AT_ONCE // (b * h * t))
+    if length <= size:
+        return masked_attention(q_BLHC, k_BTKC, v_BTKC, visible_BLT, blocked=False)
+    fill = -length % size
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, fill), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
+    cut = lambda x: jnp.moveaxis(x.reshape(b, -1, size, *x.shape[2:]), 1, 0)  # noqa: E731
+
+    def some(part):
+        return masked_attention(part[0], k_BTKC, v_BTKC, part[1], blocked=False)
+
+    y = jax.lax.map(some, (cut(pad(q_BLHC)), cut(pad(visible_BLT))))
+    return jnp.moveaxis(y, 0, 1).reshape(b, -1, *q_BLHC.shape[2:])[:, :length]
+
+
 def rotation(config: ModelConfig, own, context):
     """This layer's angle for each position and pair of a head, [B, L, C/2], and its amplitude."""
     if "frequencies" not in own:

@@ -2,7 +2,7 @@
 
 The modules declare the parameters of params.py and scan over layers, so parameters of layers have
 a leading axis N; the arithmetic is in layers.py. One forward pass trains, evaluates and, given a
-cache, continues a text; `decode` is that pass for one token per row, through the kernels.
+cache, continues a text; `decode` is that pass through the kernels, for its last token's logits.
 
 Dimension key: B batch  L length  T cache length  D model width  E experts  M neurons per expert
                N layers  H heads  K kv heads  C head width  V vocabulary
@@ -213,15 +213,18 @@ def declare(
 def decode(
     model: Transformer,
     stack: tuple[reading.Weights, reading.Weights],
-    tokens_B: Int[Array, " B"],
+    tokens_BL: Int[Array, "B L"],
     cache: Cache,
     *,
     routing: Routing,
     threshold: Float[Array, "*N"] | float,
-    live_B: Bool[Array, " B"],
+    live_BL: Bool[Array, "B L"],
+    segments_BL: Int[Array, "B L"] | None = None,
     implementation: str = "auto",
 ) -> Output:
-    """Reads one more token per row through the kernels, like `model.apply` with a cache.
+    """Reads more tokens through the kernels, like `model.apply` with a cache.
+
+    The logits are those after the last token of each row, [B, 1, V].
 
     Only the weights of active experts are read, so the routing must skip idle experts, and must not
     need the activations of all neurons.
@@ -229,34 +232,35 @@ def decode(
     Args:
       model: dense or LTE.
       stack: its parameters, from `reading.stacked`.
-      tokens_B: the tokens to read.
+      tokens_BL: the tokens to read.
       cache: of earlier tokens.
       routing: see above.
       threshold: of the routing.
-      live_B: False at finished rows, which use no experts.
+      live_BL: False at tokens that use no experts: padding, and those of finished rows.
+      segments_BL: > 0 at real tokens; None: at all.
       implementation: of the kernels.
     """
     config = model.config
     vectors, matrices = stack
 
-    def blocks(x_B1D, kv, own_N, context):
+    def blocks(x_BLD, kv, own_N, context):
         def layer(carry, scanned):
-            (x_B1D, kv), (vectors, own, index) = carry, scanned
-            w = reading.Stack(vectors, matrices["layers"], index, live_B, implementation)
+            (x_BLD, kv), (vectors, own, index) = carry, scanned
+            w = reading.Stack(vectors, matrices["layers"], index, live_BL, implementation)
             ffn = functools.partial(layers.ffn, config, model.lte, routing, w.at("ffn"))
-            x_B1D, kv, outputs = layers.block(config, w, ffn, x_B1D, kv, own, context)
-            return (x_B1D, kv), outputs
+            x_BLD, kv, outputs = layers.block(config, w, ffn, x_BLD, kv, own, context)
+            return (x_BLD, kv), outputs
 
         indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
         scanned = (vectors["layers"], own_N, indices_N)
-        (x_B1D, kv), outputs = jax.lax.scan(layer, (x_B1D, kv), scanned)
-        return x_B1D, (kv, outputs)
+        (x_BLD, kv), outputs = jax.lax.scan(layer, (x_BLD, kv), scanned)
+        return x_BLD, (kv, outputs)
 
-    w = reading.Stack(vectors, matrices, 0, live_B, implementation)
-    tokens_B1 = tokens_B[:, None]
-    ones_B1 = jnp.ones_like(tokens_B1)
+    w = reading.Stack(vectors, matrices, 0, live_BL, implementation)
+    if segments_BL is None:
+        segments_BL = jnp.ones_like(tokens_BL)
     threshold = jnp.asarray(threshold, jnp.float32)
-    return layers.transformer(config, w, blocks, tokens_B1, None, ones_B1, threshold, cache)
+    return layers.transformer(config, w, blocks, tokens_BL, None, segments_BL, threshold, cache)
 
 
 def init_cache(model: Transformer, batch_size: int, length: int) -> Cache:

@@ -1,7 +1,7 @@
 """How the weights of a layer are read, which is all that training and decoding do differently.
 
   Slice   the weights of one layer, by einsums over any number of tokens: training, prefill
-  Stack   the weights of all layers and a layer's index, by the kernels, one token a row: decoding
+  Stack   the weights of all layers and a layer's index, by the kernels: decoding
 
 Dimension key: B batch  L length  T cache length  D model width  E experts  M neurons per expert
                N layers  H heads  K kv heads  C head width  V vocabulary  O outputs of a matrix
@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lte_jax import kernels
-from lte_jax.attention import masked_attention, put
+from lte_jax.attention import attention_in_turn, masked_attention, put
 from lte_jax.config import Activation, ModelConfig
 from lte_jax.kernels.quantized import Quantized
 from lte_jax.kernels.reference import ACTIVATIONS
@@ -168,15 +168,16 @@ def _adapted(weights: Weights, name: str, x_BLI: Array, y_BLO: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """The weights of all layers, of which the kernels read one in place; one token a row (L = 1).
+    """The weights of all layers, of which the kernels read one in place.
 
+    Decoding reads one token a text (L = 1); where the kernels are as good with many, so do prompts.
     A scan that sliced the matrices layer by layer would copy them, idle experts too.
     """
 
     vectors: Weights  # norms and biases of one layer, which a scan may slice
     matrices: Weights  # of all layers, as `stacked` makes them
     layer: Array | int
-    live_B: Bool[Array, " B"]  # rows that still want experts
+    live_BL: Bool[Array, "B L"]  # tokens that want experts: not padding, nor of finished texts
     implementation: str = "auto"
 
     def drop(self, x: Array) -> Array:
@@ -189,46 +190,59 @@ class Stack:
             self, vectors=self.vectors.get(name, {}), matrices=self.matrices.get(name, {})
         )
 
-    def embed(self, name: str, ids_B1: Int[Array, "B 1"]) -> Float[Array, "B 1 D"]:
+    def embed(self, name: str, ids_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Rows of an embedding."""
         table_VD = self.matrices["embed"][name]
-        x_BD = kernels.embed(ids_B1[:, 0], table_VD, implementation=self.implementation)
-        return x_BD[:, None]
+        x_RD = kernels.embed(ids_BL.reshape(-1), table_VD, implementation=self.implementation)
+        return x_RD.reshape(*ids_BL.shape, -1)
 
-    def head(self, x_B1D: Float[Array, "B 1 D"]) -> Float[Array, "B 1 V"]:
-        """As that of Slice."""
+    def head(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B 1 V"]:
+        """As that of Slice, but of the last token alone, which the next is chosen by."""
         matrix, letters = _head(self.matrices)
         logits_BV = kernels.linear(
-            x_B1D[:, 0], matrix, transposed=letters == "VD", implementation=self.implementation
+            x_BLD[:, -1], matrix, transposed=letters == "VD", implementation=self.implementation
         )
         return logits_BV[:, None]
 
-    def linear(self, name: str, x_B1I: Array, exact: bool = False) -> Array:
+    def linear(self, name: str, x_BLI: Array, exact: bool = False) -> Array:
         """As that of Slice."""
         kernel = self.matrices[name]["kernel"]
-        inputs = x_B1I.ndim - 2
+        inputs = x_BLI.ndim - 2
         outputs = kernel.shape[1 + inputs :]
-        x_BI = x_B1I.reshape(x_B1I.shape[0], -1)
-        y_BO = kernels.linear(
-            x_BI.astype(kernel.dtype),
-            kernel.reshape(kernel.shape[0], x_BI.shape[1], math.prod(outputs)),
+        x_RI = x_BLI.reshape(math.prod(x_BLI.shape[:2]), -1)
+        y_RO = kernels.linear(
+            x_RI.astype(kernel.dtype),
+            kernel.reshape(kernel.shape[0], x_RI.shape[1], math.prod(outputs)),
             layer=self.layer,
             implementation=self.implementation,
         )
-        y = y_BO.astype(jnp.float32 if exact else x_B1I.dtype).reshape(-1, 1, *outputs)
+        y_RO = y_RO.astype(jnp.float32 if exact else x_BLI.dtype)
+        y = y_RO.reshape(*x_BLI.shape[:2], *outputs)
         bias = self.vectors.get(name, {}).get("bias")
         return y if bias is None else y + as_last(bias, y)
 
-    def attend(self, q_B1HC, k_B1KC, v_B1KC, kv, visible_B1T, index, causal: bool = True):
+    def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal: bool = True):
         """Attention over a cache, to which the new tokens are added at `index`."""
         k_NBTKC, v_NBTKC = kv
+        if q_BLHC.shape[1] > 1:
+            here = (self.layer, jnp.int32(0), index, jnp.int32(0), jnp.int32(0))
+            k_NBTKC, v_NBTKC = (
+                jax.lax.dynamic_update_slice(cache, new[None], here)
+                for cache, new in ((k_NBTKC, k_BLKC), (v_NBTKC, v_BLKC))
+            )
+            k_BTKC, v_BTKC = (
+                jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
+                for cache in (k_NBTKC, v_NBTKC)
+            )
+            y_BLHC = attention_in_turn(q_BLHC, k_BTKC, v_BTKC, visible_BLT)
+            return y_BLHC, (k_NBTKC, v_NBTKC)
         y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
-            q_B1HC[:, 0],
-            k_B1KC[:, 0],
-            v_B1KC[:, 0],
+            q_BLHC[:, 0],
+            k_BLKC[:, 0],
+            v_BLKC[:, 0],
             k_NBTKC,
             v_NBTKC,
-            visible_B1T[:, 0],
+            visible_BLT[:, 0],
             layer=self.layer,
             index=index,
             implementation=self.implementation,
@@ -239,21 +253,22 @@ class Stack:
         """No random choices: decoding does not train."""
         return None
 
-    def experts(self, x_B1D: Float[Array, "B 1 D"], choose: Callable, activation: Activation, _):
+    def experts(self, x_BLD: Float[Array, "B L D"], choose: Callable, activation: Activation, _):
         """The active experts' outputs summed; no other expert is read, and no gate but 0 and 1."""
-        scores_B1E, active_B1E, _ = choose()
+        scores_BLE, active_BLE, _ = choose()
         neurons = {name: w for name, w in self.matrices.items() if name != "router"}
-        shape = (x_B1D.shape[0], neurons["up"].shape[1])
-        live_BE = jnp.broadcast_to(self.live_B[:, None], shape)
-        y_BD = kernels.sparse_ffn(
-            x_B1D[:, 0],
-            live_BE if active_B1E is None else live_BE & active_B1E[:, 0],
+        shape = (*x_BLD.shape[:2], neurons["up"].shape[1])
+        live_BLE = jnp.broadcast_to(self.live_BL[..., None], shape)
+        used_BLE = live_BLE if active_BLE is None else live_BLE & active_BLE
+        y_RD = kernels.sparse_ffn(
+            x_BLD.reshape(-1, x_BLD.shape[2]),
+            used_BLE.reshape(-1, shape[2]),
             neurons,
             activation=activation,
             layer=self.layer,
             implementation=self.implementation,
         )
-        return y_BD[:, None], scores_B1E, active_B1E
+        return y_RD.reshape(x_BLD.shape), scores_BLE, active_BLE
 
 
 def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, Weights]:

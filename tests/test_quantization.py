@@ -15,9 +15,11 @@ import random_models
 from lte_jax.kernels.quantized import Quantized
 
 import lte_jax
-from lte_jax import hf, kernels, quantization
+from lte_jax import attention, hf, kernels, quantization
 from lte_jax.cli import main
 from lte_jax.config import LTEConfig, UserError
+from lte_jax.generation import decoding
+from lte_jax.generation.decoding import Decoder
 from lte_jax.kernels import cpu, quantized
 from lte_jax.model import Transformer
 
@@ -317,3 +319,33 @@ def test_other_instruction_sets_give_the_same(tmp_path):
 def test_reading_config_keeps_other_formats_out():
     raw = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     assert hf.scaled.format_of(raw) is None
+
+
+@pytest.mark.parametrize("at_once", [32, 96])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_a_long_prompt_is_read_in_turns(format, at_once, monkeypatch):
+    """Of kernels that read prompts: in turns, with padding before them, as the forward pass does."""
+    needs("cpu")
+    monkeypatch.setattr(cpu, "reads_prompts", lambda w: True)
+    monkeypatch.setattr(decoding, "_AT_ONCE", at_once)
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 4 * 96 * 128)
+    jax.clear_caches()
+    made, params = model(config=dataclasses.replace(SMALL, max_length=256))
+    if format:
+        params = lte_jax.quantize(made, params, format)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, SMALL.vocab_size, n) for n in (70, 96, 3)]
+    by_kernels, by_xla = (
+        Decoder.of(made, params, implementation=name).prefill(prompts, room=32)
+        for name in ("cpu", "xla")
+    )
+    real = np.asarray(by_xla.cache["segments"]) > 0
+    assert np.array_equal(by_kernels.cache["segments"], by_xla.cache["segments"])
+    assert np.array_equal(by_kernels.cache["positions"][real], by_xla.cache["positions"][real])
+    for name in "kv":
+        a, b = (np.asarray(state.cache[name])[:, real] for state in (by_kernels, by_xla))
+        # Where x is rounded, too, some tokens choose another expert.
+        assert np.linalg.norm(a - b) < (0.15 if format else 1e-5) * np.linalg.norm(b)
+    if not format:
+        assert np.array_equal(by_kernels.tokens_B, by_xla.tokens_B)
+    jax.clear_caches()

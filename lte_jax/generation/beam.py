@@ -81,10 +81,10 @@ def _search(
 ) -> tuple[Array, Array]:
     stack = decoder.stack()
     (number, length), end = tokens_BL.shape, tokens_BL.shape[1] + ngram
-    out = decoder.apply(tokens_BL, init_cache(decoder.model, number, length + size), mask=mask_BL)
-    assert out.cache is not None
-    cache = _for_each_beam(out.cache, beams)
-    logits_RV = jnp.repeat(out.logits[:, -1], beams, axis=0)
+    cache = init_cache(decoder.model, number, length + size)
+    logits_BV, cache = decoder.read(tokens_BL, mask_BL, cache)
+    cache = _for_each_beam(cache, beams)
+    logits_RV = jnp.repeat(logits_BV, beams, axis=0)
     # A suffix of n - 1 tokens is always within the history: n places stand before the prompt.
     history_BH = jnp.pad(
         jnp.where(mask_BL > 0, tokens_BL, -1), ((0, 0), (ngram, size)), constant_values=-1

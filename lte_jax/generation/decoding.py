@@ -19,12 +19,13 @@ from lte_jax import layers, reading
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
 from lte_jax.config import own_threshold
-from lte_jax.kernels import resolve
+from lte_jax.kernels import reads_prompts, resolve
 from lte_jax.kernels.quantized import Quantized
 from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.selection import Routing, first_largest, largest
 
 LIKELIEST = 1024  # tokens among which top_p is looked for first
+_AT_ONCE = 512  # tokens of a prompt that the kernels read together
 _BUCKET = 32  # numbers of tokens are rounded up to multiples of this, to compile fewer programs
 _static = functools.partial(flax.struct.field, pytree_node=False)
 
@@ -115,8 +116,44 @@ class Decoder:
     @functools.partial(jax.jit, static_argnames="room")
     def _prefill(self, tokens_BL, token_mask_BL, key, room: int) -> DecodeState:
         cache = init_cache(self.model, len(tokens_BL), tokens_BL.shape[1] + room)
-        out = self.apply(tokens_BL, cache, mask=token_mask_BL)
-        return self._choose(DecodeState.start(out.cache, key), out.logits[:, -1], out.cache)
+        logits_BV, cache = self.read(tokens_BL, token_mask_BL, cache)
+        return self._choose(DecodeState.start(cache, key), logits_BV, cache)
+
+    def read(self, tokens_BL: Array, token_mask_BL: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Reads prompts: the logits [B, V] after them, and the cache with them.
+
+        Where the kernels are best at it, they read the active experts alone, so many tokens at a
+        time that what is between layers stays small; else all experts are computed at once.
+        """
+        stack = self.stack()
+        if stack is None or not reads_prompts(self.implementation, stack[1]["layers"]["ffn"]["up"]):
+            out = self.apply(tokens_BL, cache, mask=token_mask_BL)
+            return out.logits[:, -1], out.cache
+
+        def some(cache: Cache, part: tuple[Array, Array]) -> tuple[Cache, Array]:
+            tokens_BL, mask_BL = part
+            how = {"segments_BL": mask_BL, "live_BL": mask_BL > 0}
+            out = self._decode(stack, tokens_BL, cache, **how)
+            return out.cache, out.logits[:, 0]
+
+        first = tokens_BL.shape[1] % _AT_ONCE or _AT_ONCE
+        begin, rest = (
+            [x[:, part] for x in (tokens_BL, token_mask_BL)]
+            for part in (slice(first), slice(first, None))
+        )
+        cache, logits_BV = some(cache, (begin[0], begin[1]))
+        if rest[0].shape[1]:
+            parts = (
+                jnp.moveaxis(x.reshape(len(x), -1, _AT_ONCE), 1, 0) for x in map(jnp.asarray, rest)
+            )
+            cache, logits_NBV = jax.lax.scan(some, cache, tuple(parts))
+            logits_BV = logits_NBV[-1]
+        return logits_BV, cache
+
+    def _decode(self, stack: Any, tokens_BL: Array, cache: Cache, **how: Array) -> layers.Output:
+        settings = {"routing": self.routing, "threshold": self.threshold} | how
+        settings["implementation"] = self.implementation
+        return decode(self.model, stack, tokens_BL, cache, **settings)
 
     @functools.partial(jax.jit, static_argnames="size")
     def extend(self, state: DecodeState, limit: Array, size: int) -> tuple[Array, DecodeState]:
@@ -160,16 +197,7 @@ class Decoder:
             out = self.apply(state.tokens_B[:, None], state.cache)
             return out.logits[:, 0], out.cache, jnp.ones((), jnp.float32)
         live_B = ~state.done_B
-        out = decode(
-            self.model,
-            stack,
-            state.tokens_B,
-            state.cache,
-            routing=self.routing,
-            threshold=self.threshold,
-            live_B=live_B,
-            implementation=self.implementation,
-        )
+        out = self._decode(stack, state.tokens_B[:, None], state.cache, live_BL=live_B[:, None])
         if out.active is None:
             return out.logits[:, 0], out.cache, jnp.any(live_B).astype(jnp.float32)
         used_NE = jnp.any(out.active[:, :, 0] & live_B[None, :, None], axis=1)

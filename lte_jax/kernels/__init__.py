@@ -183,6 +183,12 @@ def unavailable(name: str) -> str | None:
     return kernel.unavailable() if hasattr(kernel, "unavailable") else None
 
 
+def reads_prompts(implementation: str, w: Weight) -> bool:
+    """Whether its kernels are the fastest for as many rows as a prompt has tokens, too."""
+    kernel = _module(resolve(implementation))
+    return hasattr(kernel, "reads_prompts") and kernel.reads_prompts(w)
+
+
 @functools.cache
 def _choose() -> str:
     """The implementation for this process's device, logged once."""
