@@ -321,6 +321,19 @@ def test_bad_input_at_the_door():
             attend(q, new, new, cache, cache, seen)
     with pytest.raises(UserError, match="differ in type"):
         attend(new.astype(jnp.bfloat16), new, new, cache, cache, seen)
+    for wrong in (seen[:1], seen[:, :2], seen.astype(jnp.int32)):
+        with pytest.raises(UserError, match=r"visible is .*, expected bool\[2, 5\]"):
+            attend(new, new, new, cache, cache, wrong)
+    with pytest.raises(UserError, match="index is 5, expected 0 to 4"):
+        attend(new, new, new, cache, cache, seen, index=5)
+    with pytest.raises(UserError, match="layer is -1, expected 0 to 0"):
+        attend(new, new, new, cache, cache, seen, layer=-1)
+    with pytest.raises(UserError, match=r"layer is float32\[\], expected an integer"):
+        kernels.linear(x_BD, jnp.ones((2, 20, 7)), layer=jnp.float32(1))
+    stacked = {name: w[None] for name, w in weights.items()}
+    refused("layer is 1, expected 0 to 0", w=stacked, layer=1)
+    with pytest.raises(UserError, match="tokens are float32, expected integers"):
+        kernels.embed(jnp.zeros(1), x_BD)
 
 
 def test_embed(implementation):

@@ -65,7 +65,8 @@ def sparse_ffn(
     if layer is None:
         weights, layer = {key: w[None] for key, w in weights.items()}, 0
     _check(x_BD, active_BE, weights, activation)
-    operands = (x_BD, active_BE, dict(weights), jnp.asarray(layer, jnp.int32))
+    layer = _place("sparse_ffn: layer", layer, weights["up"].shape[0])
+    operands = (x_BD, active_BE, dict(weights), layer)
     return _run("sparse_ffn", operands, implementation, activation=activation)
 
 
@@ -95,7 +96,7 @@ def linear(
         raise UserError(f"linear: x {x_BK.shape} and w {w.shape}: expected [B, K] and {expected}")
     if w.dtype != x_BK.dtype:
         raise UserError(f"linear: x is {x_BK.dtype} and w {w.dtype}: expected one type")
-    operands = (x_BK, w, jnp.asarray(layer, jnp.int32))
+    operands = (x_BK, w, _place("linear: layer", layer, w.shape[0]))
     return _run("linear", operands, implementation, transposed=transposed)
 
 
@@ -121,7 +122,7 @@ def attend(
       v_NBTKC: the cache of values. All arrays are of one type.
       visible_BT: bool, the positions each row sees, `index` among them.
       layer: of the cache.
-      index: the new tokens' position in the cache.
+      index: the new tokens' position in the cache; one beyond it is refused where it is known.
       implementation: as in sparse_ffn.
 
     Returns:
@@ -141,7 +142,11 @@ def attend(
         )
     if len({a.dtype for a in (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC)}) > 1:
         raise UserError("attend: q, k, v and the caches differ in type: expected one")
-    places = (jnp.asarray(layer, jnp.int32), jnp.asarray(index, jnp.int32))
+    if visible_BT.shape != (b, t) or visible_BT.dtype != bool:
+        raise UserError(
+            f"attend: visible is {visible_BT.dtype}{list(visible_BT.shape)}, expected bool{[b, t]}"
+        )
+    places = (_place("attend: layer", layer, n), _place("attend: index", index, t))
     operands = (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, *places)
     return _run("attend", operands, implementation)
 
@@ -160,6 +165,8 @@ def embed(tokens_B: Array, table_VD: Weight, *, implementation: str = "auto") ->
         raise UserError(
             f"embed: tokens {tokens_B.shape} and table {table_VD.shape}: expected [B] and [V, D]"
         )
+    if not jnp.issubdtype(tokens_B.dtype, jnp.integer):
+        raise UserError(f"embed: tokens are {tokens_B.dtype}, expected integers")
     return _run("embed", (jnp.asarray(tokens_B, jnp.int32), table_VD), implementation)
 
 
@@ -237,6 +244,17 @@ def _refuse(function, primals, tangents):
         "the kernels are for inference and have no gradient: train through "
         'lte_jax.apply(model, params, tokens, routing="soft") (or "straight_through", "hard")'
     )
+
+
+def _place(name: str, value: Array | int, size: int) -> Array:
+    """An index as int32 scalar on the device, refused if it is known to be out of range."""
+    found = jnp.asarray(value)
+    if found.ndim or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise UserError(f"{name} is {found.dtype}{list(found.shape)}, expected an integer")
+    known = not isinstance(found, jax.core.Tracer) and found.is_fully_addressable
+    if known and not 0 <= int(found) < size:
+        raise UserError(f"{name} is {int(found)}, expected 0 to {size - 1}")
+    return found.astype(jnp.int32)
 
 
 def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Weight], activation: str) -> None:
