@@ -129,6 +129,7 @@ def test_bad_input_to_the_report(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_row_of_tinystories(shared, tmp_path, monkeypatch):
     """Texts by their hub id from the mirror, the model from its folder."""
     (tmp_path / "mirror/roneneldan").mkdir(parents=True)

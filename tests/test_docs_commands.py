@@ -190,6 +190,7 @@ def here(world, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", one_device)  # as users have: the tests have eight
 
 
+@pytest.mark.slow
 def test_every_line_can_be_made_small(here):
     """What `make blocks` needs, seen without running it: words, places, models, data sets."""
     assert {program(words)[0] for words in LINES} <= CHECKS.keys()

@@ -101,6 +101,7 @@ def test_what_routers_learn(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_your_own_model(run, checkout):
     found = run("your_own_model")
     shape, table, *texts = found["text/markdown"]

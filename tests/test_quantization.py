@@ -324,7 +324,7 @@ def test_reading_config_keeps_other_formats_out():
 @pytest.mark.parametrize("at_once", [32, 96])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_a_long_prompt_is_read_in_turns(format, at_once, monkeypatch):
-    """Of kernels that read prompts: in turns, with padding before them, as the forward pass does."""
+    """By kernels that read prompts, in turns and with padding before them."""
     needs("cpu")
     monkeypatch.setattr(cpu, "reads_prompts", lambda w: True)
     monkeypatch.setattr(decoding, "_AT_ONCE", at_once)

@@ -136,6 +136,7 @@ def test_a_part_of_the_suite(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_same_numbers(tmp_path):
     code = "import sys, numpy, conftest, test_x64\nnumpy.savez(sys.argv[1], **test_x64.numbers())\n"
     theirs, mine = _python(code, tmp_path), numbers()
