@@ -416,12 +416,14 @@ void PackInputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_
   }
 }
 
-// y[r][0..32) += the products of a panel with R rows of x, each of so many pairs of bfloat16.
+// y[r][o..o + 32) += the products of a panel with R rows of x, each of so many pairs of bfloat16.
 template <int R>
-inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* const* x, float* const* y) {
+inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* const* x, float* const* y,
+                         int64_t o) {
 #ifdef __AVX512BF16__
   __m512 low[R], high[R];
-  for (int r = 0; r < R; ++r) low[r] = _mm512_loadu_ps(y[r]), high[r] = _mm512_loadu_ps(y[r] + 16);
+  for (int r = 0; r < R; ++r)
+    low[r] = _mm512_loadu_ps(y[r] + o), high[r] = _mm512_loadu_ps(y[r] + o + 16);
   for (int64_t p = 0; p < pairs; ++p) {
     const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + p * kPanel);
     const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + p * kPanel + 16);
@@ -431,17 +433,24 @@ inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* c
       high[r] = _mm512_dpbf16_ps(high[r], second, both);
     }
   }
-  for (int r = 0; r < R; ++r) _mm512_storeu_ps(y[r], low[r]), _mm512_storeu_ps(y[r] + 16, high[r]);
+  for (int r = 0; r < R; ++r)
+    _mm512_storeu_ps(y[r] + o, low[r]), _mm512_storeu_ps(y[r] + o + 16, high[r]);
 #endif
 }
 
-void AddPanel(const uint32_t* panel, int64_t pairs, const std::vector<const uint32_t*>& x,
-              const std::vector<float*>& y) {
+// The same of neighbouring panels, from output `begin` on, and all rows.
+void AddPanels(const uint32_t* panels, int64_t count, int64_t pairs,
+               const std::vector<const uint32_t*>& x, const std::vector<float*>& y, int64_t begin) {
   const int64_t rows = x.size();
+  const auto some = [&](auto number, int64_t r) {
+    for (int64_t i = 0; i < count; ++i)
+      AddPanelTile<number.value>(panels + i * pairs * kPanel, pairs, x.data() + r, y.data() + r,
+                                 begin + i * kPanel);
+  };
   int64_t r = 0;
-  for (; r + 12 <= rows; r += 12) AddPanelTile<12>(panel, pairs, x.data() + r, y.data() + r);
-  for (; r + 4 <= rows; r += 4) AddPanelTile<4>(panel, pairs, x.data() + r, y.data() + r);
-  for (; r < rows; ++r) AddPanelTile<1>(panel, pairs, x.data() + r, y.data() + r);
+  for (; r + 12 <= rows; r += 12) some(std::integral_constant<int, 12>(), r);
+  for (; r + 4 <= rows; r += 4) some(std::integral_constant<int, 4>(), r);
+  for (; r < rows; ++r) some(std::integral_constant<int, 1>(), r);
 }
 
 // ---- The sparse FFN.
@@ -520,12 +529,15 @@ struct ScaledExpert {
     for (int64_t r = 0; r < count; ++r) h.Set(first + r, made + r * M);
   }
 
-  // y[i] += what the activations in places from `first` on give, of outputs from `begin` to `end`.
+  // y[i][0] and on += what the activations in places from `first` on give, of outputs from `begin`,
+  // a multiple of 16, to `end`.
   void Down(const Rounded& h, int64_t first, int64_t begin, int64_t end,
             const std::vector<float*>& y) const {
     std::vector<int64_t> places(y.size());
     for (size_t r = 0; r < y.size(); ++r) places[r] = first + r;
-    AddProducts<kBits>(down, h, places, begin, end, y.data());
+    const int64_t tiles = begin / kOutputs * h.groups;
+    const Scaled part = {down.codes + tiles * kBits * 64, down.scales + tiles * kOutputs};
+    AddProducts<kBits>(part, h, places, 0, end - begin, y.data());
   }
 };
 
@@ -571,7 +583,7 @@ void SumExperts(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, 
 
 // The same for many rows, in two steps: hidden(expert, rows, first) makes the hidden activations of
 // an expert for its rows and keeps them in places from `first` on; down(expert, first, begin, end, y)
-// adds what they give, of outputs from `begin` to `end`, to y[i] for each of the rows. `start(places)`
+// adds what they give, of outputs from `begin` to `end`, to y[i][0] and on, for each of the rows. `start(places)`
 // is called before. Each output is summed in the order of experts.
 template <class Out, class Start, class Hidden, class Down>
 void SumExpertsOfMany(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, int64_t D,
@@ -589,21 +601,22 @@ void SumExpertsOfMany(ffi::ThreadPool& pool, const bool* active, Out* out, int64
   }
   start(places);
   ParallelFor(pool, used.size(), [&](int64_t k) { hidden(used[k], rows[used[k]], first[used[k]]); });
-  const int64_t blocks = (D + kBlock - 1) / kBlock, width = blocks * kBlock;
+  const int64_t blocks = (D + kBlock - 1) / kBlock;
   static thread_local std::vector<float> kept;
-  if (int64_t(kept.size()) < B * width) kept.resize(B * width);
-  float* y_BD = kept.data();
+  if (int64_t(kept.size()) < blocks * B * kBlock) kept.resize(blocks * B * kBlock);
+  float* sums = kept.data();  // [blocks][B][kBlock]: rows D apart would share few lines of a cache
   ParallelFor(pool, blocks, [&](int64_t block) {
     const int64_t begin = block * kBlock, end = std::min(D, begin + kBlock);
-    for (int64_t b = 0; b < B; ++b) std::fill_n(y_BD + b * width + begin, kBlock, 0.0f);
+    float* y = sums + block * B * kBlock;
+    std::fill_n(y, B * kBlock, 0.0f);
     std::vector<float*> to;
     for (const int64_t e : used) {
       to.clear();
-      for (const int64_t b : rows[e]) to.push_back(y_BD + b * width);
+      for (const int64_t b : rows[e]) to.push_back(y + b * kBlock);
       down(e, first[e], begin, end, to);
     }
     for (int64_t b = 0; b < B; ++b)
-      for (int64_t d = begin; d < end; ++d) Store(out + b * D + d, y_BD[b * width + d]);
+      for (int64_t d = begin; d < end; ++d) Store(out + b * D + d, y[b * kBlock + d - begin]);
   });
 }
 
@@ -628,7 +641,7 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
       const auto project = [&](const BFloat16* weights, float* to_RM) {
         PackOutputs(weights + (e * M + m) * D, D, neurons, D / 2, panel.data());
         for (int64_t r = 0; r < count; ++r) to[r] = to_RM + r * kPanel;
-        AddPanel(panel.data(), D / 2, from, to);
+        AddPanels(panel.data(), 1, D / 2, from, to, 0);
       };
       project(w.up, up);
       if (w.gate) project(w.gate, gate);
@@ -641,16 +654,17 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
   };
   const auto down = [&](int64_t e, int64_t first, int64_t begin, int64_t end,
                         const std::vector<float*>& rows) {
-    static thread_local std::vector<uint32_t> panel;
-    panel.resize(M / 2 * kPanel);
-    std::vector<const uint32_t*> from;
-    std::vector<float*> to(rows.size());
-    for (size_t r = 0; r < rows.size(); ++r) from.push_back(words(h.data() + (first + r) * M));
-    for (int64_t d = begin; d < end; d += kPanel) {
-      PackInputs(w.down + e * M * D + d, D, std::min<int64_t>(kPanel, end - d), M / 2, panel.data());
-      for (size_t r = 0; r < rows.size(); ++r) to[r] = rows[r] + d;
-      AddPanel(panel.data(), M / 2, from, to);
+    static thread_local std::vector<uint32_t> panels;
+    const int64_t count = (end - begin + kPanel - 1) / kPanel;
+    panels.resize(count * M / 2 * kPanel);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t d = begin + i * kPanel;
+      PackInputs(w.down + e * M * D + d, D, std::min<int64_t>(kPanel, end - d), M / 2,
+                 panels.data() + i * M / 2 * kPanel);
     }
+    std::vector<const uint32_t*> from;
+    for (size_t r = 0; r < rows.size(); ++r) from.push_back(words(h.data() + (first + r) * M));
+    AddPanels(panels.data(), count, M / 2, from, rows, 0);
   };
   SumExpertsOfMany(pool, active, out, B, D, E, [&](int64_t places) { h.resize(places * M); }, hidden,
                    down);
@@ -818,7 +832,7 @@ void LinearOfMany(ffi::ThreadPool& pool, const BFloat16* x, const BFloat16* weig
       PackOutputs(weights + o * K, K, outputs, K / 2, panel.data());
     else
       PackInputs(weights + o, O, outputs, K / 2, panel.data());
-    AddPanel(panel.data(), K / 2, from, to);
+    AddPanels(panel.data(), 1, K / 2, from, to, 0);
     for (int64_t b = 0; b < B; ++b) std::copy_n(to[b], outputs, out + b * O + o);
   });
 }
