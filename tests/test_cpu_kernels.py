@@ -370,3 +370,33 @@ def test_many_calls_at_once():
         made = list(pool.map(lambda i: np.asarray(ffn(*cases[i % 3])), range(600), timeout=120))
     for i, y_BD in enumerate(made):
         np.testing.assert_array_equal(y_BD, expected[i % 3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_as_many_rows_as_a_prompt_has(dtype):
+    """More rows and outputs than a tile or a block takes, and none a multiple of it."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    rows, experts, neurons, width = 29, 5, 34, 326
+    weights = {name: normal(experts, neurons, width) for name in ("gate", "up", "down")}
+    weights["up_bias"] = normal(experts, neurons)
+    x_BD, active_BE = normal(rows, width), jnp.asarray(rng.random((rows, experts)) < 0.5)
+    active_BE = active_BE.at[:, 3].set(False).at[7].set(False)
+    run = lambda name, rows=slice(None): np.asarray(  # noqa: E731
+        kernels.sparse_ffn(
+            x_BD[rows], active_BE[rows], weights, activation="silu", implementation=name
+        ),
+        np.float32,
+    )
+    expected = run("reference")
+    rounding = (2e-6 if dtype == "float32" else 2e-2) * np.abs(expected).max()
+    assert np.abs(run("cpu") - expected).max() < rounding
+    assert not run("cpu")[7].any() and np.array_equal(run("cpu"), run("cpu"))
+    assert np.abs(run("cpu", slice(3, 4)) - run("cpu")[3:4]).max() < rounding
+    for transposed in (False, True):
+        w = normal(70, width) if transposed else normal(width, 70)
+        y, exact = (
+            kernels.linear(x_BD, w, transposed=transposed, implementation=name)
+            for name in ("cpu", "reference")
+        )
+        assert np.abs(y - exact).max() < 2e-6 * np.abs(exact).max()
