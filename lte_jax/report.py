@@ -175,7 +175,7 @@ def table(results: Sequence[Results]) -> str:
             f"{entry['sparsity']:.1%}",
             _number(entry.get("gflops_per_token"), ".3g"),
             _number(entry.get("latency_ms"), ".3g"),
-            _number(entry.get("latency_ratio"), ".2f"),
+            _time_ratio(entry),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -203,7 +203,8 @@ def notes(results: Sequence[Results]) -> str:
     lines = [
         "Perplexity in brackets is relative to the dense model. GFLOPs are 2^30 FLOPs of attention "
         "projections, FFN and router, without embedding, head and attention scores. ms per token "
-        "is the median at batch size 1; its ratio is to the dense model in the same run."
+        "is the median at batch size 1; its ratio is to the dense model in the same run, round by "
+        "round, and \"about 1\" where the rounds differ by more."
     ]
     for result in results:
         env, source = result.get("environment", {}), result.get("source", {})
@@ -257,6 +258,12 @@ def samples(results: Sequence[Results]) -> str:
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     """Whether it describes a model: what it is called, how good and how sparse it is."""
     return {"name", "sparsity"} <= entry.keys() and bool({"token_ppl", "metrics"} & entry.keys())
+
+
+def _time_ratio(entry: Mapping[str, Any]) -> str:
+    ratio, noise = entry.get("latency_ratio"), entry.get("latency_noise", 0.0)
+    near = ratio is not None and ratio != 1 and abs(ratio - 1) <= noise
+    return "about 1" if near else _number(ratio, ".2f")
 
 
 def _number(value: float | int | None, spec: str) -> str:

@@ -48,6 +48,11 @@ def test_table():
     assert lines[3] == "| LTE | 4.400 (+10.0%) | 2.000 | 50.0% | 12.1 | 3 | 0.60 |"
     assert lines[4].startswith("| LTE | 5.000 (+25.0%) | 2.000 | 75.0%")
     assert len({line.count("|") for line in lines}) == 1
+    within = DENSE | {"name": "as fast", "latency_ratio": 0.9, "latency_noise": 0.12}
+    faster = within | {"name": "faster", "latency_noise": 0.05}
+    rows = report.table([{"models": [within, faster]}]).splitlines()
+    times = [line.split("|")[-2] for line in rows]
+    assert times[2:4] == [" about 1 ", " 0.90 "]
     bare = [{"models": [{"name": "x", "token_ppl": 2.0, "sparsity": 0.3}]}]
     assert report.table(bare).splitlines()[2] == "| x | 2.000 |  | 30.0% |  |  |  |"
 

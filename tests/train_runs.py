@@ -138,7 +138,7 @@ def remains(workdir: Path) -> dict:
     found["results"] = json.loads((workdir / "results.json").read_text())
     del found["results"]["environment"]
     for model in found["results"]["models"]:
-        del model["latency_ms"], model["latency_ratio"]
+        del model["latency_ms"], model["latency_ratio"], model["latency_noise"]
     found["report"] = sorted(p.name for p in workdir.glob("*") if p.suffix in (".md", ".png"))
     hidden = [path for path in workdir.rglob("*") if path.name[0] == "." and path.name != ".lock"]
     hidden += workdir.rglob("*checkpoint-tmp*")
