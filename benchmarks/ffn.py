@@ -40,13 +40,17 @@ from tqdm import tqdm
 from lte_jax import kernels, report
 from lte_jax.errors import cli_errors
 from lte_jax.files import atomic_write
+from lte_jax.kernels import cpu
 
 _MATRICES = ("gate", "up", "down")
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.75, 0.8, 0.9, 0.95)
 
 
 def bandwidth(cores: int) -> float:
-    """Bytes per second: read by all cores on a CPU, copied on an accelerator; best of several."""
+    """Bytes per second: read by the CPU's kernels, copied on an accelerator; best of several."""
+    if jax.default_backend() == "cpu" and kernels.unavailable("cpu") is None:
+        array, read = jnp.ones(2**28, jnp.float32), jax.jit(cpu.read)
+        return array.nbytes / _least(lambda: jax.block_until_ready(read(array)))
     if jax.default_backend() == "cpu":
         array = np.ones((cores, 2**26), np.float32)
         with concurrent.futures.ThreadPoolExecutor(cores) as pool:

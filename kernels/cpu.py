@@ -111,6 +111,12 @@ def embed(tokens_B: jax.Array, table_VD: Weight) -> jax.Array:
     return jax.ffi.ffi_call("lte_jax_embed", out)(tokens_B, table_VD)
 
 
+def read(data: jax.Array) -> jax.Array:
+    """Reads an array as the kernels read weights and does no more, for benchmarks: int32 [1]."""
+    _load()
+    return jax.ffi.ffi_call("lte_jax_read", jax.ShapeDtypeStruct((1,), jnp.int32))(data)
+
+
 def reads_prompts(w: Weight) -> bool:
     """Whether these kernels are faster than XLA's products with as many rows as a prompt has."""
     return isinstance(w, Quantized) or (w.dtype == jnp.bfloat16 and _load().LteJaxHasPanels() == 1)
@@ -140,7 +146,7 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(_build()))
     except OSError as error:
         raise Unsupported(f"{error}: name another folder in $LTE_JAX_CACHE") from error
-    for name in ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Embed"):
+    for name in ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Embed", "Read"):
         capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
         jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
     return library

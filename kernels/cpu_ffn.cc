@@ -994,6 +994,30 @@ ffi::Error Embed(ffi::Buffer<ffi::S32> tokens, ffi::AnyBuffer table, ffi::Result
   return ffi::Error::Success();
 }
 
+// ---- Reading alone, for benchmarks: how fast memory can be read at all.
+
+ffi::Error Read(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::Buffer<ffi::S32>> y) {
+  const int64_t words = int64_t(data.size_bytes()) / 64, chunks = NumChunks(pool, words);
+  const char* bytes = static_cast<const char*>(data.untyped_data());
+  std::vector<int32_t> sums(chunks);
+  ParallelFor(pool, chunks, [&](int64_t chunk) {
+    Bits16 some[4] = {};  // enough to hide the latency of additions
+    int64_t i = words * chunk / chunks;
+    const int64_t end = words * (chunk + 1) / chunks;
+    for (; i + 4 <= end; i += 4)
+      for (int k = 0; k < 4; ++k) {
+        Bits16 read;
+        std::memcpy(&read, bytes + (i + k) * 64, sizeof read);
+        some[k] += read;
+      }
+    const Bits16 all = some[0] + some[1] + some[2] + some[3];
+    for (int k = 0; k < 16; ++k) sums[chunk] += int32_t(all[k]);
+  });
+  y->typed_data()[0] = 0;
+  for (const int32_t sum : sums) y->typed_data()[0] ^= sum;
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 extern "C" int LteJaxHasPanels() { return kHasPanels; }
@@ -1065,3 +1089,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxScaledLinear, ScaledLinear,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxRead, Read,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());

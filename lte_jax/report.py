@@ -204,7 +204,7 @@ def notes(results: Sequence[Results]) -> str:
         "Perplexity in brackets is relative to the dense model. GFLOPs are 2^30 FLOPs of attention "
         "projections, FFN and router, without embedding, head and attention scores. ms per token "
         "is the median at batch size 1; its ratio is to the dense model in the same run, round by "
-        "round, and \"about 1\" where the rounds differ by more."
+        'round, and "about 1" where the rounds differ by more.'
     ]
     for result in results:
         env, source = result.get("environment", {}), result.get("source", {})

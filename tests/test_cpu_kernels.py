@@ -400,3 +400,11 @@ def test_as_many_rows_as_a_prompt_has(dtype):
             for name in ("cpu", "reference")
         )
         assert np.abs(y - exact).max() < 2e-6 * np.abs(exact).max()
+
+
+def test_reading_alone_reads_all():
+    """The result changes with any word, so none is left out."""
+    data = jnp.arange(16 * 203, dtype=jnp.int32)
+    whole = int(cpu.read(data)[0])
+    places = (0, 16 * 101 + 5, 16 * 203 - 1)
+    assert all(int(cpu.read(data.at[i].add(1 << 20))[0]) != whole for i in places)
