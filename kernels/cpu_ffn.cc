@@ -1004,12 +1004,14 @@ ffi::Error Read(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::Buff
     Bits16 some[4] = {};  // enough to hide the latency of additions
     int64_t i = words * chunk / chunks;
     const int64_t end = words * (chunk + 1) / chunks;
+    const auto add = [&](int k, int64_t word) {
+      Bits16 read;
+      std::memcpy(&read, bytes + word * 64, sizeof read);
+      some[k] += read;
+    };
     for (; i + 4 <= end; i += 4)
-      for (int k = 0; k < 4; ++k) {
-        Bits16 read;
-        std::memcpy(&read, bytes + (i + k) * 64, sizeof read);
-        some[k] += read;
-      }
+      for (int k = 0; k < 4; ++k) add(k, i + k);
+    for (; i < end; ++i) add(0, i);
     const Bits16 all = some[0] + some[1] + some[2] + some[3];
     for (int k = 0; k < 16; ++k) sums[chunk] += int32_t(all[k]);
   });
