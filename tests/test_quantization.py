@@ -21,7 +21,7 @@ from lte_jax.config import LTEConfig, UserError
 from lte_jax.generation import decoding
 from lte_jax.generation.decoding import Decoder
 from lte_jax.kernels import cpu, quantized
-from lte_jax.model import Transformer
+from lte_jax.model import Transformer, init_cache
 
 FORMATS = list(quantized.BITS)
 SMALL = dataclasses.replace(random_models.LLAMA, d_model=64, head_dim=16, d_ff=96, num_heads=4)
@@ -321,31 +321,47 @@ def test_reading_config_keeps_other_formats_out():
     assert hf.scaled.format_of(raw) is None
 
 
-@pytest.mark.parametrize("at_once", [32, 96])
+@pytest.mark.parametrize("at_once", [64, 512])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_a_long_prompt_is_read_in_turns(format, at_once, monkeypatch):
-    """By kernels that read prompts, in turns and with padding before them."""
+    """By kernels that read prompts, in turns and with padding before them, as all at once."""
     needs("cpu")
     monkeypatch.setattr(cpu, "reads_prompts", lambda w: True)
-    monkeypatch.setattr(decoding, "_AT_ONCE", at_once)
+    monkeypatch.setattr(decoding, "AT_ONCE", at_once)
     monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 4 * 96 * 128)
     jax.clear_caches()
-    made, params = model(config=dataclasses.replace(SMALL, max_length=256))
+    made, params = model(config=dataclasses.replace(SMALL, max_length=512))
     if format:
         params = lte_jax.quantize(made, params, format)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, SMALL.vocab_size, n) for n in (70, 96, 3)]
-    by_kernels, by_xla = (
-        Decoder.of(made, params, implementation=name).prefill(prompts, room=32)
-        for name in ("cpu", "xla")
-    )
-    real = np.asarray(by_xla.cache["segments"]) > 0
-    assert np.array_equal(by_kernels.cache["segments"], by_xla.cache["segments"])
-    assert np.array_equal(by_kernels.cache["positions"][real], by_xla.cache["positions"][real])
+    prompts = [rng.integers(0, SMALL.vocab_size, n) for n in (170, 260, 3)]
+    decoder = Decoder.of(made, params, implementation="cpu")
+    state = decoder.prefill(prompts, room=40)
+    length, size = int(state.cache["index"]), state.cache["k"].shape[2]
+    assert size == 512 and length == 260  # read in turns of 128 or 64
+    tokens_BL, mask_BL = decoding.pad_left(prompts, length, length)
+    whole = decoder.apply(jnp.asarray(tokens_BL), init_cache(made, 3, size), mask=mask_BL)
+    real = np.asarray(whole.cache["segments"]) > 0
+    for name in ("segments", "positions"):
+        assert np.array_equal(state.cache[name][real], whole.cache[name][real])
+    assert np.array_equal(np.asarray(state.cache["segments"]) > 0, real)
     for name in "kv":
-        a, b = (np.asarray(state.cache[name])[:, real] for state in (by_kernels, by_xla))
+        a, b = (np.asarray(cache[name])[:, real] for cache in (state.cache, whole.cache))
         # Where x is rounded, too, some tokens choose another expert.
         assert np.linalg.norm(a - b) < (0.15 if format else 1e-5) * np.linalg.norm(b)
     if not format:
-        assert np.array_equal(by_kernels.tokens_B, by_xla.tokens_B)
+        assert np.array_equal(state.tokens_B, jnp.argmax(whole.logits[:, -1], axis=-1))
     jax.clear_caches()
+
+
+def test_a_growing_chat_compiles_few_programs():
+    """Twenty turns, each with all that was said before."""
+    jax.clear_caches()
+    made, params = model(None, config=dataclasses.replace(SMALL, max_length=1024))
+    said: list[int] = []
+    for turn in range(20):
+        said += [1 + turn, 7, 9] * 8
+        [answer] = lte_jax.generate(made, params, [said], max_new_tokens=20, eos_ids=[])
+        said += answer
+    assert len(said) == 20 * 44
+    assert Decoder._prefill._cache_size() + Decoder.extend._cache_size() <= 6

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from lte_jax.attention import Cache
-from lte_jax.generation.decoding import Decoder, DecodeState, pad_left, round_up
+from lte_jax.generation.decoding import AT_ONCE, Decoder, DecodeState, pad_left, round_up
 from lte_jax.model import init_cache
 
 _LOW = -1e9  # added to scores that are out of the running: transformers' number
@@ -53,9 +53,10 @@ def search(
     no_repeat_ngram: int,
 ) -> tuple[list[list[int]], bool]:
     """The best text of each prompt, and whether all logits were finite; see `generate`."""
+    length = round_up(max(map(len, prompts)))
     best_BS, finite = _search(
         decoder,
-        *pad_left(prompts),
+        *pad_left(prompts, length, length),
         jnp.int32(max_new_tokens),
         jnp.int32(min_new_tokens),
         jnp.float32(length_penalty),
@@ -82,7 +83,8 @@ def _search(
     stack = decoder.stack()
     (number, length), end = tokens_BL.shape, tokens_BL.shape[1] + ngram
     cache = init_cache(decoder.model, number, length + size)
-    logits_BV, cache = decoder.read(tokens_BL, mask_BL, cache)
+    turn = min(length, AT_ONCE)  # both powers of two
+    logits_BV, cache = decoder.read(tokens_BL, mask_BL, length, cache, turn)
     cache = _for_each_beam(cache, beams)
     logits_RV = jnp.repeat(logits_BV, beams, axis=0)
     # A suffix of n - 1 tokens is always within the history: n places stand before the prompt.

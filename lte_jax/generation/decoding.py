@@ -25,8 +25,8 @@ from lte_jax.model import Transformer, decode, init_cache
 from lte_jax.selection import Routing, first_largest, largest
 
 LIKELIEST = 1024  # tokens among which top_p is looked for first
-_AT_ONCE = 512  # tokens of a prompt that the kernels read together
-_BUCKET = 32  # numbers of tokens are rounded up to multiples of this, to compile fewer programs
+AT_ONCE = 512  # tokens of a prompt that are read together, at most
+_LEAST_CACHE, _LEAST = 256, 32  # tokens that a cache has place for, and those read together
 _static = functools.partial(flax.struct.field, pytree_node=False)
 
 
@@ -111,44 +111,55 @@ class Decoder:
 
         `room` is the number of new tokens that the cache has place for.
         """
-        return self._prefill(*pad_left(prompts), jax.random.key(seed), room=round_up(room))
+        longest = max(map(len, prompts))
+        size = round_up(longest + room, _LEAST_CACHE)
+        if _turn(size) + room > size:  # what is read is a turn or more
+            size *= 2
+        turn = _turn(size)
+        length = max(longest, turn)
+        tokens_BT, mask_BT = pad_left(prompts, length, size)
+        key = jax.random.key(seed)
+        return self._prefill(tokens_BT, mask_BT, jnp.int32(length), key, turn=turn)
 
-    @functools.partial(jax.jit, static_argnames="room")
-    def _prefill(self, tokens_BL, token_mask_BL, key, room: int) -> DecodeState:
-        cache = init_cache(self.model, len(tokens_BL), tokens_BL.shape[1] + room)
-        logits_BV, cache = self.read(tokens_BL, token_mask_BL, cache)
+    @functools.partial(jax.jit, static_argnames="turn")
+    def _prefill(self, tokens_BT, mask_BT, length, key, turn: int) -> DecodeState:
+        cache = init_cache(self.model, *tokens_BT.shape)
+        logits_BV, cache = self.read(tokens_BT, mask_BT, length, cache, turn)
         return self._choose(DecodeState.start(cache, key), logits_BV, cache)
 
-    def read(self, tokens_BL: Array, token_mask_BL: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Reads prompts: the logits [B, V] after them, and the cache with them.
+    def read(
+        self, tokens_BT: Array, mask_BT: Array, length: Array | int, cache: Cache, turn: int
+    ) -> tuple[Array, Cache]:
+        """Reads prompts that end at `length`: the logits [B, V] after them, the cache with them.
 
-        Where the kernels are best at it, they read the active experts alone, so many tokens at a
-        time that what is between layers stays small; else all experts are computed at once.
+        They are read in turns of `turn` tokens, of which the second may begin within the first:
+        memory grows with their length and not with its square, and one program reads prompts of
+        any length. Where the kernels are best at it, they read the active experts alone; else all
+        experts are computed.
         """
         stack = self.stack()
-        if stack is None or not reads_prompts(self.implementation, stack[1]["layers"]["ffn"]["up"]):
-            out = self.apply(tokens_BL, cache, mask=token_mask_BL)
+        if stack is not None:
+            by_kernels = reads_prompts(self.implementation, stack[1]["layers"]["ffn"]["up"])
+            stack = stack if by_kernels else None
+
+        count = -(-length // turn)
+
+        def some(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+            start = jnp.maximum(0, length - (count - i) * turn).astype(jnp.int32)
+            cache = carry[1] | {"index": start}
+            tokens_BL, mask_BL = (
+                jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, turn, axis=1)
+                for x in (tokens_BT, mask_BT)
+            )
+            if stack is None:
+                out = self.apply(tokens_BL, cache, mask=mask_BL)
+            else:
+                how = {"segments_BL": mask_BL, "live_BL": mask_BL > 0}
+                out = self._decode(stack, tokens_BL, cache, **how)
             return out.logits[:, -1], out.cache
 
-        def some(cache: Cache, part: tuple[Array, Array]) -> tuple[Cache, Array]:
-            tokens_BL, mask_BL = part
-            how = {"segments_BL": mask_BL, "live_BL": mask_BL > 0}
-            out = self._decode(stack, tokens_BL, cache, **how)
-            return out.cache, out.logits[:, 0]
-
-        first = tokens_BL.shape[1] % _AT_ONCE or _AT_ONCE
-        begin, rest = (
-            [x[:, part] for x in (tokens_BL, token_mask_BL)]
-            for part in (slice(first), slice(first, None))
-        )
-        cache, logits_BV = some(cache, (begin[0], begin[1]))
-        if rest[0].shape[1]:
-            parts = (
-                jnp.moveaxis(x.reshape(len(x), -1, _AT_ONCE), 1, 0) for x in map(jnp.asarray, rest)
-            )
-            cache, logits_NBV = jax.lax.scan(some, cache, tuple(parts))
-            logits_BV = logits_NBV[-1]
-        return logits_BV, cache
+        logits_BV = jnp.zeros((len(tokens_BT), self.model.config.vocab_size), jnp.float32)
+        return jax.lax.fori_loop(0, count, some, (logits_BV, cache))
 
     def _decode(self, stack: Any, tokens_BL: Array, cache: Cache, **how: Array) -> layers.Output:
         settings = {"routing": self.routing, "threshold": self.threshold} | how
@@ -280,17 +291,23 @@ def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]
     return jax.tree.map_with_path(convert, params, is_leaf=lambda x: isinstance(x, Quantized))
 
 
-def pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as tokens [B, L] that end together, and a mask, 1 at real tokens; int32."""
-    length = round_up(max(map(len, prompts)))
-    tokens_BL = np.zeros((len(prompts), length), np.int32)
-    token_mask_BL = np.zeros_like(tokens_BL)
+def pad_left(
+    prompts: Sequence[np.ndarray], length: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as tokens [B, size] that end at `length`, and a mask, 1 at real tokens; int32."""
+    tokens_BT = np.zeros((len(prompts), size), np.int32)
+    mask_BT = np.zeros_like(tokens_BT)
     for row, prompt in enumerate(prompts):
-        tokens_BL[row, length - len(prompt) :] = prompt
-        token_mask_BL[row, length - len(prompt) :] = 1
-    return tokens_BL, token_mask_BL
+        tokens_BT[row, length - len(prompt) : length] = prompt
+        mask_BT[row, length - len(prompt) : length] = 1
+    return tokens_BT, mask_BT
 
 
-def round_up(count: int) -> int:
-    """`count` rounded up to a multiple of the bucket."""
-    return -(-count // _BUCKET) * _BUCKET
+def round_up(count: int, least: int = _LEAST) -> int:
+    """The next power of two, so that few programs are compiled; at least `least`."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
+def _turn(size: int) -> int:
+    """Tokens a turn: few enough that padding is little, and enough to be read fast."""
+    return min(AT_ONCE, max(_LEAST, size // 4))
