@@ -96,13 +96,22 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     Raises:
       UserError: if it cannot be written; an existing file is then untouched.
     """
-    path = Path(path)
+    with replacing_file(Path(path)) as half:
+        half.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to write: it replaces `path` on success, is removed on an error.
+
+    Raises:
+      UserError: if it cannot be written; an existing file is then untouched.
+    """
     half = path.with_name(f".{path.name}.half-written")
     try:
-        with explained(path), half.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        with explained(path):
+            yield half
+            sync(half)
             half.replace(path)
             sync(path.parent)
     finally:

@@ -24,7 +24,7 @@ NOT_RUN = {
     "pytest": "would run tests within tests; its files are looked up",
     "pre-commit": "would install hooks into this checkout",
 }
-OURS = ("train", "evaluate", "generate", "convert", "sweep", "prepare", "benchmark")
+OURS = ("train", "evaluate", "generate", "convert", "export-gguf", "sweep", "prepare", "benchmark")
 
 
 def blocks(page: str, *languages: str) -> list[tuple[int, str]]:
@@ -75,5 +75,6 @@ def program(words: list[str]) -> tuple[str, list[str], Callable[[], None] | None
         assert name in PROJECT["scripts"]
         command, *args = args
         assert command in cli.COMMANDS, f"no command {command}"
-        return command, args, importlib.import_module(f"lte_jax.cli.{command}").main
+        module = importlib.import_module(f"lte_jax.cli.{command.replace('-', '_')}")
+        return command, args, module.main
     return name, args, None

@@ -132,6 +132,11 @@ def _convert(words, said):
     assert names == {path.name for path in pathlib.Path(out).iterdir()}
 
 
+def _export_gguf(words, said):
+    assert said.out.startswith(f"{words[3]}: llama, ")
+    assert pathlib.Path(words[3]).read_bytes()[:4] == b"GGUF"
+
+
 def _sweep(words, said):
     out = pathlib.Path(_flag(words, "out"))
     results = json.loads((out / "results.json").read_text())
@@ -161,7 +166,7 @@ def _benchmark(words, said):
         assert re.match(r"layer 2 skips \d", said.out)
 
 
-CHECKS = {name: globals()[f"_{name}"] for name in OURS}
+CHECKS = {name: globals()[f"_{name.replace('-', '_')}"] for name in OURS}
 
 # --------------------------------------------------------------------------------------- the tests
 

@@ -43,6 +43,7 @@ ORDER = {
     "lte_jax.reading": 11.7,
     "lte_jax.layers": 12,
     "lte_jax.model": 13,
+    "lte_jax.export_gguf": 13.2,
     "lte_jax.objective": 13.5,
     "lte_jax.router_init": 14,
     "lte_jax.refit": 14.2,
@@ -74,6 +75,7 @@ ORDER = {
     "lte_jax": 26,
     "lte_jax.cli": 27,
     "lte_jax.data.__main__": 27.5,  # a command, as kernels.tune is
+    "lte_jax.export_gguf.__main__": 27.5,
     "lte_jax.__main__": 28,
 }
 # Their own folder or script of that name must not be found in place of the packages they shadow.

@@ -1,7 +1,8 @@
 """The command line: `lte-jax COMMAND ...`, and `python -m lte_jax COMMAND ...`, which is the same.
 
-Each command is a module of this folder with a function `main(argv, prog)`, imported when it is
-asked for. train.py and evaluate.py at the top of a checkout are the commands of that name.
+Each command is a module of this folder ("-" is "_" there) with a function `main(argv, prog)`,
+imported when it is asked for. train.py and evaluate.py at the top of a checkout are the commands of
+that name.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ COMMANDS = {  # one line adds another
     "sweep": "methods x sparsities x seeds from one grid, as one table",
     "generate": "continue prompts",
     "convert": "write a model in another dtype, or a sparse one as a dense one",
+    "export-gguf": "write a dense model as a GGUF file, for llama.cpp",
 }
 
 
@@ -42,4 +44,5 @@ def main(
     parser.add_argument("--version", action="version", version=version)
     parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of those below")
     command = parser.parse_args(argv[:1]).command
-    importlib.import_module(f"{__name__}.{command}").main(argv[1:], f"{prog} {command}")
+    module = importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
+    module.main(argv[1:], f"{prog} {command}")

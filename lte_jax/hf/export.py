@@ -253,6 +253,15 @@ def _plan_order(config: ModelConfig, lte: LTEConfig | None, order_NEM: Any) -> _
     return _Tensor("expert_order", "int32", expected, [(order_NEM, None)])
 
 
+def tensors(config: ModelConfig, params: Mapping[str, Any], dtype: str | None) -> list[_Tensor]:
+    """The tensors of a dense model's HF folder: `name`, `dtype`, `shape`, and `fetch()`.
+
+    Raises:
+      UserError: if the parameters are not the model's.
+    """
+    return _plan(config, None, params, dtype, {})
+
+
 def _files(tensors: list[_Tensor], max_shard_bytes: int) -> dict[str, list[_Tensor]]:
     """The files of a model, named as transformers names them, and what each holds, in order.
 
