@@ -76,22 +76,28 @@ def started(model: Transformer, batch: int, prompt: int, room: int) -> DecodeSta
     return state.replace(tokens_B=jnp.ones(batch, jnp.int32))
 
 
+def decoder(model, params, sparsity: float | None, implementation: str, own: bool = False):
+    """A decoder that skips about this share of random experts; None: none of them.
+
+    `own` says that the model has a threshold, which then decides.
+    """
+    logit = None if own or sparsity is None else statistics.NormalDist().inv_cdf(sparsity)
+    threshold = None if logit is None else float(jax.nn.sigmoid(logit))
+    routing = "dense" if sparsity is None else "hard"
+    settings = {"implementation": implementation, "eos_ids": ()}
+    return Decoder.of(model, params, routing, threshold, **settings)
+
+
 def measure(model, params, flags, batch: int, prompt: int, bytes_per_s: float) -> list[dict]:
     """The rows of one batch size and prompt length, dense first."""
     config, size = model.config, flags.new_tokens
     state = started(model, batch, prompt, size)
-    plans = {None: ("dense", None)}
-    for sparsity in flags.sparsity:
-        quantile = statistics.NormalDist().inv_cdf(sparsity) if flags.model is None else None
-        plans[sparsity] = ("hard", quantile)
 
-    def decoder(routing, quantile):
-        threshold = None if quantile is None else float(jax.nn.sigmoid(quantile))
-        settings = {"implementation": flags.implementation, "eos_ids": ()}
-        decoder = Decoder.of(model, params, routing, threshold, **settings)
-        return lambda: decoder.extend(state, jnp.int32(size), size)[1]
+    def extending(sparsity):
+        made = decoder(model, params, sparsity, flags.implementation, flags.model is not None)
+        return lambda: made.extend(state, jnp.int32(size), size)[1]
 
-    decoders = {key: decoder(*config) for key, config in plans.items()}
+    decoders = {sparsity: extending(sparsity) for sparsity in (None, *flags.sparsity)}
     times: dict = {key: [] for key in decoders}
     read = {}
     for turn in tqdm(range(flags.rounds + 1), desc=f"batch {batch}, prompt {prompt}", leave=False):

@@ -1,5 +1,6 @@
 """The benchmarks run, and what they write is what the README's tables are made of."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -92,6 +93,58 @@ def test_gpu_rehearsed(tmp_path):
     rows = {name: part["rows"] for name, part in json.loads(path.read_text()).items()}
     assert rows.keys() == {"ffn", "decode"}
     assert {(r["batch"], r["prompt"]) for r in rows["decode"]} == {(1, 8), (1, 16), (2, 8), (4, 8)}
+
+
+@pytest.mark.slow
+def test_peers(tmp_path):
+    """Ours, and whichever peers are installed, at shapes too small to mean anything."""
+    script = runpy.run_path(str(ROOT / "benchmarks/peers.py"))
+    here = [
+        peer
+        for peer, (needed, _) in script["PEERS"].items()
+        if all(importlib.util.find_spec(name) for name in needed)
+    ]
+    small = ("--small", "--prompt", 8, "--new-tokens", 2, "--prefill", 16, "--threads", 1)
+    done = run("peers.py", *small, "--rounds", 1, "--json", tmp_path / "peers.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    formats = {"lte_jax": ["bf16"] * 4, "PyTorch": ["bf16"]}
+    formats["llama.cpp"] = ["BF16", *script["QUANTISED"]]
+    for program in ("lte_jax", *script["PEERS"]):
+        own = [row for row in rows if row["program"] == program]
+        if program in here or program == "lte_jax":
+            assert [row["format"] for row in own] == formats[program]
+        else:
+            assert not own and f"{program} is left out: " in done.stdout
+    found = {(row["program"], row["format"], row["sparsity"]): row for row in rows}
+    dense = found["lte_jax", "bf16", None]
+    equal = found.get(("llama.cpp", "BF16", None))
+    for row in rows:
+        for kind in ("decode", "prefill"):
+            low, high = row[f"{kind}_spread_ms"]
+            assert 0 < low <= row[f"{kind}_ms"] <= high
+            if row["format"] == "bf16":
+                ratio = equal and row[f"{kind}_ms"] / equal[f"{kind}_ms"]
+                assert row[f"{kind}_of_equal_bits"] == (equal and pytest.approx(ratio))
+        if row["sparsity"] is None and row["format"] in ("bf16", "BF16"):  # read the same weights
+            assert row["floor_ms"] == pytest.approx(dense["floor_ms"], rel=0.02)
+    skipped = [row["skipped"] for row in rows if row["program"] == "lte_jax"]
+    floors = [row["floor_ms"] for row in rows if row["program"] == "lte_jax"]
+    assert skipped == sorted(skipped) and floors == sorted(floors, reverse=True)
+    assert found["lte_jax", "bf16", 0.9]["floor_ms"] < 0.9 * dense["floor_ms"]
+
+
+def test_bad_input_peers(monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / "benchmarks/peers.py"))
+    for flags, match in (
+        ("--formats=int3", "--formats=int3: valid are bf16, int8, int4"),
+        ("--peers=ollama", "--peers=ollama: valid are llama.cpp, PyTorch"),
+        ("--threads=1000", "cores: expected no more"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["peers.py", flags])
+        with pytest.raises(SystemExit):
+            script["main"]()
+        assert match in capsys.readouterr().err
 
 
 @pytest.mark.slow
