@@ -22,7 +22,7 @@ from __future__ import annotations
 import abc
 import argparse
 import ctypes
-import importlib.metadata
+import importlib
 import importlib.util
 import logging
 import os
@@ -48,11 +48,8 @@ from lte_jax import export_gguf
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.model import Transformer
 
-# Peer -> modules it needs, and the distribution whose version is told.
-PEERS = {
-    "llama.cpp": (("llama_cpp", "gguf"), "llama-cpp-python"),
-    "PyTorch": (("torch", "transformers"), "torch"),
-}
+# Peer -> modules it needs; the first one's version is told.
+PEERS = {"llama.cpp": ("llama_cpp", "gguf"), "PyTorch": ("torch", "transformers")}
 QUANTISED = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's file types: llama.h
 EQUAL = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # llama.cpp's of as many bits
 QUIET_S = 0.05  # between two measurements: threads of the last one still spin
@@ -128,7 +125,7 @@ class Ours(Contestant):
     def read_bytes(self):
         total = 0.0
         for path, leaf in jax.tree_util.tree_flatten_with_path(self.decoder.params)[0]:
-            keys = [key.key for key in path]
+            keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
             if keys[0] == "embed" or "router" in keys and self.sparsity is None:
                 continue  # of the embedding, a step reads a row
             of_experts = "ffn" in keys and "router" not in keys
@@ -297,10 +294,9 @@ def measure(flags, folder: pathlib.Path) -> tuple[list[dict], float]:
 def _row(contestant: Contestant, flags, kv_bytes: float, bytes_per_s: float) -> dict:
     decode_s = statistics.median(contestant.decode_s) / flags.new_tokens
     program = contestant.program
-    package = PEERS[program][1] if program in PEERS else "lte-jax"
     return {
         "program": program,
-        "version": lte_jax.__version__ if package == "lte-jax" else _version(package),
+        "version": importlib.import_module(PEERS.get(program, ["lte_jax"])[0]).__version__,
         "format": contestant.format,
         "sparsity": contestant.sparsity,
         "skipped": contestant.skipped() if contestant.sparsity is not None else 0.0,
@@ -318,10 +314,6 @@ def _row(contestant: Contestant, flags, kv_bytes: float, bytes_per_s: float) -> 
 
 def _ends(seconds: list[float]) -> tuple[float, float]:
     return min(seconds), max(seconds)
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
 
 
 def table(rows: list[dict]) -> str:
@@ -354,7 +346,7 @@ def _check(flags) -> None:
     for peer in PEERS if flags.peers is None else flags.peers:
         if peer not in PEERS:
             raise UserError(f"--peers={peer}: valid are {', '.join(PEERS)}")
-        absent = [name for name in PEERS[peer][0] if importlib.util.find_spec(name) is None]
+        absent = [name for name in PEERS[peer] if importlib.util.find_spec(name) is None]
         if absent and flags.peers is not None:
             raise UserError(f"--peers={peer}: needs {absent[0]}, which is not installed")
         missing |= {peer: absent} if absent else {}

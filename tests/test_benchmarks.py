@@ -101,7 +101,7 @@ def test_peers(tmp_path):
     script = runpy.run_path(str(ROOT / "benchmarks/peers.py"))
     here = [
         peer
-        for peer, (needed, _) in script["PEERS"].items()
+        for peer, needed in script["PEERS"].items()
         if all(importlib.util.find_spec(name) for name in needed)
     ]
     small = ("--small", "--prompt", 8, "--new-tokens", 2, "--prefill", 16, "--threads", 1)

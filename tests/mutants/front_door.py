@@ -71,6 +71,27 @@ MUTANTS: list[Mutant] = [
         "tests/test_hf_tokenizer.py::test_no_advice_to_install_pytorch",
     ),
     Mutant(
+        "front: a GGUF file has the halves of heads as they are",
+        "lte_jax/export_gguf/file.py",
+        "if family.interleaved else 0",
+        "if False else 0",
+        "tests/test_export_gguf.py::test_the_tensors_are_those_of_the_folder",
+    ),
+    Mutant(
+        "front: a GGUF file is written of a model with routers",
+        "lte_jax/export_gguf/file.py",
+        "if model.lte is not None:",
+        "if False:",
+        "tests/test_export_gguf.py::test_bad_input_models_without_a_gguf",
+    ),
+    Mutant(
+        "front: the last merge makes the best token",
+        "lte_jax/export_gguf/vocabulary.py",
+        "scores[left + right] = -float(rank)",
+        "scores[left + right] = float(rank)",
+        "tests/test_export_gguf.py::test_scores_rank_tokens_by_the_first_merge_that_makes_them",
+    ),
+    Mutant(
         "front: a model without a tokenizer is saved in silence",
         "lte_jax/__init__.py",
         "if not _hf.has_tokenizer(_expand(path)):",
