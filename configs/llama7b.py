@@ -4,7 +4,7 @@
 
 Cost:   not measured. 40e18 FLOPs: about 3.5 hours on eight 80 GB H100s at 40% of their peak.
         Parameters, gradients and AdamW's moments take 108 GB in float32, over all devices. On the
-        disk 271 GB at most: a checkpoint has 81 GB, and those that are no longer needed go.
+        disk 190 GB at most: a checkpoint has 81 GB, and those that are no longer needed go.
 Expect: not measured. The paper reports a perplexity of 5.95 at 52% sparsity of the whole model
         (Table 2, eta = 2), which is about 80% of the FFN; this config asks for 50%
         (--config.lte.target_sparsity=0.8). For comparison with published figures, WikiText's lines

@@ -8,8 +8,10 @@ The folder of a `Checkpointer` holds
 
 A step is complete once its manifest exists: the size and SHA-256 of every file, the shape of every
 leaf, and the metrics. Orbax commits a step, then the manifest is renamed into place, then older
-steps are deleted, so a kill at any moment leaves the newest complete step intact. Damage done later
-is found on reading: the step is named and moved aside, and training resumes from the one before it.
+steps are deleted, and those of the stages before; so a kill at any moment leaves the newest
+complete step intact. Damage done later is found on reading: the step is named and moved aside, and
+training resumes from the one before it. Of several processes each makes, and checks, the digests
+of its own part.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +40,7 @@ from lte_jax.files import MANIFEST, Damaged
 from lte_jax.processes import exchanged, on_first
 
 DAMAGED = "damaged"
-NO_STEP = -1
+_DELETING = "deleting-"  # before the name of a folder that is being deleted
 _UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the folder name of a step that Orbax is writing
 State = TypeVar("State")
 _numbers = itertools.count()  # of the checkpointers of this process
@@ -52,17 +54,26 @@ class Checkpointer(contextlib.AbstractContextManager):
       folder: created if absent; for checkpoints only.
       keep_last: how many of the newest steps to keep, at least 1.
       keep_best: how many more steps to keep for their low validation loss.
+      replaces: folders of others, which go once a step here is complete, or was restored.
 
     Raises:
       UserError: if the folder cannot be created or written to.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 2, keep_best: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        *,
+        replaces: Sequence[Path] = (),
+    ):
         self.folder = Path(folder).absolute()
         self._keep_last, self._keep_best = keep_last, keep_best
+        self._replaces = replaces
         self._primary = jax.process_index() == 0
         self._finishing: Future | None = None
-        self._number = next(_numbers)
+        self._number, self._readings = next(_numbers), itertools.count()
         self._saved: set[int] = set()  # steps saved or restored by this object
         if self._primary:
             self._prepare_folder()
@@ -111,6 +122,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     def restore(self, abstract_state: State) -> tuple[int, State, dict[str, Any]] | None:
         """The newest undamaged (step, state, data_state), or None if nothing has been saved.
 
+        Each process reads for damage what it wrote, or its part of that of other processes.
+
         Args:
           abstract_state: pytree of jax.ShapeDtypeStruct, whose shardings the arrays get, on
             whatever mesh they were saved.
@@ -119,9 +132,16 @@ class Checkpointer(contextlib.AbstractContextManager):
           UserError: if every step is damaged, or belongs to another model or optimizer.
         """
         self.wait()
+        damage: dict[int, str] = {}
+        for step in reversed(on_first(self._steps)):
+            if (why := self._damage_of(step)) is None:
+                break
+            damage[step] = why
+        else:
+            step = None
         leaves = _leaves(abstract_state)
-        step = on_first(lambda: self._newest_good_step(leaves))
-        if step == NO_STEP:
+        on_first(lambda: self._settle(step, damage, leaves))
+        if step is None:
             return None
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
@@ -129,6 +149,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         restored = orbax.restore(self._path(step), args=items)
         self._saved = {step}
+        if self._primary:  # killed in between, a run had not got to it
+            self._remove_replaced()
         return step, restored.state, restored.data
 
     def wait(self) -> None:
@@ -186,10 +208,14 @@ class Checkpointer(contextlib.AbstractContextManager):
             if not self._primary:
                 return
             files.write_manifest(self._path(step), manifest, found)
-            for old in self._dispensable():
-                doomed = self.folder / f"deleting-{old}"
-                self._path(old).rename(doomed)
-                shutil.rmtree(doomed)
+        for old in self._dispensable():
+            _remove(self._path(old))
+        self._remove_replaced()
+
+    def _remove_replaced(self) -> None:
+        for folder in self._replaces:
+            if folder.exists():
+                _remove(folder)
 
     def _inventory(self, step: int) -> dict[str, tuple[int, str]]:
         """Size and digest of each file of a step: each process reads what it wrote."""
@@ -211,33 +237,44 @@ class Checkpointer(contextlib.AbstractContextManager):
         best = sorted(rated, key=lambda s: (math.isnan(rated[s]), rated[s], -s))[: self._keep_best]
         return sorted(set(steps) - set(steps[-self._keep_last :]) - set(best))
 
-    def _newest_good_step(self, leaves: dict[str, str]) -> int:
-        damage: dict[int, str] = {}
-        for step in reversed(self._steps()):
-            try:
-                manifest = files.verify(self._path(step))
-                if manifest["step"] != step:
-                    raise Damaged(f"it holds step {manifest['step']}")
-            except Damaged as error:
-                damage[step] = str(error)
-                continue
-            for name in [*leaves, *manifest["leaves"]]:
-                there, here = (of.get(name, "absent") for of in (manifest["leaves"], leaves))
-                if there != here:
-                    raise UserError(
-                        f"checkpoint {self._path(step)} is of another model or optimizer: {name} "
-                        f"is {there} there and {here} in this run: use the configuration it was "
-                        "saved with, or an empty folder"
-                    )
-            self._set_aside(damage)
-            return step
-        if damage:
-            named = "; ".join(f"{self._path(step)}: {why}" for step, why in damage.items())
-            raise UserError(
-                f"every checkpoint is damaged: {named}. Restore one from a backup, or remove "
-                f"{self.folder} to start over"
-            )
-        return NO_STEP
+    def _damage_of(self, step: int) -> str | None:
+        """What is wrong with a step, the same in all processes; None: nothing."""
+        own = None
+        try:
+            named = files.read_manifest(self._path(step))["files"]
+            mine = _share(named, jax.process_index(), jax.process_count())
+            manifest = files.verify(self._path(step), chosen=mine.__contains__)
+            if manifest["step"] != step:
+                raise Damaged(f"it holds step {manifest['step']}")
+        except Damaged as error:
+            own = str(error)
+        found = exchanged(f"checkpoint {self._number}, reading {next(self._readings)}", own)
+        return next((words for words in found if words is not None), None)
+
+    def _settle(self, step: int | None, damage: Mapping[int, str], leaves: dict[str, str]) -> None:
+        """Checks that the newest good step is of this model, and moves newer ones aside.
+
+        Raises:
+          UserError: if it is not, or if there is none among damaged ones.
+        """
+        if step is None:
+            if damage:
+                named = "; ".join(f"{self._path(step)}: {why}" for step, why in damage.items())
+                raise UserError(
+                    f"every checkpoint is damaged: {named}. Restore one from a backup, or remove "
+                    f"{self.folder} to start over"
+                )
+            return
+        saved = files.read_manifest(self._path(step))["leaves"]
+        for name in [*leaves, *saved]:
+            there, here = (of.get(name, "absent") for of in (saved, leaves))
+            if there != here:
+                raise UserError(
+                    f"checkpoint {self._path(step)} is of another model or optimizer: {name} "
+                    f"is {there} there and {here} in this run: use the configuration it was "
+                    "saved with, or an empty folder"
+                )
+        self._set_aside(damage)
 
     def _set_aside(self, damage: Mapping[int, str]) -> None:
         """Moves unusable steps aside, replacing those of the previous restart."""
@@ -270,7 +307,20 @@ class Checkpointer(contextlib.AbstractContextManager):
 
 def half_done(folder: Path) -> list[Path]:
     """What a killed run left half-written or half-deleted in the folder of a `Checkpointer`."""
-    return [*folder.glob("deleting-*"), *folder.glob(f"*{_UNCOMMITTED}*")]
+    return [*folder.glob(f"{_DELETING}*"), *folder.glob(f"*{_UNCOMMITTED}*")]
+
+
+def holds_step(folder: Path) -> bool:
+    """Whether the folder of a `Checkpointer` has a complete step."""
+    return any(folder.glob(f"[0-9]*/{MANIFEST}"))
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, which under its name is whole or gone; `half_done` finds what is left."""
+    try:
+        shutil.rmtree(folder.rename(folder.with_name(f"{_DELETING}{folder.name}")))
+    except OSError as error:  # what is saved is none the worse for it
+        log.warning("%s could not be removed (%s)", folder, error.strerror)
 
 
 def _leaves(tree: Any) -> dict[str, str]:
@@ -287,6 +337,24 @@ def _written_by(file: str) -> int:
     """The process that wrote a file of a step, by Orbax's names; what all share is process 0's."""
     part = re.search(r"ocdbt\.process_(\d+)/", file)
     return int(part[1]) if part else 0
+
+
+def _share(names: Iterable[str], process: int, processes: int) -> set[str]:
+    """Of a step's files those that one of the processes reads for damage.
+
+    They are what it wrote itself, if there are as many processes as then. Else every process has
+    the part of the writers at its place in their row, or its turn of the files of one writer.
+    """
+    writers: dict[int, list[str]] = {}
+    for name in sorted(names):
+        writers.setdefault(_written_by(name), []).append(name)
+    count, mine = 1 + max(writers, default=0), set()
+    for writer, written in writers.items():
+        first, stop = (place * processes // count for place in (writer, writer + 1))
+        turn = process - first
+        if 0 <= turn < max(1, stop - first):
+            mine.update(written[turn :: max(1, stop - first)])
+    return mine
 
 
 def _is_news(record: logging.LogRecord) -> bool:

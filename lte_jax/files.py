@@ -251,18 +251,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-def verify(folder: Path, *, digests: bool = True) -> dict[str, Any]:
+def verify(
+    folder: Path, *, digests: bool = True, chosen: Callable[[str], bool] = lambda name: True
+) -> dict[str, Any]:
     """Checks a folder's files against its manifest, by size, and returns the manifest.
 
     Args:
       folder: has a manifest.
       digests: also read every file and compare its SHA-256.
+      chosen: which files to check, by name.
 
     Raises:
       Damaged: if a file is missing or different; names it.
     """
     manifest = read_manifest(folder)
-    named = manifest["files"]
+    named = {name: entry for name, entry in manifest["files"].items() if chosen(name)}
     for name, (size, _) in named.items():
         path = folder / name
         if not path.is_file():

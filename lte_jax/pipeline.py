@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ from lte_jax import (
 )
 from lte_jax import params as parameters
 from lte_jax import workdir as work
-from lte_jax.checkpoint import quiet_threads
+from lte_jax.checkpoint import holds_step, quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
@@ -242,13 +243,19 @@ class _Run:
             control = SparsityController.start(model.lte, layers, curve)
         distils = any(stage.taught for stage in self.stages())
         teacher = self._teacher(base.params if base else params) if distils else None
-        for stage in self.stages():
+        for stage in self.stages()[on_first(self._begun) :]:
             if stage.sparse:
                 trained = self._fit(model, stage, params, control, teacher, base)
                 params, control = trained.params, trained.control
         lte = trainer.calibrated(model, lora.whole(base, params), control, *on_text)
         order_NEM, params = hf.load_expert_order(self.paths.experts), lora.merged(base, params)
         self._save(self.paths.lte, model.clone(lte=lte), params, self.paths.experts, order_NEM)
+
+    def _begun(self) -> int:
+        """Number of the last sparse stage with a saved state: nothing of those before is needed."""
+        numbered = enumerate(stage.sparse and stage.name for stage in self.stages())
+        begun = (n for n, name in numbered if name and holds_step(self.paths.checkpoints(name)))
+        return max(begun, default=0)
 
     def _teacher(self, params: Any) -> Any:
         """The dense model's parameters, in expert order: the start's, if they still are that."""
@@ -320,6 +327,8 @@ class _Run:
         return stages.make(self.experiment.stages, self.experiment.lte)
 
     def _fit(self, model, stage, params, control, teacher, base) -> trainer.Trained:
+        before = itertools.takewhile(lambda other: other.name != stage.name, self.stages())
+        finished = [] if self.experiment.checkpoint.keep_finished else before
         return trainer.fit(
             model,
             stage,
@@ -332,6 +341,7 @@ class _Run:
             mesh=self.mesh,
             teacher=teacher,
             base=base,
+            replaces=[self.paths.checkpoints(other.name) for other in finished],
             profile=self.paths.root / "profile" / stage.name if self.profile else None,
         )
 

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def fit(
     mesh: jax.sharding.Mesh,
     teacher: Any = None,
     base: lora.Base | None = None,
+    replaces: Sequence[Path] = (),
     profile: str | Path | None = None,
 ) -> Trained:
     """Runs a stage to its last step, from its newest checkpoint in `folder` if there is one.
@@ -75,6 +76,7 @@ def fit(
       mesh: with the axes of sharding.py.
       teacher: the dense model's parameters in the same layout, for a stage with distillation.
       base: what `params` adapt, not copied; None: they are the whole model's.
+      replaces: folders to remove once `folder` has a checkpoint.
       profile: folder for a trace of PROFILED steps, after the first one, which compiles.
 
     Raises:
@@ -85,7 +87,7 @@ def fit(
     steps, keep = stage.config.steps, experiment.checkpoint
     with (
         jax.set_mesh(mesh),
-        Checkpointer(folder, keep_last=keep.keep_last, keep_best=keep.keep_best) as checkpointer,
+        Checkpointer(folder, keep.keep_last, keep.keep_best, replaces=replaces) as checkpointer,
         contextlib.closing(_traced(profile)) as turns,
     ):
         start = (params, control)

@@ -163,7 +163,8 @@ def put_right(paths: Paths) -> None:
                 old.rename(folder)
                 log.warning("%s: restored; a run was killed while replacing it", folder)
         leftovers += [*root.glob(f".{folder.name}.new-*"), *root.glob(f".{folder.name}.old-*")]
-    for stage in sorted(root.glob("checkpoints/*/")):
+    leftovers += checkpoint.half_done(root / "checkpoints")
+    for stage in sorted({*root.glob("checkpoints/*/")} - {*leftovers}):
         leftovers += [*checkpoint.half_done(stage), *stage.glob(checkpoint.DAMAGED)]
     if not leftovers:
         return

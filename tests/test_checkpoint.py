@@ -125,6 +125,78 @@ def test_keep_best_survives_a_restart(tmp_path):
     assert kept(tmp_path) == [1, 4]
 
 
+# ------------------------------------------------------------------------- the stage before this
+
+
+def test_the_first_whole_step_clears_what_it_replaces(tmp_path, monkeypatch):
+    """Not one that could not be written."""
+    save_steps(tmp_path / "router", [1, 2])
+    with Checkpointer(tmp_path / "adapt", replaces=[tmp_path / "router"]) as checkpointer:
+        assert checkpointer.restore(abstract()) is None
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="adapt/1 could not"):
+            full = OSError(errno.ENOSPC, "No space left on device")
+            patch.setattr(checkpoint.files, "write_manifest", lambda *_: raise_(full))
+            checkpointer.save(1, state_at(1), {"next_index": 1})
+            checkpointer.wait()
+        assert_is(restored(tmp_path / "router"), 2)
+        checkpointer.save(1, state_at(1), {"next_index": 1})
+        checkpointer.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["adapt"]
+    assert_is(restored(tmp_path / "adapt"), 1)
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_folder_that_cannot_be_removed_costs_no_step(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, [1])
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    with Checkpointer(tmp_path, keep_last=1, keep_best=0) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *_: raise_(denied))
+            checkpointer.save(2, state_at(2), {"next_index": 2})
+            checkpointer.wait()
+        assert_is(checkpointer.restore(abstract()), 2)
+    assert f"{tmp_path}/1 could not be removed (Permission denied)" in caplog.text
+
+
+# What a run that has saved the first step of the next stage is killed at.
+MOMENTS = {
+    "before the manifest": (checkpoint.files, "write_manifest"),
+    "before the clearing": (checkpoint, "_remove"),
+    "half-way": (shutil, "rmtree"),
+}
+
+
+def die_at(moment: str, root: Path) -> None:
+    """Saves a step that replaces another stage's, and is killed meanwhile."""
+    with Checkpointer(root / "adapt", replaces=[root / "router"]) as checkpointer:
+        setattr(*MOMENTS[moment], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        checkpointer.save(1, state_at(1), {"next_index": 1})
+        checkpointer.wait()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_between_two_stages_loses_neither(tmp_path, processes, moment):
+    router, adapt = tmp_path / "router", tmp_path / "adapt"
+    save_steps(router, [1, 2])
+    child = processes.Process(target=die_at, args=(moment, tmp_path))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    half = [] if moment != "half-way" else [tmp_path / "deleting-router"]
+    assert checkpoint.half_done(tmp_path) == half
+    if moment == "before the manifest":
+        assert not checkpoint.holds_step(adapt)
+        assert_is(restored(router), 2)
+        return
+    assert checkpoint.holds_step(adapt) and router.exists() == (moment != "half-way")
+    with Checkpointer(adapt, replaces=[router]) as checkpointer:
+        assert_is(checkpointer.restore(abstract()), 1)
+    assert not router.exists()
+
+
 # ----------------------------------------------------------------------------------------- damage
 
 
@@ -211,6 +283,20 @@ def test_bad_input_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/checkpoints cannot be written to"):
         Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+def test_what_others_wrote_is_shared_out_for_reading():
+    """All files once, whatever the numbers; with as many processes as then, each its own."""
+    for writers in range(1, 6):
+        own = [f"state/ocdbt.process_{w}/d/{n}" for w in range(writers) for n in range(7)]
+        names = [*own, "state/manifest.ocdbt", "data/metadata"]
+        for count in range(1, 10):
+            shares = [checkpoint._share(names, process, count) for process in range(count)]
+            assert sorted(name for share in shares for name in share) == sorted(names)
+            assert all(shares) or count > writers * 7
+            if count == writers:
+                for process, share in enumerate(shares):
+                    assert {checkpoint._written_by(name) for name in share} == {process}
 
 
 # ------------------------------------------------------------------------------------------- mesh

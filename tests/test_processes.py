@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -83,18 +84,23 @@ def start(folder: Path, made, workdir: Path, seeds: tuple[int, ...] = (0, 0)) ->
         f"    made = config.from_mapping(config.Experiment, {plain!r})\n"
         "    return config.to_config_dict(made)\n"
     )
+    words = ["train.py", f"--workdir={workdir}", f"--config={file}"]
+    return launched(folder, [[*words, f"--config.seed={seed}"] for seed in seeds])
+
+
+def launched(folder: Path, commands: Sequence[Sequence[str]]) -> Group:
+    """Processes of Python with four devices in all, of these words and the flags of `add_flags`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    count = len(seeds)
+    count = len(commands)
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(4 // count), "JAX_PLATFORMS": "cpu"}
     popens, errors = [], []
-    for process, seed in enumerate(seeds):
+    for process, words in enumerate(commands):
         flags = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={process}"]
-        flags += [f"--workdir={workdir}", f"--config={file}", f"--config.seed={seed}"]
-        command = [sys.executable, "train.py", *flags]
         errors.append(folder / f"{process}.err")
         with errors[-1].open("w") as err, (folder / f"{process}.out").open("w") as out:
+            command = [sys.executable, *words, *flags]
             popens.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err))
     return Group(popens, errors)
 
@@ -182,6 +188,52 @@ def test_an_error_of_one_process_ends_both_with_a_line_each(tmp_path):
     assert errors[1].startswith(f"error: {why}") and errors[1].count("\n") == 1
     last = errors[0].splitlines()[-1]
     assert last.startswith(f"error: stopped because process 1 failed: {why}"), errors[0]
+
+
+CHECKPOINTS = """
+import argparse, pathlib, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from lte_jax import files, processes
+from lte_jax.checkpoint import Checkpointer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=pathlib.Path)
+processes.add_flags(parser)
+flags = parser.parse_args()
+digests, read = files._digests, []
+files._digests = lambda paths: read.extend(paths) or digests(paths)
+with processes.joined(flags), Checkpointer(flags.folder) as checkpointer:
+    place = NamedSharding(jax.make_mesh((4,), ("x",)), P("x"))
+    full = jax.jit(lambda n: jnp.full((4, 100, 100), n, jnp.float32), out_shardings=place)
+    like = {"w": jax.ShapeDtypeStruct((4, 100, 100), jnp.float32, sharding=place)}
+    for step in (1, 2):
+        checkpointer.save(step, {"w": full(step)}, {"next_index": step})
+    checkpointer.wait()
+    processes.wait("saved")
+    own = {path for path in read if "/2/" in str(path)}
+    read.clear()
+    assert checkpointer.restore(like)[0] == 2 and own and {*read} == own, (own, read)
+    if jax.process_index() == 1:
+        victim = max(own, key=lambda path: path.stat().st_size)
+        victim.write_bytes(bytes(victim.stat().st_size))
+    processes.wait("spoilt")
+    step, state, seen = checkpointer.restore(like)
+    assert step == 1 and seen == {"next_index": 1}
+    assert all((shard.data == 1).all() for shard in state["w"].addressable_shards)
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_each_process_checks_the_part_of_a_checkpoint_that_it_wrote(tmp_path):
+    """What the second one finds spoilt, neither restores."""
+    group = launched(tmp_path, [["-c", CHECKPOINTS, str(tmp_path / "steps")]] * 2)
+    codes, errors = group.end()
+    assert codes == [0, 0], errors
+    assert [own_lines(tmp_path / f"{n}.out") for n in (0, 1)] == ["done\n"] * 2
+    assert "steps/2: state/ocdbt.process_1/" in errors[0] and "is corrupt" in errors[0]
+    assert (tmp_path / "steps" / "damaged" / "2").is_dir()
 
 
 # ---------------------------------------------------------------------------------------- joining

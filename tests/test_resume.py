@@ -265,6 +265,39 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(runs, uninter
     assert_same(tmp_path / "run", uninterrupted[0])
 
 
+DYING = """
+import os, shutil, signal
+from pathlib import Path
+from lte_jax import checkpoint
+from lte_jax.cli import train
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def remove(folder):
+    if folder.name == "router":
+        {}
+    real(folder)
+
+real, checkpoint._remove = checkpoint._remove, remove
+train.main()
+"""
+
+
+def test_resume_between_two_stages_when_only_one_has_checkpoints(runs, uninterrupted, tmp_path):
+    """Killed as the second's first is whole; again half-way through clearing the first's."""
+    workdir = tmp_path / "run"
+    router, adapt = (workdir / "checkpoints" / name for name in ("router", "adapt"))
+    for at, left in ("die()", [True, True]), ("shutil.rmtree = die", [False, True]):
+        process = runs.start(workdir, ["-c", DYING.format(at)])
+        err = process.end(600)
+        assert process.popen.returncode == -signal.SIGKILL, err
+        assert [router.exists(), (adapt / "1" / "manifest.json").exists()] == left
+    assert (workdir / "checkpoints" / "deleting-router").exists()
+    runs.finish(workdir)
+    assert_same(workdir, uninterrupted[0])
+
+
 def test_resume_a_second_run_is_refused_and_ctrl_c_in_a_save_ends_the_first(runs, tmp_path):
     first = runs.start(tmp_path / "run")
     wait_for(tmp_path / "run" / "experiment.json", first)

@@ -257,7 +257,7 @@ def test_bad_input_one_flipped_bit_in_a_model_of_the_run(experiment, copy, folde
 def test_what_is_half_done_is_cleared_and_said(tmp_path, caplog):
     half = (
         *(".lte.new-abc", ".dense.old-abc", ".results.json.half-written"),
-        "checkpoints/router/deleting-1",
+        *("checkpoints/deleting-finetune", "checkpoints/router/deleting-1"),
         "checkpoints/router/7.orbax-checkpoint-tmp",
         f"checkpoints/router/{checkpoint.DAMAGED}",
     )
@@ -269,7 +269,7 @@ def test_what_is_half_done_is_cleared_and_said(tmp_path, caplog):
     assert not [name for name in half if (tmp_path / name).exists()]
     assert all((tmp_path / name).exists() for name in whole)
     [said] = [record.getMessage() for record in caplog.records]
-    assert "cleared " in said and "and 1 more" in said and "(2.0 MB)" in said
+    assert "cleared " in said and "and 2 more" in said and "(2.0 MB)" in said
     workdir.put_right(Paths(tmp_path))
     assert len(caplog.records) == 1
 

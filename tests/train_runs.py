@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lte_jax.writers import CLOCK
@@ -22,6 +22,7 @@ def get_config(arg=""):
     for stage in c.stages.values():
         stage.steps = {STEPS}
     c.log_every = c.checkpoint.every = 1
+    c.checkpoint.keep_finished = False
     c.eval_every = 3
     return c
 """
@@ -101,8 +102,8 @@ class Runs:
         self.folder = folder
         self.started: list[subprocess.Popen] = []
 
-    def start(self, workdir: Path) -> Process:
-        command = [sys.executable, "train.py", f"--config={self.config}", f"--workdir={workdir}"]
+    def start(self, workdir: Path, script: Sequence[str] = ("train.py",)) -> Process:
+        command = [sys.executable, *script, f"--config={self.config}", f"--workdir={workdir}"]
         stderr = self.folder / f"{'-'.join(workdir.parts[-3:])}-{time.monotonic_ns()}.err"
         with stderr.open("w") as file:
             popen = subprocess.Popen(

@@ -360,7 +360,7 @@ class CheckpointConfig(Checked):
     every: Count = 200  # steps between two checkpoints
     keep_last: Count = 2  # how many of the newest checkpoints to keep
     keep_best: Whole = 1  # how many checkpoints of lowest validation loss to keep
-    # Whether those of a stage stay once the model that they lead to is written: dense/ or lte/.
+    # Whether those of a stage stay once dense/ or lte/ is written, or the next stage has its first.
     keep_finished: bool = True
 
 

@@ -66,16 +66,16 @@ class Plan:
             if sparse:
                 models += needs.folder_bytes(self.config, lte)
                 yield models + left, "when experts/ is written"
-            began = left
             for stage in (stage for stage in self.stages if stage.sparse == sparse):
-                saves = stage.saves(keep.every)
-                # A save is complete before an older one is deleted.
-                most = stage.checkpoint * min(saves, kept + 1)
-                yield models + left + most, f"in stage {stage.name}"
+                # A save is complete before older ones, or those of the stage before, are deleted.
+                saves, when = stage.saves(keep.every), f"in stage {stage.name}"
+                yield models + left + stage.checkpoint, when
+                left = left if keep.keep_finished else 0
+                yield models + left + stage.checkpoint * min(saves, kept + 1), when
                 left += stage.checkpoint * min(saves, kept)
             models += needs.folder_bytes(self.config, lte if sparse else None)
             yield models + left, f"when {'lte' if sparse else 'dense'}/ is written"
-            left = left if keep.keep_finished else began
+            left = left if keep.keep_finished else 0
 
     def written(self) -> int:
         """Bytes of all checkpoints together."""

@@ -147,6 +147,20 @@ MUTANTS: list[Mutant] = [
         "tests/test_checkpoint.py::test_a_step_under_another_name_is_not_taken",
     ),
     Mutant(
+        "8 parts of a checkpoint are read by no process",
+        "lte_jax/checkpoint.py",
+        "if 0 <= turn < max(1, stop - first):",
+        "if turn == 0:",
+        "tests/test_checkpoint.py::test_what_others_wrote_is_shared_out_for_reading",
+    ),
+    Mutant(
+        "8 a folder that cannot be removed costs the step that was saved",
+        "lte_jax/checkpoint.py",
+        "except OSError as error:  # what is saved is none the worse for it",
+        "except ZeroDivisionError as error:",
+        "tests/test_checkpoint.py::test_a_folder_that_cannot_be_removed_costs_no_step",
+    ),
+    Mutant(
         "9 router weights may be NaN",
         "lte_jax/hf/weights.py",
         "if is_router(row.path) and not np.isfinite(slot).all():",
