@@ -20,6 +20,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import functools
+import math
 import os
 import re
 import sys
@@ -36,7 +39,18 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.experimental import topologies
 
-from lte_jax import config, lora, moefication, optim, plan, refit, router_init, sharding, stages
+from lte_jax import (
+    config,
+    evaluation,
+    lora,
+    moefication,
+    optim,
+    plan,
+    refit,
+    router_init,
+    sharding,
+    stages,
+)
 from lte_jax import training_step as training
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.files import atomic_write
@@ -70,6 +84,7 @@ class Program(NamedTuple):
     name: str
     lower: Callable[[], Any]
     planned: int | None = None  # bytes on each device, of all; None: the plan does not count it
+    alone: bool = False  # on one device, outside of the mesh
 
 
 def topology(words: str) -> list[Any]:
@@ -196,10 +211,32 @@ def preparation(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Itera
         yield Program("down projections", lambda: fit.lower(model, params, record, part))
 
 
+def ending(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Iterator[Program]:
+    """What comes after training: a tensor is written, both models are measured on one device."""
+    scratch, how = experiment.source.scratch, experiment.compute
+    for words, lte in ("dense", None), ("LTE", experiment.lte):
+        model = Transformer(scratch, lte, dtype=how.dtype)
+        if lte is not None:
+            params = traverse_util.flatten_dict(loaded(model, experiment, mesh), sep="/")
+            largest = max(params.values(), key=lambda x: math.prod(x.shape[1:]))
+            one = jax.jit(lambda w: w[0], out_shardings=sharding.replicated(mesh))
+            yield Program("export of a tensor", functools.partial(one.lower, largest))
+        here = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+        put = functools.partial(jax.ShapeDtypeStruct, sharding=here)
+        own = jax.tree.map(lambda x, put=put: put(x.shape, how.dtype), abstract_params(model))
+        shape = experiment.data.batch_size, experiment.data.length
+        batch = dict.fromkeys(("tokens", "segments"), put(shape, jnp.int32))
+        measure = functools.partial(evaluation._measure.lower, routing=None)  # noqa: SLF001
+        lower = functools.partial(measure, model, own, batch, None)
+        work = plan.report.activations(model, *shape)
+        counted = plan.report.weights(model) + sum(work.values())
+        yield Program(f"evaluation, {words}", lower, counted, alone=True)
+
+
 def measured(program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """A row of the table."""
     begin = time.monotonic()
-    with jax.set_mesh(mesh):
+    with contextlib.nullcontext() if program.alone else jax.set_mesh(mesh):
         compiled = program.lower().compile()
     seconds, memory = time.monotonic() - begin, compiled.memory_analysis()
     operands = memory.argument_size_in_bytes
@@ -225,13 +262,17 @@ def main() -> None:
     add = parser.add_argument
     add("--config", default="configs/llama7b.py", help="of an experiment with a source.scratch")
     add("--devices", default="h200:8", help="kind and number")
+    add("--only", default="", metavar="NAME", help="of programs whose names begin so")
     add("--out", type=Path, help="file for the table")
     flags, overrides = parser.parse_known_args()
     keys = [word.removeprefix("--config.") for word in overrides]
     experiment = config.load_config(flags.config, ["source.path=", *keys])
     mesh = sharding.make_mesh(experiment.mesh, topology(flags.devices))
     rows = []
-    for program in (*preparation(experiment, mesh), *steps(experiment, mesh)):
+    made = (*preparation(experiment, mesh), *steps(experiment, mesh), *ending(experiment, mesh))
+    for program in made:
+        if not program.name.startswith(flags.only):
+            continue
         rows.append(measured(program, mesh))
         print(*rows[-1].values(), sep="  ", flush=True)
     heads = list(rows[0])

@@ -50,11 +50,13 @@ def test_programs_ahead_of_time():
     ahead = runpy.run_path(str(ROOT / "benchmarks/ahead.py"))
     experiment = config.load_config(str(ROOT / "configs/llama7b.py:smoke"), SMALL)
     mesh = sharding.make_mesh(experiment.mesh)
-    programs = [*ahead["preparation"](experiment, mesh), *ahead["steps"](experiment, mesh)]
+    parts = ("preparation", "steps", "ending")
+    programs = [program for part in parts for program in ahead[part](experiment, mesh)]
     names = [program.name for program in programs]
     start = ["grouping", "routers, products", "routers, quantiles", "down projections"]
     stages = [f"{kind} of {s}" for s in ("finetune", "router", "adapt") for kind in KINDS]
-    assert names == [*start, *stages]
+    end = ["evaluation, dense", "export of a tensor", "evaluation, LTE"]
+    assert names == [*start, *stages, *end]
     row = ahead["measured"](programs[names.index("step of router")], mesh)
     assert 0.5 < float(row["plan"]) < 2 and "all-gather" in row["collectives"]
     done = run("ahead.py", "--config=configs/llama7b.py:smoke")

@@ -26,6 +26,7 @@ from lte_jax import (
 )
 from lte_jax.cli import train
 from lte_jax.config import CheckpointConfig, MeshConfig, UserError
+from lte_jax.model import Transformer
 from lte_jax.plan import devices, step
 from lte_jax.sparsity import flops_per_token
 from lte_jax.workdir import Paths
@@ -170,6 +171,7 @@ def test_the_opening_table_says_what_is_about_to_happen(experiment, tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line[9:] for line in lines}
     names = "model devices experts tokens kernels steps compute flops time disk memory host"
+    assert rows["host"].startswith("33.2 kB for the largest array as it is read, 33.2 kB for")
     assert list(rows) == names.split()
     assert "parameters, from random weights" in rows["model"]
     assert rows["devices"] == "8 x cpu; mesh: data 8, fsdp 1, tensor 1"
@@ -272,6 +274,41 @@ def assert_counted(stage, experiment, mesh):
     print(stage.name, (state + work) / whole, work / found.temp_size_in_bytes)
     assert state + work == pytest.approx(whole, rel=0.1)
     assert work == pytest.approx(found.temp_size_in_bytes, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [512, 4096])  # a layer takes most; logits
+def test_bytes_of_the_report_are_those_that_xla_counts(vocab):
+    """Of both models' forward passes, on one device."""
+    _, made, _ = sized("router", (8, 1, 1), vocab)
+    ahead = runpy.run_path(str(ROOT / "benchmarks/ahead.py"))
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    programs = [p for p in ahead["ending"](made, mesh) if p.name.startswith("evaluation")]
+    for program in programs:
+        found = program.lower().compile().memory_analysis()
+        whole = found.argument_size_in_bytes + found.temp_size_in_bytes
+        print(program.name, program.planned / whole)
+        assert program.planned == pytest.approx(whole, rel=0.1)
+    scratch = made.source.scratch
+    models = [plan.report.weights(Transformer(scratch, lte)) for lte in (None, made.lte)]
+    needed = plan.report.of_report(made, scratch, sparse=True)
+    assert sum(needed.values()) == models[0] + programs[-1].planned
+    assert [needed["dense model"], needed["LTE model"]] == models
+
+
+def test_bad_input_a_report_that_cannot_fit(experiment):
+    """Both models lie on one device, however many there are."""
+    made = planned(dataclasses.replace(experiment, report=True))
+    few = max(stage.bytes for stage in made.stages)
+    gpus = dataclasses.replace(made.devices, kind="h200", memory=few)
+    large = dataclasses.replace(made, devices=gpus, report=made.report | {"dense model": few})
+    with pytest.raises(UserError) as caught:
+        large.check_memory()
+    shared = dataclasses.replace(made.devices, memory=few)  # CPU devices share their host's
+    dataclasses.replace(large, devices=shared).check_memory()
+    words = "set report=False, and run evaluate.py --workdir where both models fit"
+    assert "the report needs" in str(caught.value) and str(caught.value).endswith(words)
+    assert not planned(experiment).report
 
 
 def test_flops_are_those_of_the_formula():

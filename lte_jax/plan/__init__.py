@@ -6,6 +6,7 @@ come and go in a step are counted from its trace, see step.py. Not counted are m
 on the disk.
 """
 
+from lte_jax.plan import report as report
 from lte_jax.plan.devices import MACHINES as MACHINES
 from lte_jax.plan.devices import Devices as Devices
 from lte_jax.plan.needs import StageNeeds as StageNeeds

@@ -97,6 +97,12 @@ class Devices:
         """Of all processes."""
         return math.prod(self.mesh.shape.values())
 
+    @property
+    def alone(self) -> int | None:
+        """Bytes that a program on one of them may use while the others rest; None: not known."""
+        shared = jax.local_device_count() if self.here and self.kind == "cpu" else 1
+        return self.memory and self.memory * shared
+
     def along(self, axis: str) -> int:
         """How many there are along an axis of the mesh."""
         return self.mesh.shape[axis]

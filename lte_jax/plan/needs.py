@@ -114,6 +114,17 @@ def folder_bytes(config: ModelConfig, lte: LTEConfig | None) -> int:
     return weights + (0 if lte is None else 4 * config.num_layers * config.d_ff)
 
 
+def largest(config: ModelConfig) -> tuple[int, int]:
+    """Bytes in float32 of the largest array of a dense model, and of the largest of its tensors.
+
+    An array has the tensors of all layers, of which one at a time is written.
+    """
+    flat = traverse_util.flatten_dict(abstract_params(Transformer(config)), sep="/")
+    whole = max(size(leaf.shape, jnp.float32) for leaf in flat.values())
+    one = (leaf.shape[path.startswith("layers/") :] for path, leaf in flat.items())
+    return whole, max(size(shape, jnp.float32) for shape in one)
+
+
 def a_device(tree: Any, places: Any) -> int:
     """Bytes on each device of a tree of abstract arrays with these shardings."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)

@@ -15,7 +15,7 @@ from lte_jax import data, hf, kernels, objective, sharding, stages, tasks, train
 from lte_jax.config import CheckpointConfig, Experiment, ModelConfig, num_experts
 from lte_jax.errors import UserError
 from lte_jax.model import Transformer, abstract_params
-from lte_jax.plan import needs
+from lte_jax.plan import needs, report
 from lte_jax.plan.devices import Devices, host_memory
 from lte_jax.plan.needs import StageNeeds
 from lte_jax.workdir import Paths
@@ -32,6 +32,7 @@ class Plan:
     config: ModelConfig  # of the dense model
     devices: Devices
     stages: tuple[StageNeeds, ...]
+    report: dict[str, int]  # bytes on one device, by what they are for; {}: there is no report
     records: Records | None = None  # None: not read yet
 
     @classmethod
@@ -44,8 +45,10 @@ class Plan:
     ) -> Plan:
         """Counts, with nothing allocated."""
         made = stages.make(experiment.stages, experiment.lte)
-        counted = (needs.of_stage(stage, experiment, config, devices) for stage in made)
-        return cls(experiment, config, devices, tuple(counted), records)
+        counted = tuple(needs.of_stage(stage, experiment, config, devices) for stage in made)
+        sparse = any(stage.sparse for stage in made)
+        last = report.of_report(experiment, config, sparse) if experiment.report else {}
+        return cls(experiment, config, devices, counted, last, records)
 
     @property
     def sparse(self) -> bool:
@@ -109,21 +112,25 @@ class Plan:
         )
 
     def check_memory(self) -> None:
-        """Checks that each stage fits the devices, as far as their memory is known.
+        """Checks that each stage fits the devices, as far as their memory is known, and the report.
 
         Raises:
           UserError: if one does not; with the numbers, and what would make it fit.
         """
-        worst, limit = self._worst(), self.devices.memory
-        if worst is None or limit is None or worst.bytes <= limit:
-            return
-        most = sorted(worst.memory.items(), key=lambda item: -item[1])[:3]
-        words = ", ".join(f"{name} {needs.written(number)}" for name, number in most)
-        raise UserError(
-            f"stage {worst.name} needs {needs.written(worst.bytes)} on each of "
-            f"{self.devices.number} x {self.devices.kind}, which can use {needs.written(limit)} "
-            f"({words}, ...): {self._mend()}"
-        )
+        worst, limit, of = self._worst(), self.devices.memory, self.devices.kind
+        if worst is not None and limit is not None and worst.bytes > limit:
+            raise UserError(
+                f"stage {worst.name} needs {needs.written(worst.bytes)} on each of "
+                f"{self.devices.number} x {of}, which can use {needs.written(limit)} "
+                f"({_largest(worst.memory)}, ...): {self._mend()}"
+            )
+        needed, limit = sum(self.report.values()), self.devices.alone
+        if limit is not None and needed > limit:
+            raise UserError(
+                f"the report needs {needs.written(needed)} on one {of}, which can use "
+                f"{needs.written(limit)} ({_largest(self.report)}, ...): set report=False, and run "
+                "evaluate.py --workdir where both models fit"
+            )
 
     def _mend(self) -> str:
         """The least change that makes all stages fit."""
@@ -187,6 +194,7 @@ class Plan:
             "time": self._time(),
             "disk": self._disk(root),
             "memory": self._memory(),
+            "report": self._report(),
             "host": self._host(),
         }
         return "\n".join(f"{name:<9}{words}" for name, words in rows.items() if words)
@@ -280,12 +288,23 @@ class Plan:
         total, advice = needs.written(worst.bytes), self.devices.advice(worst.bytes)
         return f"{total} a device at most{of}, in stage {worst.name}: {words}{advice}"
 
+    def _report(self) -> str:
+        if not self.report:
+            return ""
+        words = ", ".join(f"{name} {needs.written(n)}" for name, n in self.report.items() if n)
+        return f"{needs.written(sum(self.report.values()))} on one device: {words}"
+
     def _host(self) -> str:
-        leaves = jax.tree.leaves(abstract_params(Transformer(self.config)))
-        largest = max(needs.size(leaf.shape, leaf.dtype) for leaf in leaves)
+        """What arrays take there on their way to the disk, and from it."""
+        array, tensor = needs.largest(self.config)
+        words = [f"{needs.written(array)} for the largest array as it is read"]
+        words += [f"{needs.written(tensor)} for the largest tensor as it is written"]
+        if self.stages and self.devices.kind != "cpu":  # whose arrays lie there anyhow
+            state = max(stage.checkpoint for stage in self.stages)
+            words += [f"{needs.written(state)} over all hosts for a copy of what is saved"]
         found = host_memory() if self.devices.here else None
         has = "" if found is None else f"; it has {needs.written(found)}"
-        return f"{needs.written(largest)} at least, the largest array of the model{has}"
+        return f"{', '.join(words)}{has}"
 
 
 def foreseen(experiment: Experiment) -> ModelConfig:
@@ -330,6 +349,12 @@ def _present(paths: Paths) -> int:
     folders = (*paths.models, paths.root / "checkpoints")
     files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
+
+
+def _largest(memory: dict[str, int]) -> str:
+    """The three largest needs, in words."""
+    most = sorted(memory.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name} {needs.written(number)}" for name, number in most)
 
 
 def _divisors(number: int) -> list[int]:

@@ -175,29 +175,29 @@ def _trace(
     jaxpr, given = closed.jaxpr, set(map(id, closed.jaxpr.invars))
     left = {id(var): var.aval for var in jaxpr.outvars[: len(kept)] if id(var) not in given}
     flops, scores = 0.0, 0
-    for eqn, times in _equations(jaxpr, jaxpr.outvars[len(kept) :]):
+    for eqn, times in equations(jaxpr, jaxpr.outvars[len(kept) :]):
         if eqn.primitive.name == "dot_general":
             (summed, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
             flops += times * 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
         if eqn.primitive.name == "scan":
-            scores = max(scores, _scores(eqn.params["jaxpr"].jaxpr, model.config.head_dim))
+            loop, width = eqn.params["jaxpr"].jaxpr, model.config.head_dim
+            scores = max(scores, sum(products(loop, width)))
     counted = collections.Counter(
         (aval.shape, aval.dtype) for aval in left.values() if jnp.issubdtype(aval.dtype, np.generic)
     )
     return _Trace(flops, dict(counted), scores)
 
 
-def _scores(loop: Any, width: int) -> int:
-    """Bytes of the products over `width`, that of a head, of activations with each other."""
-    total = 0
-    for eqn, _ in _equations(loop, loop.outvars):
+def products(loop: Any, width: int) -> Iterator[int]:
+    """Bytes of each product over `width`, that of a head, of activations with each other."""
+    for eqn, _ in equations(loop, loop.outvars):
         if eqn.primitive.name == "dot_general":
             (summed, _), (together, _) = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
             out = eqn.outvars[0].aval
-            total += _bytes((out.shape, out.dtype)) if together and depth == width else 0
-    return total
+            if together and depth == width:
+                yield _bytes((out.shape, out.dtype))
 
 
 def _share(config: ModelConfig, tensor: int) -> ModelConfig:
@@ -224,7 +224,7 @@ def _inputs(
     return batch, jax.eval_shape(start), counts, jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _equations(jaxpr: Any, results: Sequence[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
+def equations(jaxpr: Any, results: Sequence[Any], times: int = 1) -> Iterator[tuple[Any, int]]:
     """The equations that lead to the results, also those within others, and how often each runs."""
     needed = set(map(id, results))
     for eqn in reversed(jaxpr.eqns):
@@ -236,7 +236,7 @@ def _equations(jaxpr: Any, results: Sequence[Any], times: int = 1) -> Iterator[t
             for each in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(each, "jaxpr", each)
                 if hasattr(inner, "eqns"):
-                    yield from _equations(inner, inner.outvars, times * eqn.params.get("length", 1))
+                    yield from equations(inner, inner.outvars, times * eqn.params.get("length", 1))
 
 
 def _bytes(leaf: Leaf) -> int:
