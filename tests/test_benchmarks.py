@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -61,6 +62,20 @@ def test_programs_ahead_of_time():
     assert 0.5 < float(row["plan"]) < 2 and "all-gather" in row["collectives"]
     done = run("ahead.py", "--config=configs/llama7b.py:smoke")
     assert done.returncode == 2 and "error: --devices=h200:8: no compiler" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_synthetic_model_is_imported_once_and_gets_experts(tmp_path):
+    """A tiny one: what is said of its memory is that of JAX."""
+    done = run("synthetic7b.py", "--small", f"--out={tmp_path / 'new'}")
+    assert done.returncode == 0, done.stderr
+    line, other = done.stdout.splitlines()
+    shards = int(re.search(r"4 layers, \S+ GB in (\d+) shards, onto 8 devices", line)[1])
+    assert shards >= 3 and "of that size 1.0000 are held" in line
+    assert re.search(r"2 layers of 4 experts, 64 tokens: grouping \S+ s a layer, routers", other)
+    assert list(tmp_path.iterdir()) == []
+    done = run("synthetic7b.py", f"--out={tmp_path}")
+    assert done.returncode == 2 and "exists: expected a new folder" in done.stderr
 
 
 @pytest.mark.slow

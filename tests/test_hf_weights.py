@@ -1,12 +1,15 @@
 """Tensors that do not fit the model: missing, misshapen, of another type, not finite."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 from hf_folders import EMBED, HEAD, UP, assert_complains, load, lte_folder
 from hf_models import (
     assert_bit_equal,
@@ -19,6 +22,7 @@ from hf_models import (
 
 import lte_jax
 from lte_jax import hf
+from lte_jax.hf import weights
 
 
 def broken(tmp_path, change, case="llama", **changes):
@@ -190,3 +194,31 @@ def test_bad_input_nan_is_converted_without_a_warning(bits, tmp_path):
     params = hf.load_params(folder, config, lte, "bfloat16")
     [place] = np.argwhere(np.isnan(np.asarray(params["layers"]["ffn"]["up"], np.float32)))
     assert place.tolist() == [0, 0, 3, 4]
+
+
+def resident(path) -> int:
+    """Bytes of a file that lie in this process's memory, as Linux counts them."""
+    found, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mine = line.endswith(str(path))
+        elif mine and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
+def test_what_was_read_is_not_in_memory_twice(tmp_path, monkeypatch):
+    """The file's pages go with each tensor: beside the parameters they would be as much again."""
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=8192, d_model=256, d_ff=1024)
+    lte_jax.save(tmp_path, *tiny.model_and_params(None, config))
+    path, seen, load_row = tmp_path / "model.safetensors", [], weights._load_row
+
+    def watched(*args):
+        array = load_row(*args)
+        seen.append(resident(path))
+        return array
+
+    monkeypatch.setattr(weights, "_load_row", watched)
+    hf.load_params(tmp_path, config, None)
+    assert len(seen) > 8 and max(seen) < path.stat().st_size / 10

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ class StoredTensor:
 
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
         return self.slices[key]
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[StoredTensor]:
+        """Itself, from a mapping of the file that ends: what is read counts as memory till then."""
+        with safetensors.safe_open(self.file, framework="numpy") as file:
+            yield dataclasses.replace(self, slices=file.get_slice(self.name))
 
 
 def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:

@@ -271,8 +271,8 @@ def _load_row(
         part = _aligned_zeros([span.stop - span.start for span in spans], np.dtype(dtype))
         layers = range(*cut["N"]) if row.layered else [0]
         for slot, layer in zip(part if row.layered else [part], layers, strict=True):
-            tensor = tensors[hf_names[layer]]
-            _fill_slot(slot, tensor, row, sizes, cut)
+            with tensors[hf_names[layer]].opened() as tensor:
+                _fill_slot(slot, tensor, row, sizes, cut)
             if is_router(row.path) and not np.isfinite(slot).all():
                 raise UserError(
                     f"{tensor.file}: {tensor.name} has weights that are NaN or infinite, which no "
