@@ -44,7 +44,7 @@ def get_config(arg=""):
     c.stages.router.router_lr_multiplier = 2.8
     c.stages.router.final_lr_ratio = 0.25
     c.stages.adapt.steps = 30
-    c.stages.adapt.learning_rate = 3e-4
+    c.stages.adapt.learning_rate = 1e-4
     c.optim.name = "muon"
     if "paper" in words:
         c.stages.router.learning_rate, c.stages.router.final_lr_ratio = 5e-4, 0.1

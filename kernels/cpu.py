@@ -242,7 +242,7 @@ def _cache_folder() -> pathlib.Path:
 @functools.cache  # so it warns once, too
 def _private_folder(instead: pathlib.Path, why: str) -> tempfile.TemporaryDirectory:
     _log.warning(
-        "%s %s: each process builds the CPU kernels for itself, three seconds; name a folder of "
+        "%s %s: each process builds the CPU kernels for itself, ten seconds; name a folder of "
         "your own in $LTE_JAX_CACHE",
         *(instead, why),
     )

@@ -178,8 +178,8 @@ def bytes_per_token(
     config: ModelConfig,
     lte: LTEConfig | None = None,
     sparsity: float = 0.0,
-    width: float = 2,
-    head_width: float | None = None,
+    width: float | int = 2,
+    head_width: float | int | None = None,
 ) -> float:
     """Bytes of weights, `width` bytes each, that decoding one token at batch size 1 reads.
 

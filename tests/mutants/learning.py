@@ -241,8 +241,8 @@ MUTANTS = [
          "_weights_per_token(config, lte, sparsity)"),
         ("bytes of routers in the type of the weights",
          "test_bytes_are_those_of_the_weights_that_are_read",
-         "width * weights + 4 * _router_weights",
-         "width * weights + 2 * _router_weights"),
+         "width * weights + head + 4 * _router_weights",
+         "width * weights + head + 2 * _router_weights"),
     ),
     *of(
         "lte_jax/router_init.py", "tests/test_router_init.py",
@@ -339,8 +339,8 @@ MUTANTS = [
     *of(
         "lte_jax/plan/run.py", "tests/test_plan.py",
         ("what cannot fit begins", "test_bad_input_a_run_that_cannot_fit",
-         "worst.bytes <= limit:",
-         "True:"),
+         "limit is not None and worst.bytes > limit:",
+         "False:"),
     ),
     *of(
         "lte_jax/plan/step.py", "tests/test_plan.py",

@@ -122,7 +122,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "22 a quantised model is told to drop a key",
         "lte_jax/hf/config_json.py",
-        '    if fields.get("quantization_config", dict, None):',
+        "    if fields.get(scaled.KEY, dict, None) and scaled.format_of(raw) is None:",
         "    if False:",
         "tests/test_hf_foreign.py::test_bad_input_quantised",
     ),
