@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -297,11 +298,11 @@ for format in t.FORMATS:
 def test_other_instruction_sets_give_the_same(tmp_path):
     """The dot products of bytes as AVX-512 has them, by AVX2, and by neither."""
     needs("cpu")
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86 compilers")
     compiler = cpu._compiler()[0]
     seen = []
-    for flags in ("", " -mno-avx512vnni -mno-avxvnni", " -mno-avx512f -mno-avxvnni", " -mno-avx"):
-        if flags and sys.platform != "linux":
-            pytest.skip("flags of x86 compilers")
+    for flags in ("", " -mno-avx512f -mno-avxvnni", " -mno-avx"):
         env = os.environ | {"CXX": compiler + flags, "LTE_JAX_CACHE": str(tmp_path / "cache")}
         done = subprocess.run(
             [sys.executable, "-c", _LOGITS], env=env, capture_output=True, text=True, check=False
