@@ -46,7 +46,7 @@ test: $(READY)  ## run the fast tests, which are nearly all
 check: $(READY)  ## run the slow tests: whole runs, killed runs, fuzzing
 	$(BIN)/pytest $(PARALLEL) -m "slow and not long"
 
-long: $(READY)  ## run the tests of a minute and more: journeys made small, forgetting, 64 bits
+long: $(READY)  ## run the tests of a minute and more: journeys made small, forgetting, 64 bits, four processes
 	$(BIN)/pytest $(PARALLEL) -m long
 
 test-optimised: $(READY)  ## run the fast tests; kernels, model and decoding fully optimised
@@ -95,7 +95,7 @@ thousand: $(READY)  ## check that 1,000 steps stay finite, also on MODELS=FOLDER
 
 resume: $(READY)  ## check that killed, stopped and full-disk runs resume bit for bit: half an hour
 	LTE_JAX_KILLS=60 LTE_JAX_STOPS=12 LTE_JAX_DISKS=10 LTE_JAX_SWEEPS=1 LTE_JAX_PROCESSES=1 \
-	  $(BIN)/pytest tests/test_resume.py tests/test_sweep.py tests/test_processes.py
+	  $(BIN)/pytest -m "not long" tests/test_resume.py tests/test_sweep.py tests/test_processes.py
 
 fuzz: $(READY)  ## try hostile files, flags and arguments for ten minutes: success or a one-line error
 	$(BIN)/python tests/fuzz --seed $${SEED:-0} --minutes 10

@@ -72,7 +72,7 @@ def test_a_synthetic_model_is_imported_once_and_gets_experts(tmp_path):
     line, other = done.stdout.splitlines()
     shards = int(re.search(r"4 layers, \S+ GB in (\d+) shards, onto 8 devices", line)[1])
     assert shards >= 3 and "of that size 1.0000 are held" in line
-    assert re.search(r"2 layers of 4 experts, 64 tokens: grouping \S+ s a layer, routers", other)
+    assert re.search(r"2 layers of 4 experts, 64 tokens: \S+ s of CPU \(\S+ s\) a layer", other)
     assert list(tmp_path.iterdir()) == []
     done = run("synthetic7b.py", f"--out={tmp_path}")
     assert done.returncode == 2 and "exists: expected a new folder" in done.stderr

@@ -1,10 +1,15 @@
-"""Two processes of one run do what one process does, and end together."""
+"""Several processes of one run do what one process does, and end together.
+
+LTE_JAX_GROUP_KILLS sets how often one of them is killed (default 10).
+"""
 
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -13,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = dataclasses.replace(tiny.CONFIG, vocab_size=260, num_kv_heads=4)  # a tensor axis of 4
 ACROSS = MeshConfig(data=1, fsdp=1, tensor=4)  # each process holds half of every matrix, all rows
 ROWS = MeshConfig(data=2, fsdp=2, tensor=1)
+GROUP_KILLS = int(os.environ.get("LTE_JAX_GROUP_KILLS", "10"))
+# What the others say when one is killed: we, or JAX.
+TOLD = ("error: another process has ended", "error: stopped because process", "JAX distributed")
 LONG = pytest.mark.skipif(
     "LTE_JAX_PROCESSES" not in os.environ, reason="whole runs by two processes: `make resume`"
 )
@@ -41,6 +50,12 @@ class Group:
 
     popens: list[subprocess.Popen]
     errors: list[Path]
+
+    def wait(self, seconds: float) -> None:
+        """Waits so long, or until one has ended."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and all(popen.poll() is None for popen in self.popens):
+            time.sleep(0.01)
 
     def end(self, seconds: float = 900) -> tuple[list[int], list[str]]:
         """Waits for their end: exit codes and what they said on stderr."""
@@ -143,17 +158,20 @@ def stops(root: Path) -> list[tuple[str, str]]:
     return [(line["stage"], line["step"]) for line in map(json.loads, lines)]
 
 
-@pytest.mark.slow
-@LONG
-def test_two_processes_do_what_one_does_with_tensor_across_them(tmp_path):
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(2, marks=[pytest.mark.slow, LONG]), pytest.param(4, marks=pytest.mark.long)],
+)
+def test_several_processes_do_what_one_does_with_tensor_across_them(tmp_path, count):
     made = experiment(tmp_path / "texts", ACROSS)
-    group = start(tmp_path, made, tmp_path / "two")
+    group = start(tmp_path, made, tmp_path / "many", (0,) * count)
     alone(made, tmp_path / "one")
     codes, errors = group.end()
-    assert codes == [0, 0], errors
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert codes == [0] * count, errors
+    assert_same_run(tmp_path / "one", tmp_path / "many")
     assert (tmp_path / "0.out").read_text().count("mesh:") == 1
-    assert not own_lines(tmp_path / "1.out") and not errors[1]
+    for other in range(1, count):
+        assert not own_lines(tmp_path / f"{other}.out") and not errors[other]
 
 
 @pytest.mark.slow
@@ -176,6 +194,52 @@ def test_sigterm_to_one_saves_both_and_one_process_goes_on(tmp_path):
     other = dataclasses.replace(made, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
     alone(other, tmp_path / "run", devices=8)
     assert_same_run(tmp_path / "one", tmp_path / "run")
+
+
+def made_of(root: Path) -> dict[str, Any]:
+    """All that a run must end in, whatever happened on the way."""
+    found: dict[str, Any] = {
+        str(file.relative_to(root)): file.read_bytes()
+        for folder in ("dense", "experts", "lte")
+        for file in sorted((root / folder).iterdir())
+    }
+    lines = (root / "metrics.jsonl").read_text().splitlines()
+    return found | {"metrics": [without_clock(line) for line in lines]}
+
+
+@pytest.mark.long
+def test_kills_of_one_of_four_at_random_moments_change_no_bit(tmp_path, monkeypatch):
+    """All end with a line that says so; the same command goes on."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    keep = CheckpointConfig(every=1, keep_last=1, keep_best=0, keep_finished=False)
+    made = experiment(tmp_path / "texts", ROWS, steps=6)
+    made = dataclasses.replace(made, checkpoint=keep)
+    for name in ("warm", "whole"):
+        begin = time.monotonic()
+        codes, errors = start(tmp_path, made, tmp_path / name, (0,) * 4).end()
+        assert codes == [0] * 4, errors
+    usual, dice, met = time.monotonic() - begin, random.Random(0), 0
+    expected, runs = made_of(tmp_path / "whole"), itertools.count()
+    workdir = tmp_path / f"run {next(runs)}"
+    while met < GROUP_KILLS:
+        group, victim = start(tmp_path, made, workdir, (0,) * 4), dice.randrange(4)
+        group.wait(dice.uniform(0.2, 1.0) * usual)
+        killed = group.popens[victim].poll() is None
+        group.popens[victim].kill()
+        codes, errors = group.end()
+        if killed and codes != [0] * 4:
+            met += 1
+            assert codes[victim] == -signal.SIGKILL and 0 not in codes, (codes, errors)
+            for process in {*range(4)} - {victim}:
+                assert any(words in errors[process] for words in TOLD), (process, errors[process])
+        else:
+            assert codes == [0] * 4, errors
+            assert made_of(workdir) == expected
+            workdir = tmp_path / f"run {next(runs)}"
+    codes, errors = start(tmp_path, made, workdir, (0,) * 4).end()
+    assert codes == [0] * 4, errors
+    assert made_of(workdir) == expected
 
 
 @pytest.mark.slow
