@@ -48,12 +48,12 @@ def world(tmp_path_factory):
         (folder / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     config = ModelConfig(d_model=32, d_ff=64, num_heads=2, num_kv_heads=2, max_length=512)
     dense = tiny.model_and_params(None, config)
-    sparse = tiny.model_and_params(LTEConfig(expert_size=8), config)
+    sparse = tiny.model_and_params(LTEConfig(expert_size=32), config)
     for hub_id in HUB:
         lte_jax.save(folder / "hub" / hub_id, *dense)
         data.byte_tokenizer().save_pretrained(folder / "hub" / hub_id)
     curve = tuple((i / 20, i / 20) for i in range(1, 20))
-    asked = sparse[0].clone(lte=LTEConfig(expert_size=8, curve=curve)), sparse[1]
+    asked = sparse[0].clone(lte=LTEConfig(expert_size=32, curve=curve)), sparse[1]
     runs = {"mine/dense": dense, "mine/lte": sparse, "dial/dense": dense, "dial/lte": asked}
     for name, made in runs.items():
         lte_jax.save(folder / "runs" / name, *made, source=folder / "hub" / HUB[0])
