@@ -339,7 +339,10 @@ MUTANTS = [
     *of(
         "lte_jax/plan/run.py", "tests/test_plan.py",
         ("what cannot fit begins", "test_bad_input_a_run_that_cannot_fit",
-         "limit is not None and worst.bytes > limit:",
+         "worst.bytes > limit:",
+         "False:"),
+        ("a report that cannot fit begins", "test_bad_input_a_report_that_cannot_fit",
+         "needed > limit:",
          "False:"),
     ),
     *of(
