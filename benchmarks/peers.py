@@ -44,7 +44,7 @@ from ffn import bandwidth, listed, publish
 from tqdm import tqdm
 
 import lte_jax
-from lte_jax import export_gguf
+from lte_jax import export_gguf, kernels
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.model import Transformer
 
@@ -295,6 +295,8 @@ def _row(contestant: Contestant, flags, kv_bytes: float, bytes_per_s: float) -> 
     decode_s = statistics.median(contestant.decode_s) / flags.new_tokens
     program = contestant.program
     return {
+        "device": jax.devices()[0].device_kind,
+        "implementation": kernels.resolve(flags.implementation),
         "program": program,
         "version": importlib.import_module(PEERS.get(program, ["lte_jax"])[0]).__version__,
         "format": contestant.format,
@@ -335,13 +337,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def brief(row: dict) -> bool:
+    """Whether a row is shown in the README: dense, half, and a tenth of the experts."""
+    return row["sparsity"] in (None, 0.5, 0.9)
+
+
 def _check(flags) -> None:
     """What is asked for is here; `peers` becomes those that take part."""
     for form in flags.formats:
         if form not in EQUAL:
             raise UserError(f"--formats={form}: valid are {', '.join(EQUAL)}")
-        if form != "bf16" and not hasattr(lte_jax, "quantize"):
-            raise UserError(f"--formats={form}: this lte_jax has no quantize: give --formats=bf16")
     missing = {}
     for peer in PEERS if flags.peers is None else flags.peers:
         if peer not in PEERS:

@@ -1,6 +1,7 @@
 """Makes a file per device, the README's tables and a figure from kernel and decoding measurements.
 
-    python benchmarks/report.py --merge ffn.json decode.json   (to benchmarks/results/<device>.json)
+    python benchmarks/report.py --merge ffn.json decode.json   (to benchmarks/results/<device>.json;
+                                                                also of peers.py)
     python benchmarks/report.py --readme README.md             (tables and figure of all results)
 
 No number is copied by hand: the README's tables stand between two marks and are replaced.
@@ -19,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import decode
 import ffn
+import peers
 
 from lte_jax import style
 from lte_jax.errors import UserError, cli_errors
@@ -35,13 +37,16 @@ that of the experts that no row of the batch uses. Dense is a layer, or a model,
 on: by the faster of plain JAX (`plain`) and these kernels (`kernel`). `floor ms` is the bytes to
 be read over the bandwidth of a plain pass over an array (on a GPU, of a copy), measured in the
 same run; kernels can exceed it. `used` is the floor over the time, `predicted` the ratio of the
-bytes that a step reads, sparse over dense. A CPU's model is not noted.
+bytes that a step reads, sparse over dense. A CPU's model is not noted. Beside others, four layers
+with the whole head: `of equal bits` is the time over that of llama.cpp with as many bits a weight
+(BF16, Q8_0, Q4_0), `of dense` that over the same program's dense model in the same format.
 
 """
-_TABLES = {"ffn": ffn.table, "decode": decode.table}
+_TABLES = {"ffn": ffn.table, "decode": decode.table, "peers": peers.table}
 _TITLES = {
     "ffn": "One FFN layer of LLaMA2-7B (4096 x 11008, experts of 32)",
     "decode": "Decoding with LLaMA2-7B's shapes, end to end",
+    "peers": "Beside what else runs it: four layers of LLaMA2-7B, and its head",
 }
 
 
@@ -73,12 +78,14 @@ def _read(path: pathlib.Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): expected a benchmark's") from None
     if not isinstance(record, dict) or not record.get("rows") or "benchmark" not in record:
-        raise UserError(f"{path}: not of ffn.py or decode.py: expected what their --json writes")
+        raise UserError(
+            f"{path}: not of ffn.py, decode.py or peers.py: expected what their --json writes"
+        )
     return record
 
 
 def brief(row: dict) -> bool:
-    """Whether a row is shown in the README: bfloat16, one token at a time.
+    """Whether a row of ffn.py or decode.py is shown in the README: bfloat16, one token at a time.
 
     All rows are in benchmarks/results/README.md.
     """
@@ -91,15 +98,17 @@ def summary(results: pathlib.Path, whole: bool) -> str:
     """Markdown of all devices measured: every row, or the brief ones."""
     lines = []
     for path in sorted(results.glob("*.json")):
-        for name, record in sorted(json.loads(path.read_text()).items(), reverse=True):
+        parts = json.loads(path.read_text())
+        for name, record in ((name, parts[name]) for name in _TITLES if name in parts):
             rows, versions = record["rows"], record["versions"]
+            shown = peers.brief if name == "peers" else brief
             commit = (record["commit"] or "unknown")[:10]
             lines += [
                 f"**{_TITLES[name]}** on {rows[0]['device']}, {record['cores']} cores, "
                 f"{record['bandwidth_gb_per_s']:.3g} GB/s, `{rows[0]['implementation']}` kernels, "
                 f"jax {versions['jax']}, commit {commit}:",
                 "",
-                _TABLES[name]([row for row in rows if whole or brief(row)]),
+                _TABLES[name]([row for row in rows if whole or shown(row)]),
                 "",
                 f"`python benchmarks/{' '.join(record['command'])}`",
                 "",

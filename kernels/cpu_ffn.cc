@@ -273,6 +273,11 @@ typedef uint16_t Shorts16 __attribute__((vector_size(32)));
 struct Scaled {  // codes and bfloat16 scales of a matrix, or of the part at hand
   const uint8_t* codes;
   const uint16_t* scales;
+  int64_t bits;
+
+  Scaled From(int64_t tile) const {
+    return {codes + tile * 64 * bits, scales + tile * kOutputs, bits};
+  }
 };
 
 // sums + the dot products of 4 codes of each of 16 outputs with 4 signed bytes of x
@@ -296,16 +301,18 @@ struct Rounded {
       : rows(rows), groups(width / kGroup), words(rows * groups * 8), scales(rows * groups),
         sums(rows * groups) {}
 
+  // What is not finite has no byte: the group's scale then is none, either, and so are its products.
   void Set(int64_t row, const float* x) {
     for (int64_t g = row * groups; g < (row + 1) * groups; ++g, x += kGroup) {
-      float most = 0;
-      for (int i = 0; i < kGroup; ++i) most = std::max(most, std::fabs(x[i]));
-      const float steps = most > 0 ? 127 / most : 0;
-      int8_t bytes[kGroup];
+      float most = 0, none = 0;
+      for (int i = 0; i < kGroup; ++i) most = std::max(most, std::fabs(x[i])), none += x[i] * 0;
+      const float steps = most > 1e-30f && none == 0 ? 127 / most : 0;
+      int8_t bytes[kGroup] = {};
       sums[g] = 0;
-      for (int i = 0; i < kGroup; ++i) sums[g] += bytes[i] = int8_t(std::nearbyint(x[i] * steps));
+      for (int i = 0; i < kGroup && steps > 0; ++i)
+        sums[g] += bytes[i] = int8_t(std::nearbyint(x[i] * steps));
       std::memcpy(words.data() + g * 8, bytes, kGroup);
-      scales[g] = most / 127;
+      scales[g] = most / 127 + none;
     }
   }
 };
@@ -349,23 +356,19 @@ inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (
   }
 }
 
-// out[r][o] += sum over inputs of w[o] x[rows[r]], for outputs o from `begin` to `end`; `begin` is a
-// multiple of 16.
 template <int kBits>
-void AddProducts(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, int64_t begin,
-                 int64_t end, float* const* out) {
-  const int64_t count = rows.size(), tile = x.groups * kOutputs;
+void AddProductsOf(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, int64_t outputs,
+                   float* const* out) {
+  const int64_t count = rows.size();
   const auto some = [&](auto number, auto tiles, int64_t r, int64_t o) {
     constexpr int R = number.value, W = tiles.value;
-    const Scaled part = {w.codes + o / kOutputs * x.groups * kBits * 64,
-                         w.scales + o / kOutputs * tile};
     Floats16 sums[W][R] = {};
     const auto bytes = [&](int t) {
-      return std::min<int64_t>(kOutputs, end - o - t * kOutputs) * sizeof(float);
+      return std::min<int64_t>(kOutputs, outputs - o - t * kOutputs) * sizeof(float);
     };
     for (int t = 0; t < W; ++t)
       for (int i = 0; i < R; ++i) std::memcpy(&sums[t][i], out[r + i] + o + t * kOutputs, bytes(t));
-    AddTiles<kBits, R, W>(part, x, rows.data() + r, sums);
+    AddTiles<kBits, R, W>(w.From(o / kOutputs * x.groups), x, rows.data() + r, sums);
     for (int t = 0; t < W; ++t)
       for (int i = 0; i < R; ++i) std::memcpy(out[r + i] + o + t * kOutputs, &sums[t][i], bytes(t));
   };
@@ -374,9 +377,15 @@ void AddProducts(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, i
     for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>(), tiles, r, o);
     for (; r < count; ++r) some(std::integral_constant<int, 1>(), tiles, r, o);
   };
-  int64_t o = begin;
-  for (; o + kOutputs < end; o += 2 * kOutputs) all(std::integral_constant<int, 2>(), o);
-  if (o < end) all(std::integral_constant<int, 1>(), o);
+  int64_t o = 0;
+  for (; o + kOutputs < outputs; o += 2 * kOutputs) all(std::integral_constant<int, 2>(), o);
+  if (o < outputs) all(std::integral_constant<int, 1>(), o);
+}
+
+// out[r][o] += sum over inputs of w[o] x[rows[r]], for the first so many outputs o of w.
+void AddProducts(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, int64_t outputs,
+                 float* const* out) {
+  (w.bits == 8 ? AddProductsOf<8> : AddProductsOf<4>)(w, x, rows, outputs, out);
 }
 
 // ---- Many rows of bfloat16, as those of a prompt: the time goes into products, not into reading.
@@ -418,7 +427,7 @@ void PackInputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_
 
 // y[r][o..o + 32) += the products of a panel with R rows of x, each of so many pairs of bfloat16.
 template <int R>
-inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* const* x, float* const* y,
+inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const BFloat16* const* x, float* const* y,
                          int64_t o) {
 #ifdef __AVX512BF16__
   __m512 low[R], high[R];
@@ -428,7 +437,9 @@ inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* c
     const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + p * kPanel);
     const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + p * kPanel + 16);
     for (int r = 0; r < R; ++r) {
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(int32_t(x[r][p]));
+      int32_t pair;
+      std::memcpy(&pair, x[r] + 2 * p, sizeof pair);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
       low[r] = _mm512_dpbf16_ps(low[r], first, both);
       high[r] = _mm512_dpbf16_ps(high[r], second, both);
     }
@@ -438,14 +449,14 @@ inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const uint32_t* c
 #endif
 }
 
-// The same of neighbouring panels, from output `begin` on, and all rows.
+// The same of neighbouring panels, from output 0 on, and all rows.
 void AddPanels(const uint32_t* panels, int64_t count, int64_t pairs,
-               const std::vector<const uint32_t*>& x, const std::vector<float*>& y, int64_t begin) {
+               const std::vector<const BFloat16*>& x, const std::vector<float*>& y) {
   const int64_t rows = x.size();
   const auto some = [&](auto number, int64_t r) {
     for (int64_t i = 0; i < count; ++i)
       AddPanelTile<number.value>(panels + i * pairs * kPanel, pairs, x.data() + r, y.data() + r,
-                                 begin + i * kPanel);
+                                 i * kPanel);
   };
   int64_t r = 0;
   for (; r + 12 <= rows; r += 12) some(std::integral_constant<int, 12>(), r);
@@ -504,11 +515,10 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   Axpys(w.down, D, M, D, h, M, rows, y.data());
 }
 
-// An expert with weights of kBits, and biases.
-template <int kBits, class T>
+// An expert with weights of 8 or 4 bits.
 struct ScaledExpert {
-  Scaled gate, up, down;
-  const T *up_bias, *gate_bias;
+  Scaled gate, up, down;             // gate.codes null: there is none
+  const float *up_bias, *gate_bias;  // null if the model has none
   Activation activation;
   int64_t M, D;
 
@@ -520,7 +530,7 @@ struct ScaledExpert {
     std::vector<float*> to(count);
     const auto project = [&](Scaled w, float* out) {
       for (int64_t r = 0; r < count; ++r) to[r] = out + r * M;
-      AddProducts<kBits>(w, x, rows, 0, M, to.data());
+      AddProducts(w, x, rows, M, to.data());
     };
     float *made = scratch.data(), *gated = gate.codes ? made + count * M : nullptr;
     project(up, made);
@@ -535,9 +545,7 @@ struct ScaledExpert {
             const std::vector<float*>& y) const {
     std::vector<int64_t> places(y.size());
     for (size_t r = 0; r < y.size(); ++r) places[r] = first + r;
-    const int64_t tiles = begin / kOutputs * h.groups;
-    const Scaled part = {down.codes + tiles * kBits * 64, down.scales + tiles * kOutputs};
-    AddProducts<kBits>(part, h, places, 0, end - begin, y.data());
+    AddProducts(down.From(begin / kOutputs * h.groups), h, places, end - begin, y.data());
   }
 };
 
@@ -583,8 +591,8 @@ void SumExperts(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, 
 
 // The same for many rows, in two steps: hidden(expert, rows, first) makes the hidden activations of
 // an expert for its rows and keeps them in places from `first` on; down(expert, first, begin, end, y)
-// adds what they give, of outputs from `begin` to `end`, to y[i][0] and on, for each of the rows. `start(places)`
-// is called before. Each output is summed in the order of experts.
+// adds what they give, of outputs from `begin` to `end`, to y[i][0] and on, for each of the rows.
+// `start(places)` is called before. Each output is summed in the order of experts.
 template <class Out, class Start, class Hidden, class Down>
 void SumExpertsOfMany(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, int64_t D,
                       int64_t E, const Start& start, const Hidden& hidden, const Down& down) {
@@ -625,15 +633,14 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
                const Weights<BFloat16>& w, BFloat16* out, Activation activation, int64_t B, int64_t D,
                int64_t E, int64_t M) {
   std::vector<BFloat16> h;  // [places][M]
-  const auto words = [](const BFloat16* p) { return reinterpret_cast<const uint32_t*>(p); };
   const auto hidden = [&](int64_t e, const std::vector<int64_t>& rows, int64_t first) {
     static thread_local std::vector<uint32_t> panel;
     static thread_local std::vector<float> sums;
     const int64_t count = rows.size();
     panel.resize(D / 2 * kPanel);
-    std::vector<const uint32_t*> from;
+    std::vector<const BFloat16*> from;
     std::vector<float*> to(count);
-    for (const int64_t b : rows) from.push_back(words(x + b * D));
+    for (const int64_t b : rows) from.push_back(x + b * D);
     for (int64_t m = 0; m < M; m += kPanel) {
       const int64_t neurons = std::min<int64_t>(kPanel, M - m);
       sums.assign(2 * count * kPanel, 0.0f);
@@ -641,7 +648,7 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
       const auto project = [&](const BFloat16* weights, float* to_RM) {
         PackOutputs(weights + (e * M + m) * D, D, neurons, D / 2, panel.data());
         for (int64_t r = 0; r < count; ++r) to[r] = to_RM + r * kPanel;
-        AddPanels(panel.data(), 1, D / 2, from, to, 0);
+        AddPanels(panel.data(), 1, D / 2, from, to);
       };
       project(w.up, up);
       if (w.gate) project(w.gate, gate);
@@ -662,9 +669,9 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
       PackInputs(w.down + e * M * D + d, D, std::min<int64_t>(kPanel, end - d), M / 2,
                  panels.data() + i * M / 2 * kPanel);
     }
-    std::vector<const uint32_t*> from;
-    for (size_t r = 0; r < rows.size(); ++r) from.push_back(words(h.data() + (first + r) * M));
-    AddPanels(panels.data(), count, M / 2, from, rows, 0);
+    std::vector<const BFloat16*> from;
+    for (size_t r = 0; r < rows.size(); ++r) from.push_back(h.data() + (first + r) * M);
+    AddPanels(panels.data(), count, M / 2, from, rows);
   };
   SumExpertsOfMany(pool, active, out, B, D, E, [&](int64_t places) { h.resize(places * M); }, hidden,
                    down);
@@ -681,13 +688,13 @@ struct Operands {
     if (!exists) return nullptr;
     const auto buffer = rest.get<ffi::AnyBuffer>(next++);
     const int64_t N = buffer->dimensions()[0];
-    const int64_t one = buffer->element_count() / std::max<int64_t>(N, 1);
-    // as XLA's own dynamic slices
-    return static_cast<const T*>(buffer->untyped_data()) + std::min(std::max<int64_t>(layer, 0), N - 1) * one;
+    const int64_t n = std::min(std::max<int64_t>(layer, 0), N - 1);  // as XLA's own dynamic slices
+    const int64_t bytes = buffer->size_bytes() / std::max<int64_t>(N, 1);
+    return reinterpret_cast<const T*>(static_cast<const char*>(buffer->untyped_data()) + n * bytes);
   }
-  Scaled TakeScaled(bool exists = true) {
+  Scaled TakeScaled(int64_t bits, bool exists = true) {
     const auto* codes = Take<uint8_t>(exists);
-    return {codes, Take<uint16_t>(exists)};
+    return {codes, Take<uint16_t>(exists), bits};
   }
 };
 
@@ -740,23 +747,19 @@ ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer active,
                           has_gate_bias);
 }
 
+// Arrays of x's type as floats, [rows][width].
+std::vector<float> ToFloat(bool is_float, const void* data, int64_t rows, int64_t width) {
+  return is_float ? ToFloat(static_cast<const float*>(data), rows, width, false)
+                  : ToFloat(static_cast<const BFloat16*>(data), rows, width, false);
+}
+
 // Rows of x, rounded to bytes.
-template <class T>
-Rounded ToRounded(const T* x, int64_t rows, int64_t width) {
-  const std::vector<float> floats = ToFloat(x, rows, width, false);
+Rounded ToRounded(const ffi::AnyBuffer& x) {
+  const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
+  const std::vector<float> floats = ToFloat(x.element_type() == ffi::F32, x.untyped_data(), rows, width);
   Rounded made(rows, width);
   for (int64_t r = 0; r < rows; ++r) made.Set(r, floats.data() + r * width);
   return made;
-}
-
-// Calls run(bits, zero), zero a null pointer of x's type, bits a std::integral_constant.
-template <class Run>
-ffi::Error ForBits(int64_t bits, bool is_float, const Run& run) {
-  const auto typed = [&](auto number) {
-    return is_float ? run(number, static_cast<float*>(nullptr))
-                    : run(number, static_cast<BFloat16*>(nullptr));
-  };
-  return bits == 8 ? typed(std::integral_constant<int, 8>()) : typed(std::integral_constant<int, 4>());
 }
 
 // Operands after layer, in order: codes and scales of up and down, of gate if present, then up_bias
@@ -765,39 +768,38 @@ ffi::Error ScaledFfn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer acti
                      ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs rest,
                      ffi::Result<ffi::AnyBuffer> y, int64_t activation, bool has_gate,
                      bool has_up_bias, bool has_gate_bias, int64_t bits, int64_t neurons) {
-  return ForBits(bits, x.element_type() == ffi::F32, [&](auto number, auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int kBits = number.value;
-    const int64_t B = x.dimensions()[0], D = x.dimensions()[1], E = active.dimensions()[1], M = neurons;
-    Operands operands = {rest, layer.typed_data()[0]};
-    const Scaled up = operands.TakeScaled(), down = operands.TakeScaled();
-    const Scaled gate = operands.TakeScaled(has_gate);
-    const T* up_bias = operands.template Take<T>(has_up_bias);
-    const T* gate_bias = operands.template Take<T>(has_gate_bias);
+  using Rows = std::vector<int64_t>;
+  using Sums = std::vector<float*>;
+  const bool is_float = x.element_type() == ffi::F32;
+  const int64_t B = x.dimensions()[0], D = x.dimensions()[1], E = active.dimensions()[1], M = neurons;
+  Operands operands = {rest, layer.typed_data()[0]};
+  const Scaled up = operands.TakeScaled(bits), down = operands.TakeScaled(bits);
+  const Scaled gate = operands.TakeScaled(bits, has_gate);
+  const auto biases = [&](bool exist) {
+    return exist ? ToFloat(is_float, operands.Take<char>(), E, M) : std::vector<float>();
+  };
+  const std::vector<float> up_bias = biases(has_up_bias), gate_bias = biases(has_gate_bias);
+  const Rounded x_BD = ToRounded(x);
+  const auto expert = [&](int64_t e) {
     // Of an expert's matrix of O outputs and K inputs.
-    const auto at = [](Scaled w, int64_t e, int64_t O, int64_t K) {
-      const int64_t tiles = (O + kOutputs - 1) / kOutputs * (K / kGroup);
-      return w.codes ? Scaled{w.codes + e * tiles * kBits * 64, w.scales + e * tiles * kOutputs} : w;
+    const auto at = [e](Scaled w, int64_t O, int64_t K) {
+      return w.codes ? w.From(e * ((O + kOutputs - 1) / kOutputs) * (K / kGroup)) : w;
     };
-    const Rounded x_BD = ToRounded(static_cast<const T*>(x.untyped_data()), B, D);
-    const auto expert = [&](int64_t e) {
-      const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
-      return ScaledExpert<kBits, T>{at(gate, e, M, D), at(up, e, M, D), at(down, e, D, M),
-                                    vector(up_bias), vector(gate_bias), Activation(activation), M, D};
-    };
-    const bool* used = static_cast<const bool*>(active.untyped_data());
-    T* out = static_cast<T*>(y->untyped_data());
-    using Rows = std::vector<int64_t>;
-    using Sums = std::vector<float*>;
-    if (B < kMany) {
-      SumExperts<float>(pool, used, out, B, D, E,
-                        [&](int64_t e, const Rows& rows, const Sums& to, std::vector<float>& scratch) {
-                          Rounded h(rows.size(), M);
-                          expert(e).Hidden(x_BD, rows, scratch, h, 0);
-                          expert(e).Down(h, 0, 0, D, to);
-                        });
-      return ffi::Error::Success();
-    }
+    const auto bias = [&](const std::vector<float>& b) { return b.empty() ? nullptr : b.data() + e * M; };
+    return ScaledExpert{at(gate, M, D), at(up, M, D), at(down, D, M), bias(up_bias), bias(gate_bias),
+                        Activation(activation), M, D};
+  };
+  const bool* used = static_cast<const bool*>(active.untyped_data());
+  std::vector<float> floats(is_float ? 0 : B * D);
+  float* out = is_float ? static_cast<float*>(y->untyped_data()) : floats.data();
+  if (B < kMany) {
+    SumExperts<float>(pool, used, out, B, D, E,
+                      [&](int64_t e, const Rows& rows, const Sums& to, std::vector<float>& scratch) {
+                        Rounded h(rows.size(), M);
+                        expert(e).Hidden(x_BD, rows, scratch, h, 0);
+                        expert(e).Down(h, 0, 0, D, to);
+                      });
+  } else {
     std::unique_ptr<Rounded> h;
     SumExpertsOfMany(
         pool, used, out, B, D, E, [&](int64_t places) { h = std::make_unique<Rounded>(places, M); },
@@ -808,8 +810,10 @@ ffi::Error ScaledFfn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer acti
         [&](int64_t e, int64_t first, int64_t begin, int64_t end, const Sums& to) {
           expert(e).Down(*h, first, begin, end, to);
         });
-    return ffi::Error::Success();
-  });
+  }
+  for (size_t i = 0; i < floats.size(); ++i)
+    Store(static_cast<BFloat16*>(y->untyped_data()) + i, floats[i]);
+  return ffi::Error::Success();
 }
 
 // ---- Matrix-vector products.
@@ -822,17 +826,17 @@ void LinearOfMany(ffi::ThreadPool& pool, const BFloat16* x, const BFloat16* weig
     const int64_t o = block * kPanel, outputs = std::min<int64_t>(kPanel, O - o);
     panel.resize(K / 2 * kPanel);
     sums.assign(B * kPanel, 0.0f);
-    std::vector<const uint32_t*> from;
+    std::vector<const BFloat16*> from;
     std::vector<float*> to;
     for (int64_t b = 0; b < B; ++b) {
-      from.push_back(reinterpret_cast<const uint32_t*>(x + b * K));
+      from.push_back(x + b * K);
       to.push_back(sums.data() + b * kPanel);
     }
     if (transposed)
       PackOutputs(weights + o * K, K, outputs, K / 2, panel.data());
     else
       PackInputs(weights + o, O, outputs, K / 2, panel.data());
-    AddPanels(panel.data(), 1, K / 2, from, to, 0);
+    AddPanels(panel.data(), 1, K / 2, from, to);
     for (int64_t b = 0; b < B; ++b) std::copy_n(to[b], outputs, out + b * O + o);
   });
 }
@@ -882,30 +886,25 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
 
 // y [B, O] = x [B, K] w[layer], w in tiles: codes [N, T, G, ...], scales [N, T, G, 16].
 ffi::Error ScaledLinear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer,
-                        ffi::AnyBuffer codes, ffi::AnyBuffer scales,
-                        ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits) {
-  return ForBits(bits, x.element_type() == ffi::F32, [&](auto number, auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int kBits = number.value;
-    const int64_t B = x.dimensions()[0], K = x.dimensions()[1], O = y->dimensions()[1];
-    const int64_t N = codes.dimensions()[0], tiles = codes.dimensions()[1];
-    const int64_t n = std::min(std::max<int64_t>(layer.typed_data()[0], 0), N - 1);
-    const int64_t size = tiles * (K / kGroup);
-    const Scaled w = {static_cast<const uint8_t*>(codes.untyped_data()) + n * size * kBits * 64,
-                      static_cast<const uint16_t*>(scales.untyped_data()) + n * size * kOutputs};
-    const Rounded x_BK = ToRounded(static_cast<const T*>(x.untyped_data()), B, K);
-    std::vector<int64_t> rows(B);
+                        ffi::RemainingArgs rest, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t bits) {
+  const int64_t B = x.dimensions()[0], O = y->dimensions()[1];
+  const int64_t tiles = rest.get<ffi::AnyBuffer>(0)->dimensions()[1];
+  const Scaled w = Operands{rest, layer.typed_data()[0]}.TakeScaled(bits);
+  const Rounded x_BK = ToRounded(x);
+  std::vector<int64_t> rows(B);
+  for (int64_t b = 0; b < B; ++b) rows[b] = b;
+  const int64_t chunks = NumChunks(pool, tiles);
+  ParallelFor(pool, chunks, [&](int64_t chunk) {
+    const int64_t first = tiles * chunk / chunks;
+    const int64_t begin = first * kOutputs, end = std::min(O, tiles * (chunk + 1) / chunks * kOutputs);
     std::vector<float*> to(B);
-    for (int64_t b = 0; b < B; ++b) rows[b] = b, to[b] = y->typed_data() + b * O;
-    const int64_t chunks = NumChunks(pool, tiles);
-    ParallelFor(pool, chunks, [&](int64_t chunk) {
-      const int64_t begin = tiles * chunk / chunks * kOutputs;
-      const int64_t end = std::min(O, tiles * (chunk + 1) / chunks * kOutputs);
-      for (int64_t b = 0; b < B; ++b) std::fill(to[b] + begin, to[b] + end, 0.0f);
-      AddProducts<kBits>(w, x_BK, rows, begin, end, to.data());
-    });
-    return ffi::Error::Success();
+    for (int64_t b = 0; b < B; ++b) {
+      to[b] = y->typed_data() + b * O + begin;
+      std::fill_n(to[b], end - begin, 0.0f);
+    }
+    AddProducts(w.From(first * x_BK.groups), x_BK, rows, end - begin, to.data());
   });
+  return ffi::Error::Success();
 }
 
 // ---- Attention of one new token a row over the keys and values so far.
@@ -1045,18 +1044,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxEmbed, Embed,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxFfn, Ffn,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("activation")
-                                  .Attr<bool>("has_gate")
-                                  .Attr<bool>("has_up_bias")
-                                  .Attr<bool>("has_gate_bias"));
+auto BindFfn() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::Buffer<ffi::S32>>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<int64_t>("activation")
+      .Attr<bool>("has_gate")
+      .Attr<bool>("has_up_bias")
+      .Attr<bool>("has_gate_bias");
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxFfn, Ffn, BindFfn());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxLinear, Linear,
                               ffi::Ffi::Bind()
@@ -1068,27 +1070,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxLinear, Linear,
                                   .Attr<bool>("transposed"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxScaledFfn, ScaledFfn,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("activation")
-                                  .Attr<bool>("has_gate")
-                                  .Attr<bool>("has_up_bias")
-                                  .Attr<bool>("has_gate_bias")
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("neurons"));
+                              BindFfn().Attr<int64_t>("bits").Attr<int64_t>("neurons"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxScaledLinear, ScaledLinear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits"));
 

@@ -71,9 +71,6 @@ class Quantized:
         """Of several matrices the one, or those, at this index of the leading dimensions."""
         return jax.tree.map(lambda a: a[index], self)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def reshape(self, *shape: int) -> Quantized:
         """Each matrix with other dimensions; inputs stay inputs."""
         lead = self.codes.ndim - 3

@@ -202,19 +202,14 @@ class _Entrant:
 
 
 def _add_latency(entries, entrants: Sequence[_Entrant], records: Records, rounds: int) -> None:
-    """Adds times per token, and their ratio to the first: the baseline, or all experts active.
-
-    `latency_noise` is half of the range that holds the middle half of the rounds' ratios.
-    """
+    """Adds times per token, and their ratio to the first: the baseline, or all experts active."""
     decoders = [Decoder.of(e.model, e.params, e.routing, e.threshold) for e in entrants]
     if entrants[0].model.lte is not None:
         decoders.insert(0, Decoder.of(entrants[0].model, entrants[0].params, "dense"))
     first = records.tokens_RL[0][records.segments_RL[0] == 1]
-    times_MR = decode_latency(decoders, first, rounds=rounds)
-    for entry, times_R in zip(entries, times_MR[-len(entries) :], strict=True):
-        low, ratio, high = np.quantile(times_R / times_MR[0], (0.25, 0.5, 0.75))
-        entry |= {"latency_ms": float(np.median(times_R)), "latency_ratio": float(ratio)}
-        entry["latency_noise"] = float(high - low) / 2
+    found = decode_latency(decoders, first, rounds=rounds)
+    for entry, times in zip(entries, found[-len(entries) :], strict=True):
+        entry |= times
 
 
 def perplexity(

@@ -88,7 +88,7 @@ class Slice:
         if kv is None:
             return masked_attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=causal), None
         k_BTKC, v_BTKC = put(kv[0], k_BLKC, index), put(kv[1], v_BLKC, index)
-        y_BLHC = masked_attention(q_BLHC, k_BTKC, v_BTKC, visible_BLT, blocked=False)
+        y_BLHC = attention_in_turn(q_BLHC, k_BTKC, v_BTKC, visible_BLT)
         return y_BLHC, (k_BTKC, v_BTKC)
 
     def experts(

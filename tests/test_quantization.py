@@ -138,6 +138,23 @@ def test_experts(rows, format, dtype):
     assert not run("cpu", jnp.zeros_like(active_BE)).any()
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so(wrong):
+    """Bytes have no such values; weights that overflow must not end in plausible text."""
+    needs("cpu")
+    weights = expert_weights("int8", "float32")
+    x_BD = normal(2, 96).at[1, 40].set(wrong)
+    w = quantized.quantize(normal(20, 96), "int8", inputs_first=False, dtype="float32")
+    y_BO = kernels.linear(x_BD, w, transposed=True, implementation="cpu")
+    assert np.isfinite(y_BO[0]).all() and not np.isfinite(y_BO[1]).any()
+    y_BD = kernels.sparse_ffn(
+        x_BD, jnp.ones((2, 5), bool), weights, activation="silu", layer=0, implementation="cpu"
+    )
+    assert np.isfinite(y_BD[0]).all() and not np.isfinite(y_BD[1]).any()
+    tiny = jnp.full((1, 96), 1e-38)
+    assert np.isfinite(kernels.linear(tiny, w, transposed=True, implementation="cpu")).all()
+
+
 @pytest.mark.parametrize("name", ["triton", "pallas"])
 def test_kernels_of_floats_say_so(name):
     weights, x_BD = expert_weights("int8", "float32"), normal(1, 96)

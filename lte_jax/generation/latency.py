@@ -17,8 +17,11 @@ _LATENCY_TOKENS = 32  # length of the prompt, and of the timed continuation
 
 def decode_latency(
     decoders: Sequence[Decoder], prompt: np.ndarray, *, rounds: int = 9
-) -> np.ndarray:
-    """Milliseconds per decoded token at batch size 1, [decoders, rounds], in interleaved rounds.
+) -> list[dict[str, float]]:
+    """The time per decoded token at batch size 1, of each decoder, by interleaved rounds.
+
+    `latency_ms` is the median, `latency_ratio` that of its ratios to the first decoder's, round by
+    round, and `latency_noise` half of the range that holds the middle half of these.
 
     Args:
       decoders: they take turns, so that other load on the machine affects all alike.
@@ -36,4 +39,9 @@ def decode_latency(
             jax.block_until_ready(decoder.extend(state, jnp.int32(tokens), tokens)[0])
             if turn:  # the first compiles
                 seconds.append(time.perf_counter() - start)
-    return np.asarray(times) / tokens * 1e3
+    times_MR, found = np.asarray(times) / tokens * 1e3, []
+    for times_R in times_MR:
+        low, ratio, high = np.quantile(times_R / times_MR[0], (0.25, 0.5, 0.75))
+        found.append({"latency_ms": float(np.median(times_R)), "latency_ratio": float(ratio)})
+        found[-1]["latency_noise"] = float(high - low) / 2
+    return found

@@ -78,10 +78,7 @@ def save(
     source = None if source is None else resolve(source)
     if source is not None:
         _check_source(config, source)
-    raw = _config_json(config, lte, source)
-    raw.pop(scaled.KEY, None)
-    if format := quantization.format_of(params):
-        raw |= {scaled.KEY: scaled.setting(format)}
+    raw = _config_json(config, lte, source, quantization.format_of(params))
     stored = _stored_dtypes(source) if source is not None and dtype == "source" else {}
     tensors = _plan(config, lte, params, dtype, stored)
     order = None if expert_order is None else _plan_order(config, lte, expert_order)
@@ -132,7 +129,9 @@ class _Tensor:
         return np.ascontiguousarray(whole.astype(self.dtype, copy=False))
 
 
-def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None) -> dict[str, Any]:
+def _config_json(
+    config: ModelConfig, lte: LTEConfig | None, source: Path | None, format: str | None
+) -> dict[str, Any]:
     """The object for config.json; that of `source` if there is one."""
     if source is None:
         raw = write_config(config, config.dtype)
@@ -145,6 +144,9 @@ def _config_json(config: ModelConfig, lte: LTEConfig | None, source: Path | None
         if {*different} & {*HEAD}:
             raw |= family.write_head(config)
     raw.pop("lte", None)
+    raw.pop(scaled.KEY, None)
+    if format is not None:
+        raw |= {scaled.KEY: scaled.setting(format)}
     return raw if lte is None else raw | {"lte": dataclasses.asdict(lte)}
 
 
