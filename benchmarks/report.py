@@ -79,7 +79,7 @@ def _read(path: pathlib.Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error}): expected a benchmark's") from None
     if not isinstance(record, dict) or not record.get("rows") or "benchmark" not in record:
         raise UserError(
-            f"{path}: not of ffn.py, decode.py or peers.py: expected what their --json writes"
+            f"{path}: not of ffn.py or decode.py, nor peers.py: expected what their --json writes"
         )
     return record
 

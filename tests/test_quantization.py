@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import random_models
+import tiny
 from lte_jax.kernels.quantized import Quantized
 
 import lte_jax
-from lte_jax import attention, hf, kernels, quantization
+from lte_jax import attention, hf, kernels, optim, quantization, training_step
 from lte_jax.cli import main
 from lte_jax.config import LTEConfig, UserError
 from lte_jax.generation import decoding
@@ -209,8 +210,8 @@ def test_a_model_computes_with_its_rounded_weights(case, format):
 
 
 @pytest.mark.parametrize("case", ["lte", "dense"])
-def test_decoding_reads_like_prefill(case):
-    """Through the CPU kernels, which round x as well: the logits differ by that alone."""
+def test_a_text_is_the_same_alone_and_among_others(case):
+    """Through the CPU kernels, prompts included."""
     needs("cpu")
     made, params = model(*CASES[case])
     small = lte_jax.quantize(made, params, "int8")
@@ -283,6 +284,33 @@ def test_converting_in_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "out"), str(tmp_path / "again"), "--quantize=int8"])
     assert "name the model that it was quantised from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["lte", "dense", "tied"])
+def test_training_through_rounded_weights(case):
+    """A step's loss is that of the rounded model; its gradients are not zero, as rounding's are."""
+    made, params = model(*CASES[case])
+    made = made.clone(config=dataclasses.replace(made.config, vocab_size=64))
+    params = jax.jit(made.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    lte = made.lte and dataclasses.replace(made.lte, target_sparsity=0.5)
+    stage = tiny.stage("finetune" if lte is None else "adapt", lte or tiny.LTE)
+
+    def step(params, format):
+        config = dataclasses.replace(stage.config, quantize=format, steps=3, warmup_ratio=0.0)
+        here = dataclasses.replace(stage, config=config)
+        optimizer = optim.make(tiny.OPTIM, config, here.rules)
+        run = jax.jit(training_step.make_train_step(made, here, optimizer))
+        state = training_step.TrainState(
+            jnp.int32(0), params, optimizer.init(params), tiny.control(lte or tiny.LTE)
+        )
+        return run(state, tiny.batch(), params)
+
+    floats = whole(lte_jax.quantize(made, params, "int4"), params)
+    (after, got), (_, expected) = step(params, "int4"), step(floats, None)
+    assert float(got["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
+    assert got["loss"] != step(params, None)[1]["loss"]
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, params)
+    assert moved["layers"]["ffn"]["down"] > 0 and moved["layers"]["attn"]["q"]["kernel"] > 0
 
 
 def test_bytes_of_a_token():
