@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := data,dev,gguf,plot,tasks,tensorboard
+EXTRAS := data,dev,gguf,plot,serve,tasks,tensorboard
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # One worker per core, whole files, in the order of tests/conftest.py.

@@ -19,12 +19,15 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # Programs whose lines are only looked up or parsed, and why. Those of ours are run, see
 # test_docs_commands.py; a program in neither place fails.
 NOT_RUN = {
+    "curl": "asks a server, as test_serve.py does",
     "make": "builds environments, or runs other tests; `make demo` alone is run",
     "pip": "needs the network; its extras are looked up in pyproject.toml",
     "pytest": "would run tests within tests; its files are looked up",
     "pre-commit": "would install hooks into this checkout",
 }
 OURS = ("train", "evaluate", "generate", "convert", "export-gguf", "sweep", "prepare", "benchmark")
+
+ENDLESS = ("serve",)  # of ours, run by test_serve.py; here only parsed
 
 
 def blocks(page: str, *languages: str) -> list[tuple[int, str]]:

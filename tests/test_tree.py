@@ -72,10 +72,12 @@ ORDER = {
     "lte_jax.preflight": 23.5,
     "lte_jax.pipeline": 24,
     "lte_jax.sweep": 25,
+    "lte_jax.serve": 25.5,
     "lte_jax": 26,
     "lte_jax.cli": 27,
     "lte_jax.data.__main__": 27.5,  # a command, as kernels.tune is
     "lte_jax.export_gguf.__main__": 27.5,
+    "lte_jax.serve.__main__": 27.5,
     "lte_jax.__main__": 28,
 }
 # Their own folder or script of that name must not be found in place of the packages they shadow.

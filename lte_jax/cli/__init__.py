@@ -23,6 +23,7 @@ COMMANDS = {  # one line adds another
     "evaluate": "measure a model on text or on tasks, next to its dense model",
     "sweep": "methods x sparsities x seeds from one grid, as one table",
     "generate": "continue prompts",
+    "serve": "serve completions and chats over HTTP",
     "convert": "write a model in another dtype, or a sparse one as a dense one",
     "export-gguf": "write a dense model as a GGUF file, for llama.cpp",
 }

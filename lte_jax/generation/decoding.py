@@ -111,15 +111,8 @@ class Decoder:
 
         `room` is the number of new tokens that the cache has place for.
         """
-        longest = max(map(len, prompts))
-        size = round_up(longest + room, _LEAST_CACHE)
-        if _turn(size) + room > size:  # what is read is a turn or more
-            size *= 2
-        turn = _turn(size)
-        length = max(longest, turn)
-        tokens_BT, mask_BT = pad_left(prompts, length, size)
-        key = jax.random.key(seed)
-        return self._prefill(tokens_BT, mask_BT, jnp.int32(length), key, turn=turn)
+        tokens_BT, mask_BT, length, turn = laid_out(prompts, room)
+        return self._prefill(tokens_BT, mask_BT, length, jax.random.key(seed), turn=turn)
 
     @functools.partial(jax.jit, static_argnames="turn")
     def _prefill(self, tokens_BT, mask_BT, length, key, turn: int) -> DecodeState:
@@ -265,7 +258,7 @@ def _nucleus(logits_BV: Array, top_p: Array) -> tuple[Array, Array]:
         count_B1 = jnp.sum(before_BC < top_p, axis=-1, keepdims=True, dtype=jnp.int32)
         count_B1 = jnp.maximum(count_B1, 1)  # a tiny top_p is 0 in float32
         least_B1 = jnp.take_along_axis(sorted_BC, count_B1 - 1, axis=-1)
-        return least_B1, count_B1, jnp.all(sums_BC[:, -1] >= top_p)
+        return least_B1, count_B1, jnp.all(sums_BC[:, -1:] >= top_p)
 
     def of_all() -> tuple[Array, Array]:
         return fewest(jnp.sort(logits_BV, axis=-1, descending=True))[:2]
@@ -289,6 +282,22 @@ def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]
         return jnp.asarray(leaf, jnp.float32 if is_router else model.dtype)
 
     return jax.tree.map_with_path(convert, params, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def laid_out(
+    prompts: Sequence[np.ndarray], room: int
+) -> tuple[np.ndarray, np.ndarray, np.int32, int]:
+    """What `Decoder.read` reads: tokens and mask [B, T], where prompts end, and tokens a turn.
+
+    T has place for `room` more tokens.
+    """
+    longest = max(map(len, prompts))
+    size = round_up(longest + room, _LEAST_CACHE)
+    if _turn(size) + room > size:  # what is read is a turn or more
+        size *= 2
+    turn = _turn(size)
+    length = max(longest, turn)
+    return *pad_left(prompts, length, size), np.int32(length), turn
 
 
 def pad_left(

@@ -70,7 +70,7 @@ def generate_text(
     checks.function("write", write)
     prompts = [prompt] if isinstance(prompt, str) else _texts(prompt)
     if chat:
-        given = tokenize([_asked(tokenizer, p) for p in prompts], tokenizer, start=False)
+        given = tokenize([asked(tokenizer, p) for p in prompts], tokenizer, start=False)
         ends = {*model.config.eos_ids, tokenizer.eos_token_id} - {None}
         settings.setdefault("eos_ids", sorted(ends))
     else:
@@ -101,16 +101,20 @@ def _texts(prompt: Any) -> list[str]:
     return list(prompt)
 
 
-def _asked(tokenizer: Any, text: str) -> str:
-    """The chat in which a user says `text`, up to where the answer begins."""
+def asked(tokenizer: Any, said: str | Sequence[Mapping[str, str]]) -> str:
+    """The chat of these messages ("role", "content"), or of a user's one, up to the answer.
+
+    Raises:
+      UserError: without a chat template, and where it refuses the messages.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             "chat: the tokenizer has no chat template: expected that of a model trained to chat; "
             "or give the prompt as plain text"
         )
-    said = [{"role": "user", "content": text}]
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
     try:
-        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ImportError:
         raise UserError(
             "chat templates are read by jinja2, which is not installed: pip install jinja2"

@@ -119,12 +119,14 @@ def generate(
     """
     checks.model(model, params)
     checks.routing_of(model, routing)
-    prompts = _prompts(tokens, mask, model.config.vocab_size)
+    prompts = prompts_of(tokens, mask, model.config.vocab_size)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check(model.config, prompts, max_new_tokens, seed, threshold, stream, **sampling)
+    checks.function("stream", stream)
+    checks.threshold(threshold, model.config.num_layers)
+    check(model.config, prompts, max_new_tokens, seed, **sampling)
     search = {"length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
     search |= {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
-    settings = {"implementation": implementation, "eos_ids": _eos_ids(model.config, eos_ids)}
+    settings = {"implementation": implementation, "eos_ids": ends_of(model.config, eos_ids)}
     threshold = dial(model.lte, routing, threshold, sparsity)
     decoder = Decoder.of(model, params, routing, threshold, **sampling, **settings)
     _check_search(decoder, stream, beams, **search)
@@ -183,7 +185,8 @@ def _not_finite(model: Transformer, made: int) -> NoReturn:
     )
 
 
-def _eos_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...] | None:
+def ends_of(config: ModelConfig, eos_ids: Any) -> tuple[int, ...] | None:
+    """The tokens that end a text; None: those of the model."""
     if eos_ids is None:
         return None
     if not _is_list(eos_ids):
@@ -194,7 +197,7 @@ def _eos_ids(config: ModelConfig, eos_ids: Any) -> tuple[int, ...] | None:
     return tuple(map(int, chosen))
 
 
-def _prompts(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
+def prompts_of(tokens: Any, mask: Any, vocab_size: int) -> list[np.ndarray]:
     """Each prompt as an array of token ids."""
     if isinstance(tokens, str):
         raise UserError("tokens is a string: expected lists of token ids (or call generate_text)")
@@ -231,10 +234,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Iterable) and not single
 
 
-def _check(
-    config, prompts, max_new_tokens, seed, threshold, stream, temperature, top_k, top_p
+def check(
+    config: ModelConfig, prompts, max_new_tokens, seed, temperature, top_k=None, top_p=None
 ) -> None:
-    checks.function("stream", stream)
+    """Raises on what `generate` refuses of these."""
     checks.language_model(config, "generate")
     longest, most = max(map(len, prompts)), config.max_length
     checks.integer("max_new_tokens", max_new_tokens, 1)
@@ -250,7 +253,6 @@ def _check(
     if top_p is not None and not (checks.is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p={top_p!r}: expected within (0, 1], or None for all tokens")
     checks.seed(seed)
-    checks.threshold(threshold, config.num_layers)
 
 
 def _check_search(
