@@ -105,18 +105,19 @@ def quantize(w: jax.Array, format: str, *, inputs_first: bool, dtype: Any) -> Qu
       inputs_first: see above.
       dtype: of what is to be computed with it.
     """
-    w_OK = jnp.swapaxes(w, -1, -2) if inputs_first else w
-    codes, scales = _packed(w_OK.astype(jnp.float32), format)
+    w_OK = (jnp.swapaxes(w, -1, -2) if inputs_first else w).astype(jnp.float32)
+    scales = scales_of(w_OK, format)
+    codes, scales = packed(_codes(w_OK, scales, BITS[format]), scales, format)
     return Quantized(codes, scales, format, tuple(w.shape[-2:]), inputs_first, dtype)
 
 
 def rounded(w: jax.Array, format: str, *, inputs_first: bool) -> jax.Array:
     """What `quantize` makes of the matrices, as floats."""
     w_OK = jnp.swapaxes(w, -1, -2) if inputs_first else w
-    groups = w_OK.reshape(*w_OK.shape[:-1], -1, GROUP).astype(jnp.float32)
-    scale = _scale(groups, format)
-    steps = _round(groups, scale, BITS[format]) - 2 ** (BITS[format] - 1)
-    w_OK = (scale * steps).reshape(w_OK.shape).astype(w.dtype)
+    scales = scales_of(w_OK.astype(jnp.float32), format)
+    codes = _codes(w_OK.astype(jnp.float32), scales, BITS[format])
+    w_OK = jnp.repeat(scales, GROUP, axis=-1) * (codes - 2 ** (BITS[format] - 1))
+    w_OK = w_OK.astype(w.dtype)
     return jnp.swapaxes(w_OK, -1, -2) if inputs_first else w_OK
 
 
@@ -127,26 +128,26 @@ def packed_shapes(inputs: int, outputs: int, format: str) -> tuple[tuple[int, ..
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _packed(w_OK: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of matrices [..., O, K]."""
-    *lead, outputs, inputs = w_OK.shape
-    fill = -outputs % LANES
-    w_OK = jnp.pad(w_OK, [(0, 0)] * len(lead) + [(0, fill), (0, 0)])
-    w_groups = w_OK.reshape(*lead, -1, LANES, inputs // GROUP, GROUP)
-    scale = _scale(w_groups, format)
-    codes = _round(w_groups, scale, BITS[format]).astype(jnp.uint8)
-    # [..., T, 16, G, 32] to [..., T, G, 8 loads, 16, 4]
-    codes = jnp.moveaxis(codes.reshape(*codes.shape[:-1], -1, 4), -4, -2)
+def packed(codes_OK: jax.Array, scales_OG: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
+    """Codes, one a weight, [..., O, K] and scales [..., O, G] as `Quantized` holds them."""
+    fill = [(0, 0)] * (codes_OK.ndim - 2) + [(0, -codes_OK.shape[-2] % LANES), (0, 0)]
+    zero = 2 ** (BITS[format] - 1)
+    codes = jnp.pad(codes_OK, fill, constant_values=zero).astype(jnp.uint8)
+    # [..., T, 16, G, 8 loads, 4] to [..., T, G, 8 loads, 16, 4]
+    codes = codes.reshape(*codes.shape[:-2], -1, LANES, codes.shape[-1] // GROUP, GROUP // 4, 4)
+    codes = jnp.moveaxis(codes, -4, -2)
     if format == "int4":
         low, high = jnp.split(codes, 2, axis=-3)
         codes = low | high << 4
+    scales = jnp.pad(scales_OG, fill)
+    scales = scales.reshape(*scales.shape[:-2], -1, LANES, scales.shape[-1])
     codes = codes.reshape(*codes.shape[:-3], -1)
-    return codes, jnp.swapaxes(scale[..., 0], -1, -2).astype(jnp.bfloat16)
+    return codes, jnp.swapaxes(scales, -1, -2).astype(jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnames="format")
 def _weights(codes: jax.Array, scales: jax.Array, format: str) -> jax.Array:
-    """The weights, [..., T, 16, G, 32], float32; the reverse of `_packed`."""
+    """The weights, [..., T, 16, G, 32], float32; the reverse of `packed`."""
     tiles = codes.reshape(*codes.shape[:-1], -1, LANES, 4)
     if format == "int4":
         tiles = jnp.concatenate([tiles & 15, tiles >> 4], axis=-3)
@@ -155,16 +156,23 @@ def _weights(codes: jax.Array, scales: jax.Array, format: str) -> jax.Array:
     return tiles.astype(jnp.float32) * jnp.swapaxes(scales, -1, -2).astype(jnp.float32)[..., None]
 
 
-def _round(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
-    """Codes; where the scale is 0, zero's."""
+@functools.partial(jax.jit, static_argnames="bits")
+def _codes(w_OK: jax.Array, scales_OG: jax.Array, bits: int) -> jax.Array:
+    return round_to(w_OK, jnp.repeat(scales_OG, GROUP, axis=-1), bits)
+
+
+def round_to(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+    """The code of each weight, as a float; where the scale is 0, zero's."""
     zero = 2 ** (bits - 1)
     steps = jnp.where(scale == 0, 0.0, w / jnp.where(scale == 0, 1.0, scale))
     return jnp.clip(jnp.round(steps) + zero, 0, 2 * zero - 1)
 
 
-def _scale(groups: jax.Array, format: str) -> jax.Array:
-    """That of each group [..., 32], as it is stored; [..., 1]."""
-    scale = (_scale_8 if format == "int8" else _scale_4)(groups)[..., None]
+@functools.partial(jax.jit, static_argnames="format")
+def scales_of(w_OK: jax.Array, format: str) -> jax.Array:
+    """The scale of each group of matrices [..., O, K] float32, as it is stored: [..., O, G]."""
+    groups = w_OK.reshape(*w_OK.shape[:-1], -1, GROUP)
+    scale = (_scale_8 if format == "int8" else _scale_4)(groups)
     return scale.astype(jnp.bfloat16).astype(jnp.float32)
 
 
@@ -183,10 +191,10 @@ def _scale_4(w: jax.Array) -> jax.Array:
 
     def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scale = largest / jnp.asarray(_STEPS, jnp.float32)[i]
-        steps = _round(w, scale, 4) - 8
+        steps = round_to(w, scale, 4) - 8
         squares = jnp.sum(steps * steps, axis=-1, keepdims=True)
         scale = jnp.sum(w * steps, axis=-1, keepdims=True) / jnp.maximum(squares, 1)
-        error = jnp.sum((w - scale * (_round(w, scale, 4) - 8)) ** 2, axis=-1, keepdims=True)
+        error = jnp.sum((w - scale * (round_to(w, scale, 4) - 8)) ** 2, axis=-1, keepdims=True)
         return jax.tree.map(
             lambda new, old: jnp.where(error < best[0], new, old), (error, scale), best
         )

@@ -209,10 +209,13 @@ def quantize(
     model: Given[Transformer],
     params: Mapping[str, Any],
     format: Given[Literal["int8", "int4"]],
+    calibration: Given[Tokens | None] = None,
+    mask: Given[Mask | None] = None,
 ) -> dict[str, Any]:
     """The parameters with weights of 8 or 4 bits, for inference.
 
         params = lte_jax.quantize(model, params, "int8")
+        params = lte_jax.quantize(model, params, "int4", calibration=tokens)    # GPTQ
         lte_jax.generate(model, params, tokens, max_new_tokens=50)
 
     Matrices of attention, experts, embedding and head are rounded, in groups of 32 inputs that
@@ -225,15 +228,34 @@ def quantize(
       model: dense or LTE.
       params: its parameters, float32 or bfloat16.
       format: "int8" or "int4".
+      calibration: token ids [R, L] of typical text, some thousands: weights are rounded so that
+        what the model computes on it changes little (gptq.py). None: each to what is nearest.
+      mask: True (or > 0) where `calibration` is not padding; None: no padding.
 
     Raises:
       UserError: if the format is unknown, the parameters are not the model's, or a matrix has a
-        number of inputs that is no multiple of 32.
+        number of inputs that is no multiple of 32; and on bad calibration data.
     """
     _checks.model(model, params)
     if found := _quantization.format_of(params):
         raise UserError(f"quantize: params are {found} already: pass those that load returns")
-    return _quantization.quantize(model.config, model.lte, params, format, model.dtype)
+    if calibration is None:
+        return _quantization.quantize(model.config, model.lte, params, format, model.dtype)
+    from lte_jax import gptq, router_init
+
+    records = _calibration(model, calibration, mask)
+    return gptq.quantize(model, params, format, router_init.rows(records[:]))
+
+
+def _calibration(model: Transformer, calibration: Any, mask: Any) -> Any:
+    """Records of calibration tokens [R, L]."""
+    from lte_jax import data
+
+    rows_RL = np.asarray(_checks.array(calibration, "calibration"))
+    mask_RL = None if mask is None else np.asarray(_checks.array(mask, "mask"))
+    _checks.batch(model.config, rows_RL, mask_RL, name="calibration")
+    segments_RL = np.ones(rows_RL.shape, np.int32) if mask_RL is None else mask_RL.astype(np.int32)
+    return data.Records(rows_RL.astype(np.int32), segments_RL)
 
 
 def calibrate(
@@ -269,11 +291,7 @@ def calibrate(
     if model.lte is None or not _kind(model.lte.routing).by_threshold:
         raise UserError("calibrate: expected a model with experts that a threshold chooses")
     _checks.integer("batch_size", batch_size, 1)
-    rows_RL = np.asarray(_checks.array(calibration, "calibration"))
-    mask_RL = None if mask is None else np.asarray(_checks.array(mask, "mask"))
-    _checks.batch(model.config, rows_RL, mask_RL, name="calibration")
-    segments_RL = np.ones(rows_RL.shape, np.int32) if mask_RL is None else mask_RL.astype(np.int32)
-    records = data.Records(rows_RL.astype(np.int32), segments_RL)
+    records = _calibration(model, calibration, mask)
     histogram = thresholds.histogram_over(
         model, params, lambda: data.eval_batches(records, min(batch_size, len(records)))
     )

@@ -208,6 +208,7 @@ def _norm_of_heads(config: ModelConfig, weights: Weights, x_BLHC: Array) -> Arra
 
 def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, own, context):
     """Grouped-query attention, with rotary positions if any: y [B, L, D], and (k, v) extended."""
+    w.tap("qkv_reads", x_BLD)
     q_BLHC, k_BLKC, v_BLKC = (w.linear(name, x_BLD) for name in "qkv")
     if "q_norm" in w.vectors:
         q_BLHC = norm(config, w.vectors["q_norm"], q_BLHC)
@@ -225,6 +226,7 @@ def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, own, context):
     visible_BLT = visible_keys(config, own["slides"], context)
     index, causal = context["index"], config.causal
     y_BLHC, kv = w.attend(q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal=causal)
+    w.tap("o_reads", y_BLHC)
     return w.linear("o", y_BLHC), kv
 
 

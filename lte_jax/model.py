@@ -95,7 +95,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=_policy(self.remat))
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, INPUTS: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
@@ -127,6 +127,13 @@ def _dropout(module: Transformer | Block) -> Callable[[Array], Array]:
     return nn.Dropout(module.dropout, deterministic=not module.has_rng("dropout"))
 
 
+INPUTS = "inputs"  # the collection of what matrices of layers are multiplied with, see gptq.py
+
+
+def _sow(module: nn.Module, name: str, value: Array) -> None:
+    module.sow(INPUTS if name.endswith("_reads") else "intermediates", name, value)
+
+
 class Block(nn.Module):
     """One layer of the scan, see `layers.block`."""
 
@@ -140,7 +147,7 @@ class Block(nn.Module):
     def __call__(self, x_BLD, kv, own, context):
         """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
         weights = declare(self, self.config, self.lte, "layers/", without="ffn")
-        w = reading.Slice(weights, self.dtype, drop=_dropout(self))
+        w = reading.Slice(weights, self.dtype, functools.partial(_sow, self), _dropout(self))
         ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
         x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, own, context)
         return x_BLD, (kv, outputs)
@@ -159,16 +166,12 @@ class ExpertFFN(nn.Module):
         self, x_BLD: Float[Array, "B L D"], threshold: Float[Array, ""] | float
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B L E"] | None, Array | None]:
         """The layer's output, router scores, and active experts (None if all run)."""
-
-        def sow(name: str, value: Array) -> None:
-            self.sow("intermediates", name, value)
-
         idle = not (self.routing.routed or self.is_initializing())  # moefy adds routers later
         weights = declare(
             self, self.config, self.lte, "layers/ffn/", without="router" if idle else ""
         )
         key = lambda: self.make_rng("dropout") if self.has_rng("dropout") else None  # noqa: E731
-        w = reading.Slice(weights, self.dtype, sow, key=key)
+        w = reading.Slice(weights, self.dtype, functools.partial(_sow, self), key=key)
         return layers.ffn(self.config, self.lte, self.routing, w, x_BLD, threshold)
 
 

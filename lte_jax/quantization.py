@@ -48,7 +48,7 @@ def quantize(
     for row in table(config, lte):
         if kind := format_in(row, format):
             where = cut(row, dimensions)
-            flat[row.path] = _quantized(row, flat[row.path], where, kind, dtype)
+            flat[row.path] = nearest_codes(row, flat[row.path], where, kind, dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -122,13 +122,13 @@ def straight_through(
     for row in table(config, lte):
         if kind := format_in(row, format):
             array, where = flat[row.path], cut(row, dimensions)
-            w = _matrices(row, array, where, kind)
+            w = matrices(row, array, where, kind)
             w = quantized.rounded(w, kind, inputs_first=where.inputs_first).reshape(array.shape)
             flat[row.path] = array + jax.lax.stop_gradient(w - array)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _matrices(row: Row, array: Any, where: Cut, format: str) -> Any:
+def matrices(row: Row, array: Any, where: Cut, format: str) -> Any:
     """An array as matrices of inputs and outputs, [*lead, K, O] or [*lead, O, K]."""
     if where.inputs % GROUP:
         raise UserError(
@@ -139,8 +139,9 @@ def _matrices(row: Row, array: Any, where: Cut, format: str) -> Any:
     return array.reshape(*where.lead, *(matrix if where.inputs_first else matrix[::-1]))
 
 
-def _quantized(row: Row, array: Any, where: Cut, format: str, dtype: str) -> Quantized:
-    array = _matrices(row, array, where, format)
+def nearest_codes(row: Row, array: Any, where: Cut, format: str, dtype: str) -> Quantized:
+    """A parameter with each weight rounded to what is nearest."""
+    array = matrices(row, array, where, format)
     how = {"inputs_first": where.inputs_first, "dtype": jnp.dtype(dtype)}
     if row.layered:  # a layer at a time: the floats between take four times a layer's room
         each = [quantized.quantize(one, format, **how) for one in array]

@@ -43,7 +43,7 @@ class Slice:
 
     vectors: Weights  # all of them, the matrices among them
     dtype: Any  # to compute in
-    tap: Callable[[str, Array], Any] = lambda name, value: None  # sees the neurons
+    tap: Callable[[str, Array], Any] = lambda name, value: None  # sees neurons, and what is read
     drop: Callable[[Array], Array] = lambda x: x  # dropout, in training
     key: Callable[[], Array | None] = lambda: None  # of random choices, in training
 
@@ -123,6 +123,7 @@ class Slice:
         scores_BLE, active_BLE, gates_BLE = choose(h_BLEM, gate_BLEM)
         if gates_BLE is not None:
             h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
+        self.tap("down_reads", h_BLEM)
         y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, self.vectors["down"].astype(self.dtype))
         y_BLD = _adapted(self.vectors, "down", h_BLEM, y_BLD)
         return y_BLD, scores_BLE, active_BLE
@@ -179,6 +180,9 @@ class Stack:
     layer: Array | int
     live_BL: Bool[Array, "B L"]  # tokens that want experts: not padding, nor of finished texts
     implementation: str = "auto"
+
+    def tap(self, name: str, value: Array) -> None:
+        """Nobody looks on."""
 
     def drop(self, x: Array) -> Array:
         """No dropout: decoding does not train."""

@@ -2,6 +2,7 @@
 
     lte-jax convert owner/name my-model --dtype=bfloat16
     lte-jax convert runs/demo/lte runs/demo/lte-int8 --quantize=int8
+    lte-jax convert runs/demo/lte runs/demo/lte-int4 --quantize=int4 --calibration=texts.jsonl
     lte-jax convert runs/demo/lte my-dense --dense
 With --dense, the weights are those of the LTE model, its neurons back in the order of the dense
 model it was made from; routers are left out. That computes what the LTE model does with all its
@@ -19,11 +20,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lte_jax import hf, moefication, quantization
+from lte_jax import config, data, gptq, hf, interrupt, moefication, quantization, router_init
 from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.files import Mirror, expand
 from lte_jax.kernels.quantized import BITS, Quantized
 from lte_jax.model import Transformer
+
+_LENGTH = 512  # tokens of a calibration record
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -33,20 +36,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         flags = parser.parse_args(argv)
         if not (flags.dtype or flags.dense or flags.quantize):
             parser.error("nothing to convert: give --dtype, --quantize or --dense")
+        if flags.calibration and not flags.quantize:
+            parser.error("--calibration is of --quantize: give both")
         out, folder = expand(flags.out, "OUT"), hf.resolve(flags.model)
         if out.exists() and os.path.samefile(out, folder):
             raise UserError(f"{out} is the model itself: expected another folder to write to")
         hf.verify(folder, digests=True)
-        config, lte = hf.read_config(folder)
-        params, order = hf.load_params(folder, config, lte), hf.load_expert_order(folder)
+        read, lte = hf.read_config(folder)
+        params, order = hf.load_params(folder, read, lte), hf.load_expert_order(folder)
         if found := quantization.format_of(params):
             raise UserError(f"{folder} is in {found}: name the model that it was quantised from")
-        model = Transformer(config, lte)
+        model = Transformer(read, lte)
         if flags.dense:
             model, params, order = *_dense(model, params, order, folder), None
         if flags.quantize:
-            settings = flags.quantize, flags.dtype or "bfloat16"
-            params = quantization.quantize(model.config, model.lte, params, *settings)
+            model = model.clone(dtype=flags.dtype or "bfloat16")
+            params = _rounded(model, params, folder, flags)
         hf.save(out, model.config, model.lte, params, folder, order, dtype=flags.dtype)
         print(_told(out, model, params))
 
@@ -60,8 +65,23 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--dtype", choices=dtypes, help="of the weights but routers; default: as stored")
     bits = "8 or 4 bits a weight of the large matrices; --dtype is then that of computing"
     add("--quantize", choices=list(BITS), help=bits)
+    texts = "texts, as data.train of a config, on which rounding is to change little (GPTQ)"
+    add("--calibration", metavar="TEXTS", help=texts)
+    add("--calibration-tokens", type=config.flag(config.Count), default=16_384, help="to read")
     add("--dense", action="store_true", help="an LTE model as a dense one")
     return Mirror.add_to(parser)
+
+
+def _rounded(model: Transformer, params, folder: Path, flags: argparse.Namespace):
+    """The parameters in weights of 8 or 4 bits; on texts, if there are any."""
+    if not flags.calibration:
+        return quantization.quantize(model.config, model.lte, params, flags.quantize, model.dtype)
+    texts, wanted = data.read_texts(flags.calibration, split="train"), flags.calibration_tokens
+    length = min(_LENGTH, model.config.max_length, wanted)
+    records = data.pack(data.tokenize(texts, hf.load_tokenizer(folder)), length)
+    batches = router_init.rows(records[: max(1, wanted // length)])
+    with interrupt.handled("nothing has been written"):
+        return gptq.quantize(model, params, flags.quantize, batches)
 
 
 def _dense(model: Transformer, params, order_NEM, folder: Path) -> tuple[Transformer, dict]:
@@ -82,10 +102,10 @@ def _dense(model: Transformer, params, order_NEM, folder: Path) -> tuple[Transfo
 
 def _told(out: Path, model: Transformer, params) -> str:
     """What was written, in one line."""
-    config, lte = hf.read_config(out)
+    read, lte = hf.read_config(out)
     whole = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     count = sum(math.prod(array.shape) for array in whole)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     experts = "dense" if lte is None else f"experts of {lte.expert_size}"
-    kind = f"{config.family}, {experts}, {quantization.format_of(params) or config.dtype}"
+    kind = f"{read.family}, {experts}, {quantization.format_of(params) or read.dtype}"
     return f"{out}: {kind}, {count:,} parameters in {size / 1e6:,.1f} MB"

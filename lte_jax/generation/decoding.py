@@ -285,14 +285,14 @@ def computed(model: Transformer, params: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def laid_out(
-    prompts: Sequence[np.ndarray], room: int
+    prompts: Sequence[np.ndarray], room: int, least: int = _LEAST_CACHE
 ) -> tuple[np.ndarray, np.ndarray, np.int32, int]:
     """What `Decoder.read` reads: tokens and mask [B, T], where prompts end, and tokens a turn.
 
-    T has place for `room` more tokens.
+    T is a power of two, at least `least`, and has place for `room` more tokens.
     """
     longest = max(map(len, prompts))
-    size = round_up(longest + room, _LEAST_CACHE)
+    size = round_up(longest + room, least)
     if _turn(size) + room > size:  # what is read is a turn or more
         size *= 2
     turn = _turn(size)

@@ -217,7 +217,7 @@ class Engine:
         if self.running and rows * places > self.places:
             return None
         self.waiting.popleft()
-        tokens_1T, mask_1T, length, turn = laid_out([text.prompt], 1)
+        tokens_1T, mask_1T, length, turn = laid_out([text.prompt], 1, _LEAST_PLACES)
         logits_1V, cache = _read(self.decoder, tokens_1T, mask_1T, length, turn=turn)
         token_1, finite_1 = _chosen(self.decoder, logits_1V, *_settings([text]))
         text.take(int(token_1[0]), bool(finite_1[0]))

@@ -29,6 +29,7 @@ import faults
 import learning
 import methods
 import running
+import serving
 from forked import pytest
 from mutant import Mutant
 
@@ -36,6 +37,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 MUTANTS = learning.MUTANTS + running.MUTANTS + families_tasks.MUTANTS + faults.MUTANTS
 MUTANTS += methods.MUTANTS
 MUTANTS += dial.MUTANTS
+MUTANTS += serving.MUTANTS
 LIMIT = 180  # seconds for the tests of one mutant
 PASSED, FAILED = 0, 1  # exit codes of pytest; others say that it could not run the tests
 
