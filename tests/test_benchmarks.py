@@ -45,6 +45,18 @@ def measured(tmp_path_factory):
     return files
 
 
+def test_what_skipping_gains_in_a_sentence():
+    """The last line of `make demo`."""
+    small = ("--d-model", 64, "--d-ff", 640, "--expert-size", 32)
+    done = run("ffn.py", "--brief", *small)
+    assert done.returncode == 0, done.stderr
+    expected = (
+        r"dense, \S+ ms with 50% of .* \(\S+ of dense\), \S+ ms with 90% of .* \(\S+ of dense\)"
+    )
+    assert re.search(expected, done.stdout) and done.stdout.count("\n") == 1
+    assert "benchmarks/ffn.py --brief" in (ROOT / "Makefile").read_text()
+
+
 @pytest.mark.slow
 def test_programs_ahead_of_time():
     """Of a small run, for the devices at hand; without others' compiler a line says what to do."""
