@@ -204,3 +204,15 @@ def test_logits_that_are_not_finite_are_named_and_not_chosen_from(temperature, t
     whole = generate(model, params, PROMPTS[:1], **settings)[0]
     shown = [t for chunk in streamed for t in chunk[0]]
     assert shown == whole[: len(shown)] and (len(shown) == 0) == (token == PROMPTS[0][0])
+
+
+def test_going_on_does_not_copy_the_cache():
+    """Its memory is that of the state before, and the tokens are the same."""
+    decoder = Decoder.of(*make(), eos_ids=())
+    start = decoder.prefill([np.array(p) for p in PROMPTS], room=32)
+    expected, _ = decoder.extend(start, jnp.int32(9), 32)
+    place = start.cache["k"].unsafe_buffer_pointer()
+    tokens, state = decoder.go_on(start, jnp.int32(9), 32)
+    np.testing.assert_array_equal(tokens, expected)
+    assert state.cache["k"].unsafe_buffer_pointer() == place
+    assert start.cache["k"].is_deleted()

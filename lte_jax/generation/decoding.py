@@ -167,6 +167,14 @@ class Decoder:
           tokens_BS: int32 [B, size]; -1 after a row's end and beyond `limit`.
           the state after them.
         """
+        return self._extended(state, limit, size)
+
+    @functools.partial(jax.jit, static_argnames="size", donate_argnames="state")
+    def go_on(self, state: DecodeState, limit: Array, size: int) -> tuple[Array, DecodeState]:
+        """As `extend`, in the memory of `state`, which is used up: the cache is not copied."""
+        return self._extended(state, limit, size)
+
+    def _extended(self, state: DecodeState, limit: Array, size: int) -> tuple[Array, DecodeState]:
         stack = self.stack()
 
         def more(carry):

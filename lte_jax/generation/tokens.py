@@ -166,7 +166,7 @@ def _pieces(
 
     With them comes the state after them.
     """
-    tokens_BS, made = np.asarray(state.tokens_B)[:, None], 1
+    tokens_BS, made = np.array(state.tokens_B)[:, None], 1  # a copy: the state's is used up
     while True:
         if not state.finite:
             _not_finite(decoder.model, made)
@@ -174,7 +174,7 @@ def _pieces(
         if made >= count or np.all(state.done_B):
             return
         limit = min(count - made, size)
-        tokens_BS, state = decoder.extend(state, jnp.int32(limit), size)
+        tokens_BS, state = decoder.go_on(state, jnp.int32(limit), size)
         tokens_BS, made = np.asarray(tokens_BS), made + limit
 
 
