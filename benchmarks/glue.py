@@ -6,7 +6,7 @@
 For each task and seed the encoder is fine-tuned (configs/glue.py:TASK,minilm). From there on, with
 the same number of further steps, go on:
 
-  dense control   the dense model, at the learning rate of LTE's last stage or --control-rate
+  dense control   the dense model, at the learning rate of LTE's last stage
   LTE             the preset `ours`, at each target: router stage, then adapt
 
 Metrics are of the validation split, under hard routing. "against control" is the mean difference to
@@ -81,8 +81,7 @@ def overrides(run: Run, flags: argparse.Namespace, stages) -> Iterator[str]:
     yield "stages.adapt.steps=0"
     if not run.start:
         yield f"stages.finetune.steps={stages.router.steps + stages.adapt.steps}"
-        rate = stages.adapt.learning_rate if flags.control_rate is None else flags.control_rate
-        yield f"stages.finetune.learning_rate={rate}"
+        yield f"stages.finetune.learning_rate={stages.adapt.learning_rate}"
 
 
 def start(run: Run) -> str:
@@ -227,8 +226,6 @@ def main() -> None:
     add("--tasks", default="sst2,mrpc,rte", help="joined by commas")
     add("--targets", type=_numbers, default=[0.8, 0.9, 0.95], help="FFN sparsities of LTE")
     add("--seeds", type=count, default=3, help="number of seeds, from 0")
-    rate = "learning rate of the dense control; default: that of LTE's last stage"
-    add("--control-rate", type=config.flag(config.NotNegative), help=rate)
     add("--model", default=MODEL, help="folder or hub id of the encoder")
     add("--data", help="folder with glue/sst2, ...; without it, the hub")
     add("--workers", type=count, default=2, help="runs side by side, a core each")

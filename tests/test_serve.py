@@ -196,6 +196,16 @@ def test_an_end_of_text(server, model, tokenizer):
         assert choice["finish_reason"] == ("stop" if new[-1] == 10 else "length")
         ends += new[-1] == 10
     assert ends
+    ends = 0
+    for i in range(8):
+        body = {"messages": [{"role": "user", "content": f"{i}"}], "max_tokens": 100}
+        status, answer = server.ask("/v1/chat/completions", body | {"temperature": 0})
+        [choice] = answer["choices"]
+        assert status == 200
+        expected = alone(model, tokenizer, f"{i}", chat=True, max_new_tokens=100)
+        assert choice["message"]["content"] == expected
+        ends += choice["finish_reason"] == "stop"
+    assert ends
 
 
 def test_many_clients_at_once(server, model, tokenizer):
