@@ -216,3 +216,20 @@ def test_going_on_does_not_copy_the_cache():
     np.testing.assert_array_equal(tokens, expected)
     assert state.cache["k"].unsafe_buffer_pointer() == place
     assert start.cache["k"].is_deleted()
+
+
+def test_memory_of_a_long_prompt_grows_with_its_length():
+    """And not with its square; a step needs none beside its cache."""
+    model, params = make(max_length=1 << 13)
+    decoder, taken = Decoder.of(model, params, eos_ids=()), []
+    for length in (1000, 4000):
+        laid = decoding.laid_out([np.ones(length, np.int32)], 40)
+        how = {"turn": laid[3]}
+        first = Decoder._prefill.lower(decoder, *laid[:3], jax.random.key(0), **how)
+        taken.append(first.compile().memory_analysis().temp_size_in_bytes)
+        state = decoder._prefill(*laid[:3], jax.random.key(0), **how)
+        step = Decoder.go_on.lower(decoder, state, jnp.int32(3), 32)
+        step = step.compile().memory_analysis()
+        cache = sum(state.cache[name].size * 4 for name in ("k", "v"))
+        assert step.temp_size_in_bytes < cache / 20 and step.alias_size_in_bytes >= cache
+    assert taken[1] < 4.5 * taken[0]

@@ -348,13 +348,15 @@ def test_other_instruction_sets_give_the_same(tmp_path):
     compiler = cpu._compiler()[0]
     seen = []
     for flags in ("", " -mno-avx512f -mno-avxvnni", " -mno-avx"):
-        env = os.environ | {"CXX": compiler + flags, "LTE_JAX_CACHE": str(tmp_path / "cache")}
+        env = dict(os.environ)
+        if flags:
+            env |= {"CXX": compiler + flags, "LTE_JAX_CACHE": str(tmp_path / "cache")}
         done = subprocess.run(
             [sys.executable, "-c", _LOGITS], env=env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         seen.append([json.loads(line) for line in done.stdout.splitlines()])
-    assert len(list((tmp_path / "cache").glob("*.so"))) == len(seen)
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 2
     for other in seen[1:]:
         for a, b in zip(seen[0], other, strict=True):
             # Without fused products sums differ in the last bit, and a byte of the hidden
