@@ -34,13 +34,14 @@ _static = functools.partial(flax.struct.field, pytree_node=False)
 class DecodeState:
     """A batch during generation."""
 
-    tokens_B: Array  # chosen last, not yet read by the model
-    done_B: Array  # bool: an end-of-text token has been chosen
-    step: Array  # int32, tokens chosen so far
-    key: Array
-    read: Array  # float32: share of experts read, mean over layers, summed over steps
-    cache: Cache
-    finite: Array  # bool: the logits of all tokens chosen so far were finite
+    # Any, because abstract values may stand in for the arrays.
+    tokens_B: Any  # chosen last, not yet read by the model
+    done_B: Any  # bool: an end-of-text token has been chosen
+    step: Any  # int32, tokens chosen so far
+    key: Any
+    read: Any  # float32: share of experts read, mean over layers, summed over steps
+    cache: Cache | Any
+    finite: Any  # bool: the logits of all tokens chosen so far were finite
 
     @classmethod
     def start(cls, cache: Cache, key: Array) -> DecodeState:
@@ -57,7 +58,7 @@ class Decoder:
     without recompiling.
     """
 
-    # Any, because abstract values may stand in for the arrays.
+    # Any, as above.
     params: Any  # in the types they are used in
     threshold: Any
     temperature: Any
