@@ -40,7 +40,7 @@ def main() -> None:
         flags = parser.parse_args()
         model, params = lte_jax.load(flags.model, "float32")
         records = _records(flags.data, "validation", flags)
-        records = records if flags.records is None else records.take(np.arange(flags.records))
+        records = _first(records, flags.records or len(records))
         measure = _Measure(model, params, records, flags.batch_size)
         print(f"{len(records)} records, {records.num_tokens} tokens of {flags.data}\n")
         print("| weights | perplexity | over float32 | decisions |\n|---|--:|--:|--:|", flush=True)
@@ -49,7 +49,7 @@ def main() -> None:
             ways: dict[str, tuple] = {format: ()}
             if flags.calibration:
                 chosen = _records(flags.calibration, "train", flags)
-                chosen = chosen.take(np.arange(flags.calibration_tokens // flags.length))
+                chosen = _first(chosen, max(1, flags.calibration_tokens // flags.length))
                 ways[f"{format}, GPTQ"] = chosen.tokens_RL, chosen.segments_RL
             for name, calibration in ways.items():
                 print(measure.row(name, lte_jax.quantize(model, params, format, *calibration)))
@@ -61,6 +61,10 @@ def _records(source: str, split: str, flags) -> data.Records:
     documents = data.tokenize(texts, lte_jax.load_tokenizer(flags.model))
     packed = split == "train" or flags.join is not None
     return (data.pack if packed else data.pad)(documents, flags.length)
+
+
+def _first(records: data.Records, count: int) -> data.Records:
+    return records.take(np.arange(min(count, len(records))))
 
 
 class _Measure:

@@ -122,12 +122,14 @@ def _evaluate(words, said):
 
 
 def _generate(words, said):
-    assert said.out.startswith(words[-1]) and "tokens/s" in said.err
+    prompt = next(word for word in reversed(words) if not word.startswith("--"))
+    assert said.out.startswith(prompt) and "tokens/s" in said.err
 
 
 def _convert(words, said):
-    model, out, dtype = *words[2:4], _flag(words, "dtype")
-    assert said.out.startswith(f"{out}: ") and dtype in said.out
+    model, out = words[2:4]
+    kind = _flag(words, "quantize") or _flag(words, "dtype") or "dense"
+    assert said.out.startswith(f"{out}: ") and kind in said.out
     names = {path.name for path in pathlib.Path(model).iterdir()}
     assert names == {path.name for path in pathlib.Path(out).iterdir()}
 
@@ -160,6 +162,11 @@ def _benchmark(words, said):
         table = pathlib.Path(_flag(words, "out"), "table.md").read_text()
         tasks = (_flag(words, "tasks") or "sst2,mrpc,rte").split(",")
         assert all(f"| {task} | LTE, 90% |" in table for task in tasks) and table in said.out
+    elif words[1] == "benchmarks/quantization.py":
+        rows = re.findall(
+            r"^\| (\S+(?:, GPTQ)?) \| [\d.]+ \| \S+% \| \S+% \|$", said.out, re.MULTILINE
+        )
+        assert rows == ["int8", "int8, GPTQ", "int4", "int4, GPTQ"]
     else:
         drawn = [pathlib.Path("pictures", f"{name}.png") for name in ("idea", "kernels")]
         assert all(path.stat().st_size > 1000 for path in drawn)
