@@ -485,6 +485,33 @@ def test_a_grid_may_grow_but_not_change(made):
             folder.check(grid(**kept | change), [])
 
 
+def test_runs_of_an_earlier_sweep_are_not_made_again(made, tmp_path):
+    """Only what it lacks, what has other settings, and what others still have to go on from."""
+    sweep, folder, runs, fake = made
+    for run in runs[:-3]:
+        finish(run, folder.workdir(run))
+    whole = results.collect(sweep, runs, folder)
+    whole["runs"][1]["settings"] = ["seed=7"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(whole))
+    again = Folder(tmp_path / "again")
+    again = dataclasses.replace(again, known=results.known(path, runs, again))
+    again.check(sweep, runs)
+    assert running.run_all(runs, again, 1, fake) == []
+    assert fake.made == [run.name for run in (runs[1], *runs[-3:])]
+    told = results.collect(sweep, runs, again)
+    assert told["missing"] == [] and [row["name"] for row in told["runs"]] == [r.name for r in runs]
+    for run in runs[-3:]:
+        finish(run, folder.workdir(run))
+    assert told["summary"] == results.collect(sweep, runs, folder)["summary"]
+    goes_on, empty = dataclasses.replace(runs[1], after=runs[0].name), Folder(tmp_path / "empty")
+    assert results.known(path, runs[:2], empty).keys() == {runs[0].name}
+    assert results.known(path, [runs[0], goes_on], empty) == {}
+    with pytest.raises(UserError, match="no results of a sweep"):
+        (tmp_path / "other.json").write_text("{}")
+        results.known(tmp_path / "other.json", runs, again)
+
+
 def test_runs_of_other_settings_are_refused(made):
     """As after a change of the configuration's own file."""
     sweep, folder, runs, fake = made

@@ -15,6 +15,7 @@ the others; the same command tries it again. The end is table.md, figures and re
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 from lte_jax import config, interrupt, report
@@ -57,6 +58,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     number = config.flag(config.Whole)
     add("--run", type=number, metavar="I", help="that run only, and what it goes on from")
     add("--collect", action="store_true", help="make no run: gather those that are finished")
+    known = "results.json of an earlier sweep; runs in it of the same settings are not made again"
+    parser.add_argument("--known", metavar="FILE", help=known)
     parser.add_argument("--no-figures", action="store_true")
     return parser
 
@@ -69,6 +72,9 @@ def perform(flags: argparse.Namespace, sweep: config.Sweep, place: str) -> None:
     """
     folder = Folder(expand_path(flags.out, "--out").absolute())
     runs = expand(sweep, place, folder.root)
+    if flags.known:
+        folder = dataclasses.replace(folder, known=results.known(flags.known, runs, folder))
+        print(f"{len(folder.known)} of {len(runs)} runs are those of {flags.known}")
     if flags.list:
         for number, run in enumerate(runs):
             print(number, run.name, "finished" * folder.finished(run), sep="\t")

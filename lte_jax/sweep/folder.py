@@ -36,6 +36,8 @@ class Folder:
     """OUT of a sweep."""
 
     root: Path
+    # Rows of an earlier results.json by name, whose runs are not made again: see `results.known`.
+    known: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def workdir(self, run: Run) -> Path:
         """The work directory of a run."""
@@ -43,6 +45,10 @@ class Folder:
 
     def finished(self, run: Run) -> bool:
         """Whether a run is trained and measured."""
+        return run.name in self.known or self.made(run)
+
+    def made(self, run: Run) -> bool:
+        """Whether that was here, and what it has made is at hand."""
         return (self.workdir(run) / "results.json").exists()
 
     @contextlib.contextmanager

@@ -68,8 +68,30 @@ def read(path: str | Path) -> dict[str, Any]:
     return made
 
 
+def known(path: str | Path, runs: Sequence[Run], folder: Folder) -> dict[str, Entry]:
+    """The rows of an earlier results.json, by name, that stand for runs of the same settings.
+
+    A run that another, unfinished one goes on from is not among them: its model is needed.
+
+    Raises:
+      UserError: if the file is absent or something else.
+    """
+    rows = {row["name"]: row for row in read(path)["runs"]}
+    found = {
+        run.name: rows[run.name]
+        for run in runs
+        if run.name in rows and rows[run.name]["settings"] == list(run.overrides)
+    }
+    for run in reversed(runs):  # those that others go on from come before these
+        if run.name not in found and not folder.made(run):
+            found.pop(run.after, None)
+    return found
+
+
 def _measured(sweep: Sweep, run: Run, folder: Folder) -> Entry:
-    """A finished run, by its own report."""
+    """A finished run, by its own report, or by an earlier sweep's."""
+    if not folder.made(run):
+        return dict(folder.known[run.name])
     results = report.read(folder.workdir(run) / "results.json")
     model = results["models"][-1]
     kept = {key: model[key] for key in _KEPT if key in model}
