@@ -28,6 +28,7 @@ RUNS = re.compile(r"runs/[\w-]+")
 SMALL = {
     "benchmarks/glue.py": ("--smoke", "--seeds=1", "--targets=0.9"),
     "benchmarks/pictures.py": ("--out=pictures", "--layer=2"),
+    "benchmarks/quantization.py": ("--calibration-tokens=512",),
 }
 
 
