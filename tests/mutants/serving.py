@@ -59,7 +59,7 @@ MUTANTS: list[Mutant] = [
          "if wanted is not None and wanted > limits.new:", "if False:"),
         ("any model will do", "test_bad_requests",
          "if body.model not in (None, self.name):", "if False:"),
-        ("a chat ends where texts do", "test_a_chat",
+        ("a chat ends where texts do", "test_an_end_of_text",
          '"eos_ids": self.chat_ends if chat else None', '"eos_ids": ()'),
     ),
     *of(
