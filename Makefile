@@ -34,7 +34,8 @@ env: $(READY)  ## make the environment only: .venv
 
 demo: $(READY)  ## train a small dense model and make it sparse: four minutes
 	$(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
-	@echo "\nThe demo's model has 1 M parameters, too few to gain time by skipping."
+	@echo
+	@echo "The demo's model has 1 M parameters, too few to gain time by skipping."
 	@$(BIN)/python benchmarks/ffn.py --brief
 
 # Most of their time is compiling, of which a sixth is left without optimisation, with the older
