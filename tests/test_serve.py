@@ -21,6 +21,7 @@ import lte_jax
 from lte_jax import data
 from lte_jax.cli import main
 from lte_jax.data import tokenize
+from lte_jax.generation import engine as rooms
 from lte_jax.generation.engine import Engine
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
@@ -357,16 +358,25 @@ def test_metrics(server):
     server.complete("Counted", max_tokens=11, temperature=0)
     after = read()
     gained = {name: after[name] - before[name] for name in after if name in before}
+    long = {"prompt": "a" * 5000}
+    assert server.ask("/v1/completions", long)[0] == 413
+    assert read()['requests_total{status="413"}'] >= 1
     assert gained["new_tokens_total"] == 11 and gained["prompt_tokens_total"] == 8
     assert gained["decoding_steps_total"] == 10 and gained['requests_total{status="200"}'] == 2
     assert 0 < gained["experts_read_total"] < 10 and after["texts_running"] == 0
 
 
-def test_a_failed_step_ends_its_texts_alone(model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("where", ["_read", "_step", "_joined"])
+def test_a_failed_step_ends_its_texts_alone(where, model, tokenizer, monkeypatch):
+    """Whether it reads a prompt, lets a text join, or continues some."""
+
+    def broken(*args, **how):
+        raise MemoryError
+
     engine = Engine(*model, rows=2)
     with serving(engine, tokenizer) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_advance", lambda running: 1 / 0)
+            patch.setattr(rooms, where, broken)
             status, answer = server.ask("/v1/completions", {"prompt": "a", "max_tokens": 5})
         assert status == 500 and answer["error"]["type"] == "server_error"
         assert len(server.complete("a", max_tokens=5)["choices"][0]["text"]) >= 1

@@ -133,7 +133,8 @@ class Engine:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and places of the cache as it is."""
-        return (0, 0) if self._cache is None else self._cache["segments"].shape
+        cache = self._cache  # another thread may ask, for figures
+        return (0, 0) if cache is None else cache["segments"].shape
 
     def add(self, prompt: Any, **settings: Any) -> Text:
         """A text to be continued, which waits for a row; the arguments are those of `text`."""
@@ -161,7 +162,8 @@ class Engine:
         """
         config = self.decoder.model.config
         [ids] = prompts_of([prompt], None, config.vocab_size)
-        check(config, [ids], max_new_tokens, seed, temperature, top_p=top_p)
+        sampling = {"temperature": temperature, "top_k": None, "top_p": top_p}
+        check(config, [ids], max_new_tokens, seed, threshold=None, stream=None, **sampling)
         ends = ends_of(config, eos_ids)
         text = Text(
             ids,
@@ -216,7 +218,6 @@ class Engine:
         rows, places = self._needed([*self.running, text])
         if self.running and rows * places > self.places:
             return None
-        self.waiting.popleft()
         tokens_1T, mask_1T, length, turn = laid_out([text.prompt], 1, _LEAST_PLACES)
         logits_1V, cache = _read(self.decoder, tokens_1T, mask_1T, length, turn=turn)
         token_1, finite_1 = _chosen(self.decoder, logits_1V, *_settings([text]))
@@ -227,6 +228,7 @@ class Engine:
             shift = np.int32(self._index - length)
             self._cache = _joined(self._cache, np.int32(row), cache, shift)
             self._table[row] = text
+        self.waiting.popleft()  # not before: after an error `give_up` must find it
         return text
 
     def _advance(self) -> None:

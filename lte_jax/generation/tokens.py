@@ -121,9 +121,7 @@ def generate(
     checks.routing_of(model, routing)
     prompts = prompts_of(tokens, mask, model.config.vocab_size)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    checks.function("stream", stream)
-    checks.threshold(threshold, model.config.num_layers)
-    check(model.config, prompts, max_new_tokens, seed, **sampling)
+    check(model.config, prompts, max_new_tokens, seed, threshold, stream, **sampling)
     search = {"length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
     search |= {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     settings = {"implementation": implementation, "eos_ids": ends_of(model.config, eos_ids)}
@@ -235,9 +233,10 @@ def _is_list(value: Any) -> bool:
 
 
 def check(
-    config: ModelConfig, prompts, max_new_tokens, seed, temperature, top_k=None, top_p=None
+    config: ModelConfig, prompts, max_new_tokens, seed, threshold, stream, temperature, top_k, top_p
 ) -> None:
     """Raises on what `generate` refuses of these."""
+    checks.function("stream", stream)
     checks.language_model(config, "generate")
     longest, most = max(map(len, prompts)), config.max_length
     checks.integer("max_new_tokens", max_new_tokens, 1)
@@ -253,6 +252,7 @@ def check(
     if top_p is not None and not (checks.is_number(top_p) and 0 < top_p <= 1):
         raise UserError(f"top_p={top_p!r}: expected within (0, 1], or None for all tokens")
     checks.seed(seed)
+    checks.threshold(threshold, config.num_layers)
 
 
 def _check_search(
