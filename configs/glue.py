@@ -71,6 +71,8 @@ def get_config(arg=""):
         c.stages.finetune.learning_rate = 1e-4
         c.stages.router.learning_rate, c.stages.adapt.learning_rate = 1e-4, 5e-5
         c.stages.router.router_lr_multiplier = 20.0
+        if not small:
+            c.stages.finetune.average = c.stages.adapt.average = 0.5
         if preset == "ours":
             c.lte.hidden_distill_weight, c.lte.refit = 1.0, False
     c.lte.target_sparsity = 0.8 if preset == "ours" else None

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hf_folders import assert_complains
 from hf_models import assert_bit_equal, config_json, read_tensors, write_folder
 
 import lte_jax
-from lte_jax import hf
+from lte_jax import hf, tasks
+from lte_jax import params as parameters
 from lte_jax.config import UserError
 
 WORDS = "the film is good bad a dull fine plot and no joy great".split()
@@ -196,6 +198,31 @@ def test_the_way_back(kind, tmp_path):
     (tmp_path / "lte/1_Pooling/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds 1_Pooling, which is not part of a model"):
         lte_jax.save(tmp_path / "lte", sparse, routed)
+
+
+@pytest.mark.parametrize("last", [("Normalize",), ("Dense", "Normalize")])
+def test_a_classifier_of_such_a_folder_is_one_of_transformers(last, tmp_path, caplog):
+    """It reads the first token, and nothing of the embedding is left in its folder."""
+    folder = sentence_folder(tmp_path / "mean", last=last)
+    model, params = lte_jax.load(folder)
+    assert model.config.pooling == "mean" and model.config.unit_length
+    config = tasks.find("sst2").dense_config(model.config)
+    plain = write_folder(tmp_path / "plain", config_json("bert"))
+    assert config == tasks.find("sst2").dense_config(hf.read_config(plain)[0])
+    params = parameters.adopt(config, params, jax.random.key(0))
+    hf.save(tmp_path / "classes", config, None, params, folder)
+    assert "transformers would read" not in caplog.text
+    left = {path.name for path in (tmp_path / "classes").iterdir()}
+    assert not left & {"modules.json", "1_Pooling", "2_Dense", "sentence_bert_config.json"}
+    written = hf.read_config(tmp_path / "classes")[0]
+    assert written == config and tasks.find("sst2").dense_config(written) == written
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "classes").eval()
+    tokens = np.array([[2, 5, 6, 7, 8, 3]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    found = lte_jax.apply(*lte_jax.load(tmp_path / "classes"), tokens).logits
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_classifier_of_the_mean_is_read_back_and_said(tmp_path, caplog):

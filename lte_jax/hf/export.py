@@ -171,7 +171,8 @@ def _main_dtype(tensors: list[_Tensor]) -> str:
 
 def _check_source(config: ModelConfig, source: Path) -> None:
     theirs = read_config(source)[0]
-    for name in _differs(config, theirs, (*HEAD, "activation")):
+    besides = sentence.FIELDS if config.head == "classes" != theirs.head else ()
+    for name in _differs(config, theirs, (*HEAD, "activation", *besides)):
         raise UserError(
             f"source {source} has {name}={getattr(theirs, name)!r}, the model to be saved "
             f"{getattr(config, name)!r}: name the folder the model was made from, or none"

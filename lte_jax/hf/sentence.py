@@ -113,8 +113,13 @@ def length_limit(folder: Path) -> int | None:
 
 
 def write(new: Path, config: ModelConfig, source: Path | None) -> None:
-    """Writes how texts are embedded: as in `source`, or where config.json cannot say it."""
-    if config.head == "classes" and config.pooling == "mean":
+    """Writes how texts are embedded: as in `source`, or where config.json cannot say it.
+
+    A classifier that reads the first token, as those of transformers do, needs none of it.
+    """
+    if config.head == "classes" and config.pooling == "first":
+        return
+    if config.head == "classes":
         log.warning(
             "the classifier reads the mean of all tokens; transformers would read the first one"
         )

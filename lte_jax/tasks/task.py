@@ -31,6 +31,10 @@ from lte_jax.tasks.measurement import Measured, Run, bootstrapped, place
 
 log = logging.getLogger(__name__)
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of predictions [T] and labels [T]
+# What a new classifier reads, whatever the embeddings of texts were: as transformers' classifiers.
+FIRST_TOKEN: Mapping[str, Any] = {
+    "pooling": "first", "embed_dim": None, "embed_activation": "none", "unit_length": False,
+}  # fmt: skip
 
 
 def library(name: str) -> Any:
@@ -157,7 +161,8 @@ class Classification(Task):
                 f"family is {config.family!r}"
             )
         number = len(self.labels) or 1
-        return dataclasses.replace(config, head="classes", num_labels=number, pooler=True)
+        reads = {} if config.head == "classes" else FIRST_TOKEN
+        return dataclasses.replace(config, head="classes", num_labels=number, pooler=True, **reads)
 
     def build(
         self, data: DataConfig, tokenizer: Any, config: ModelConfig, seed: int = 0
