@@ -96,36 +96,107 @@ inline void Store(BFloat16* p, float value) {  // to nearest, ties to even; NaN 
   p->bits = nan ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// Up to a vector of values as floats, the rest zero.
+template <class T>
+inline Vec LoadSome(const T* p, int64_t count) {
+  if constexpr (std::is_same_v<T, float>)
+    if (count >= kLanes) return LoadVec(p);
+  Vec v = {};
+  for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i) v[i] = Load(p + i);
+  return v;
+}
+inline void StoreSome(float* p, Vec v, int64_t count) {
+  std::memcpy(p, &v, std::min<int64_t>(count, kLanes) * sizeof *p);
+}
+
+// e to the power of x, to 2e-7 of it between -87 and 88, outside of which it stays where it is there:
+// 2^n times a polynomial of the rest (Cephes, expf), of which 2^n is put together from its bits.
+inline Vec Exp(Vec x) {
+  x = x < -87.3f ? Vec{} - 87.3f : x > 88.3f ? Vec{} + 88.3f : x;
+  const Vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  return y * (Vec)(((Bits)shifted << 23) + 0x3f800000u);
+}
+
 inline float Sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
 }
 
 // ---- The two inner loops, over R rows of x and W rows of weights at a time.
+//
+// One row of x is multiplied with one row of weights after the other, so that memory is read as one
+// stream. Where rows of weights are read side by side, the next ones are asked for ahead: a CPU that
+// sees several short streams begins each of them late.
 
-template <int R, int W, class T>
-inline void DotTile(const T* weights, int64_t stride, const float* const* x, int64_t width, float* out,
-                    int64_t out_stride) {
-  constexpr int kSums = R == 1 ? 2 : 1;  // enough independent sums to hide the latency of additions
-  Vec sums[R][W][kSums] = {};
-  int64_t d = 0;
-  for (; d + kStep <= width; d += kStep) {
-    Pair w[W];
-    for (int j = 0; j < W; ++j) w[j] = LoadPair(weights + j * stride + d);
-    for (int r = 0; r < R; ++r) {
-      const Pair v = LoadPair(x[r] + d);
-      for (int j = 0; j < W; ++j) {
-        sums[r][j][0] += v.first * w[j].first;
-        sums[r][j][kSums - 1] += v.second * w[j].second;
-      }
-    }
+template <class T>
+inline void Ahead(const T* p) {  // asks for the memory of kStep weights
+  for (int64_t i = 0; i < kStep; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+}
+
+// Products of kStep weights with kStep elements of x, `Operand`s, added to sums.
+template <class T>
+struct Products {
+  using Operand = float;  // in the order given by Place
+  Pair sums = {};
+
+  static Pair LoadWeights(const T* p) { return LoadPair(p); }
+  static Pair LoadOperands(const float* p) { return LoadPair(p); }
+  void Add(Pair w, Pair x) { sums.first += w.first * x.first, sums.second += w.second * x.second; }
+  Vec Total() const { return sums.first + sums.second; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Products<BFloat16> {  // by one instruction, of x as it is
+  using Operand = BFloat16;
+  Vec sums = {};
+
+  static Bits LoadWeights(const BFloat16* p) {
+    Bits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
   }
+  static Bits LoadOperands(const BFloat16* p) { return LoadWeights(p); }
+  void Add(Bits w, Bits x) { sums = (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)w, (__m512bh)x); }
+  Vec Total() const { return sums; }
+};
+#endif
+
+template <class T>
+using Operand = typename Products<T>::Operand;
+
+// kSums sums for each product of rows: enough independent ones hide the latency of additions.
+template <int R, int W, int kSums, class T>
+inline void DotTile(const T* weights, int64_t stride, const Operand<T>* const* x, int64_t width,
+                    float* out, int64_t out_stride) {
+  Products<T> sums[R][W][kSums] = {};
+  const auto add = [&](int64_t d, int k) {
+    decltype(Products<T>::LoadWeights(weights)) w[W];
+    for (int j = 0; j < W; ++j) w[j] = Products<T>::LoadWeights(weights + j * stride + d);
+    if (R == 1 && W == 1) Ahead(weights + d + 1024);
+    for (int r = 0; r < R; ++r) {
+      const auto v = Products<T>::LoadOperands(x[r] + d);
+      for (int j = 0; j < W; ++j) sums[r][j][k].Add(w[j], v);
+    }
+  };
+  int64_t d = 0;
+  for (; d + kSums * kStep <= width; d += kSums * kStep)
+    for (int k = 0; k < kSums; ++k) add(d + k * kStep, k);
+  for (; d + kStep <= width; d += kStep) add(d, 0);
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < W; ++j) {
-      float total = 0;
-      for (int k = 0; k < kSums; ++k) total += Sum(sums[r][j][k]);
-      for (int64_t i = d; i < width; ++i) total += x[r][i] * Load(weights + j * stride + i);
+      Vec all = sums[r][j][0].Total();
+      for (int k = 1; k < kSums; ++k) all += sums[r][j][k].Total();
+      float total = Sum(all);
+      for (int64_t i = d; i < width; ++i) total += Load(x[r] + i) * Load(weights + j * stride + i);
       out[r * out_stride + j] = total;
     }
   }
@@ -134,19 +205,22 @@ inline void DotTile(const T* weights, int64_t stride, const float* const* x, int
 // out[r * out_stride + m] = weights[m] . x[r], for `rows` rows of x and `count` rows of weights,
 // `stride` apart.
 template <class T>
-void Dots(const T* weights, int64_t stride, int64_t count, int64_t width, const float* const* x,
+void Dots(const T* weights, int64_t stride, int64_t count, int64_t width, const Operand<T>* const* x,
           int64_t rows, float* out, int64_t out_stride) {
   int64_t m = 0;
-  for (; m + 4 <= count; m += 4) {
-    const T* w = weights + m * stride;
-    int64_t r = 0;
-    for (; r + kTile <= rows; r += kTile)
-      DotTile<kTile, 4>(w, stride, x + r, width, out + r * out_stride + m, out_stride);
-    for (; r < rows; ++r) DotTile<1, 4>(w, stride, x + r, width, out + r * out_stride + m, out_stride);
+  if (rows >= kTile) {
+    for (; m + 4 <= count; m += 4) {
+      const T* w = weights + m * stride;
+      int64_t r = 0;
+      for (; r + kTile <= rows; r += kTile)
+        DotTile<kTile, 4, 1>(w, stride, x + r, width, out + r * out_stride + m, out_stride);
+      for (; r < rows; ++r)
+        DotTile<1, 4, 1>(w, stride, x + r, width, out + r * out_stride + m, out_stride);
+    }
   }
   for (; m < count; ++m)
     for (int64_t r = 0; r < rows; ++r)
-      DotTile<1, 1>(weights + m * stride, stride, x + r, width, out + r * out_stride + m, out_stride);
+      DotTile<1, 1, 4>(weights + m * stride, stride, x + r, width, out + r * out_stride + m, out_stride);
 }
 
 template <int R, int W, class T>
@@ -155,7 +229,10 @@ inline void AxpyTile(const T* weights, int64_t stride, const float* h, int64_t h
   int64_t d = 0;
   for (; d + kStep <= width; d += kStep) {
     Pair w[W];
-    for (int j = 0; j < W; ++j) w[j] = LoadPair(weights + j * stride + d);
+    for (int j = 0; j < W; ++j) {
+      w[j] = LoadPair(weights + j * stride + d);
+      Ahead(weights + (j + W) * stride + d);
+    }
     for (int r = 0; r < R; ++r) {
       Pair sum = LoadPair(y[r] + d);
       for (int j = 0; j < W; ++j) {
@@ -317,9 +394,11 @@ struct Rounded {
   }
 };
 
-// sums[t][r] += the products of W tile rows, each 16 outputs by all inputs, with R rows of x.
+// sums[t][r] += the products of W tile rows, each 16 outputs by all inputs, with R rows of x. With one
+// row, when the time goes into reading, codes are asked for ahead, also those of the next tile row.
 template <int kBits, int R, int W>
 inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (*sums)[R]) {
+  constexpr int kSums = R == 1 ? 2 : 1;  // hides the latency of additions
   const int32_t *words[R], *totals[R];
   const float* scales[R];
   for (int r = 0; r < R; ++r) {
@@ -328,20 +407,22 @@ inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (
     scales[r] = x.scales.data() + rows[r] * x.groups;
   }
   for (int64_t g = 0; g < x.groups; ++g) {
-    Ints16 dots[W][R];
+    Ints16 dots[W][R][kSums] = {};
     for (int t = 0; t < W; ++t)
-      for (int r = 0; r < R; ++r) dots[t][r] = Ints16{} - totals[r][g] * (1 << (kBits - 1));
+      for (int r = 0; r < R; ++r) dots[t][r][0] -= totals[r][g] * (1 << (kBits - 1));
     for (int s = 0; s < kBits; ++s) {
       for (int t = 0; t < W; ++t) {
+        const uint8_t* from = w.codes + ((t * x.groups + g) * kBits + s) * 64;
         Bits16 codes;
-        std::memcpy(&codes, w.codes + ((t * x.groups + g) * kBits + s) * 64, sizeof codes);
-        if constexpr (kBits == 8) {
-          for (int r = 0; r < R; ++r) dots[t][r] = AddDots(dots[t][r], codes, words[r][g * 8 + s]);
-        } else {
-          const Bits16 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;
-          for (int r = 0; r < R; ++r) {
-            dots[t][r] = AddDots(dots[t][r], low, words[r][g * 8 + s]);
-            dots[t][r] = AddDots(dots[t][r], high, words[r][g * 8 + s + 4]);
+        std::memcpy(&codes, from, sizeof codes);
+        if (R == 1) __builtin_prefetch(from + (kBits == 8 ? 1024 : 4096), 0, 2);
+        for (int r = 0; r < R; ++r) {
+          Ints16 &even = dots[t][r][0], &odd = dots[t][r][kSums - 1];
+          if constexpr (kBits == 8) {
+            (s % 2 ? odd : even) = AddDots(s % 2 ? odd : even, codes, words[r][g * 8 + s]);
+          } else {
+            even = AddDots(even, codes & 0x0f0f0f0fu, words[r][g * 8 + s]);
+            odd = AddDots(odd, codes >> 4 & 0x0f0f0f0fu, words[r][g * 8 + s + 4]);
           }
         }
       }
@@ -350,8 +431,10 @@ inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (
       Shorts16 halves;
       std::memcpy(&halves, w.scales + (t * x.groups + g) * kOutputs, sizeof halves);
       const Floats16 scale = (Floats16)(__builtin_convertvector(halves, Bits16) << 16);
-      for (int r = 0; r < R; ++r)
-        sums[t][r] += __builtin_convertvector(dots[t][r], Floats16) * (scale * scales[r][g]);
+      for (int r = 0; r < R; ++r) {
+        if (kSums == 2) dots[t][r][0] += dots[t][r][kSums - 1];
+        sums[t][r] += __builtin_convertvector(dots[t][r][0], Floats16) * (scale * scales[r][g]);
+      }
     }
   }
 }
@@ -363,23 +446,33 @@ void AddProductsOf(Scaled w, const Rounded& x, const std::vector<int64_t>& rows,
   const auto some = [&](auto number, auto tiles, int64_t r, int64_t o) {
     constexpr int R = number.value, W = tiles.value;
     Floats16 sums[W][R] = {};
-    const auto bytes = [&](int t) {
-      return std::min<int64_t>(kOutputs, outputs - o - t * kOutputs) * sizeof(float);
+    const auto move = [&](auto copy) {  // of a size that is known, if all are there
+      const int64_t left = outputs - o;
+      for (int t = 0; t < W; ++t)
+        for (int i = 0; i < R; ++i) {
+          float* at = out[r + i] + o + t * kOutputs;
+          if (left >= W * kOutputs)
+            copy(at, &sums[t][i], sizeof(Floats16));
+          else
+            copy(at, &sums[t][i], std::min<int64_t>(kOutputs, left - t * kOutputs) * sizeof(float));
+        }
     };
-    for (int t = 0; t < W; ++t)
-      for (int i = 0; i < R; ++i) std::memcpy(&sums[t][i], out[r + i] + o + t * kOutputs, bytes(t));
+    move([](float* at, Floats16* sum, size_t bytes) { std::memcpy(sum, at, bytes); });
     AddTiles<kBits, R, W>(w.From(o / kOutputs * x.groups), x, rows.data() + r, sums);
-    for (int t = 0; t < W; ++t)
-      for (int i = 0; i < R; ++i) std::memcpy(out[r + i] + o + t * kOutputs, &sums[t][i], bytes(t));
+    move([](float* at, Floats16* sum, size_t bytes) { std::memcpy(at, sum, bytes); });
   };
-  const auto all = [&](auto tiles, int64_t o) {
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  const std::integral_constant<int, 4> four;
+  for (int64_t o = 0; o < outputs; o += 2 * kOutputs) {
+    const bool both = o + kOutputs < outputs;
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>(), tiles, r, o);
-    for (; r < count; ++r) some(std::integral_constant<int, 1>(), tiles, r, o);
-  };
-  int64_t o = 0;
-  for (; o + kOutputs < outputs; o += 2 * kOutputs) all(std::integral_constant<int, 2>(), o);
-  if (o < outputs) all(std::integral_constant<int, 1>(), o);
+    for (; r + 4 <= count; r += 4) both ? some(four, two, r, o) : some(four, one, r, o);
+    for (; r < count; ++r) {  // one tile row after the other, as they are stored
+      some(one, one, r, o);
+      if (both) some(one, one, r, o + kOutputs);
+    }
+  }
 }
 
 // out[r][o] += sum over inputs of w[o] x[rows[r]], for the first so many outputs o of w.
@@ -402,46 +495,97 @@ constexpr bool kHasPanels = false;
 #endif
 constexpr int kPanel = 32;
 
+#ifdef __AVX512F__
+// to[i * to_stride + j] = from[j * from_stride + i] of 16 x 16 words.
+void Transpose(const void* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+  const char* bytes = static_cast<const char*>(from);
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(bytes + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + 2 + k]);
+      a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + 2 + k]);
+    }
+  }
+  for (int k = 0; k < 4; ++k) {  // lanes of a quarter: columns k, 4 + k, 8 + k, 12 + k
+    const __m512i even0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
+    const __m512i even1 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
+    const __m512i odd1 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
+    _mm512_storeu_si512(to + k * to_stride, _mm512_shuffle_i32x4(even0, even1, 0x88));
+    _mm512_storeu_si512(to + (4 + k) * to_stride, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+    _mm512_storeu_si512(to + (8 + k) * to_stride, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+    _mm512_storeu_si512(to + (12 + k) * to_stride, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+  }
+}
+#endif
+
 // panel[p][o]: inputs 2p and 2p + 1 of output o; weights [outputs][inputs], `stride` apart.
 void PackOutputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_t pairs,
                  uint32_t* panel) {
-  if (outputs < kPanel) std::fill_n(panel, pairs * kPanel, 0u);
-  for (int64_t begin = 0; begin < pairs; begin += 16) {  // stays in the nearest cache
-    const int64_t end = std::min(pairs, begin + 16);
+  int64_t begin = 0;
+#ifdef __AVX512F__
+  if (outputs == kPanel)
+    for (; begin + 16 <= pairs; begin += 16)
+      for (int64_t o = 0; o < kPanel; o += 16)
+        Transpose(weights + o * stride + 2 * begin, 2 * stride, panel + begin * kPanel + o, kPanel);
+#endif
+  for (int64_t p = begin; p < pairs; ++p) {
     for (int64_t o = 0; o < outputs; ++o)
-      for (int64_t p = begin; p < end; ++p)
-        std::memcpy(panel + p * kPanel + o, weights + o * stride + 2 * p, sizeof *panel);
+      std::memcpy(panel + p * kPanel + o, weights + o * stride + 2 * p, sizeof *panel);
+    std::fill_n(panel + p * kPanel + outputs, kPanel - outputs, 0u);
   }
 }
 
-// The same of weights [inputs][outputs].
+// The same of weights [inputs][outputs], and of so many panels that hold all outputs.
 void PackInputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_t pairs,
-                uint32_t* panel) {
+                uint32_t* panels) {
   for (int64_t p = 0; p < pairs; ++p) {
     const BFloat16 *even = weights + 2 * p * stride, *odd = even + stride;
-    for (int64_t o = 0; o < outputs; ++o)
-      panel[p * kPanel + o] = uint32_t(odd[o].bits) << 16 | even[o].bits;
-    for (int64_t o = outputs; o < kPanel; ++o) panel[p * kPanel + o] = 0;
+    for (int64_t o = 0; o < outputs; o += kPanel) {
+      uint32_t* panel = panels + o * pairs + p * kPanel;
+      __builtin_prefetch(even + 16 * stride + o);
+      __builtin_prefetch(odd + 16 * stride + o);
+      if (outputs - o >= kPanel) {
+        for (int64_t i = 0; i < kPanel; ++i)
+          panel[i] = uint32_t(odd[o + i].bits) << 16 | even[o + i].bits;
+      } else {
+        for (int64_t i = 0; i < kPanel; ++i)
+          panel[i] = o + i < outputs ? uint32_t(odd[o + i].bits) << 16 | even[o + i].bits : 0;
+      }
+    }
   }
 }
 
-// y[r][o..o + 32) += the products of a panel with R rows of x, each of so many pairs of bfloat16.
+// Inputs that are multiplied before sums are stored: `parts` of so many pairs of bfloat16; those of a
+// row of x are `apart`, those of the panels of a part lie behind those of the last one.
+struct Inputs {
+  int64_t pairs, parts = 1, apart = 0;
+};
+
+// y[r][o..o + 32) += the products of a panel with R rows of x; panels of parts are `next` words apart.
 template <int R>
-inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const BFloat16* const* x, float* const* y,
-                         int64_t o) {
+inline void AddPanelTile(const uint32_t* panel, int64_t next, Inputs inputs, const BFloat16* const* x,
+                         float* const* y, int64_t o) {
 #ifdef __AVX512BF16__
   __m512 low[R], high[R];
   for (int r = 0; r < R; ++r)
     low[r] = _mm512_loadu_ps(y[r] + o), high[r] = _mm512_loadu_ps(y[r] + o + 16);
-  for (int64_t p = 0; p < pairs; ++p) {
-    const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + p * kPanel);
-    const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + p * kPanel + 16);
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, x[r] + 2 * p, sizeof pair);
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      low[r] = _mm512_dpbf16_ps(low[r], first, both);
-      high[r] = _mm512_dpbf16_ps(high[r], second, both);
+  for (int64_t part = 0; part < inputs.parts; ++part, panel += next) {
+    for (int64_t p = 0; p < inputs.pairs; ++p) {
+      const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + p * kPanel);
+      const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + p * kPanel + 16);
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x[r] + part * inputs.apart + 2 * p, sizeof pair);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        low[r] = _mm512_dpbf16_ps(low[r], first, both);
+        high[r] = _mm512_dpbf16_ps(high[r], second, both);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -449,13 +593,13 @@ inline void AddPanelTile(const uint32_t* panel, int64_t pairs, const BFloat16* c
 #endif
 }
 
-// The same of neighbouring panels, from output 0 on, and all rows.
-void AddPanels(const uint32_t* panels, int64_t count, int64_t pairs,
+// The same of `count` neighbouring panels, from output 0 on, and all rows.
+void AddPanels(const uint32_t* panels, int64_t count, Inputs inputs,
                const std::vector<const BFloat16*>& x, const std::vector<float*>& y) {
-  const int64_t rows = x.size();
+  const int64_t rows = x.size(), words = inputs.pairs * kPanel;
   const auto some = [&](auto number, int64_t r) {
     for (int64_t i = 0; i < count; ++i)
-      AddPanelTile<number.value>(panels + i * pairs * kPanel, pairs, x.data() + r, y.data() + r,
+      AddPanelTile<number.value>(panels + i * words, count * words, inputs, x.data() + r, y.data() + r,
                                  i * kPanel);
   };
   int64_t r = 0;
@@ -464,20 +608,33 @@ void AddPanels(const uint32_t* panels, int64_t count, int64_t pairs,
   for (; r < rows; ++r) some(std::integral_constant<int, 1>(), r);
 }
 
+// Rows of x, one cache line further apart than they are long: of rows whose distance is a power of two
+// all would share the same few lines of a cache.
+struct Apart {
+  int64_t stride;
+  std::vector<BFloat16> held;
+
+  Apart(const BFloat16* x, int64_t rows, int64_t width) : stride(width + 32), held(rows * stride) {
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * width, width, held.data() + r * stride);
+  }
+  const BFloat16* operator[](int64_t row) const { return held.data() + row * stride; }
+};
+
 // ---- The sparse FFN.
 
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu };  // in the order of reference.ACTIVATIONS
 
-inline float Activate(Activation activation, float z) {
+inline Vec Activate(Activation activation, Vec z) {
   switch (activation) {
     case kSilu:
-      return z / (1 + std::exp(-z));
+      return z / (1 + Exp(-z));
     case kGelu:
-      return 0.5f * z * (1 + std::erf(z * 0.70710678f));
-    case kGeluTanh:
-      return 0.5f * z * (1 + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
+      for (int i = 0; i < kLanes; ++i) z[i] = 0.5f * z[i] * (1 + std::erf(z[i] * 0.70710678f));
+      return z;
+    case kGeluTanh:  // z (1 + tanh(u)) / 2
+      return z / (1 + Exp(-1.59576912f * (z + 0.044715f * z * z * z)));
     default:
-      return std::max(z, 0.0f);
+      return z < 0 ? Vec{} : z;
   }
 }
 
@@ -492,11 +649,18 @@ template <class T>
 void Activations(Activation activation, int64_t rows, int64_t M, const T* up_bias, const T* gate_bias,
                  const float* gate, float* up, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t m = 0; m < M; ++m) {
-      float& h = up[r * stride + m];
-      if (up_bias) h += Load(up_bias + m);
-      const float bias = gate && gate_bias ? Load(gate_bias + m) : 0;
-      h = gate ? h * Activate(activation, gate[r * stride + m] + bias) : Activate(activation, h);
+    for (int64_t m = 0; m < M; m += kLanes) {
+      float* to = up + r * stride + m;
+      Vec h = LoadSome(to, M - m);
+      if (up_bias) h += LoadSome(up_bias + m, M - m);
+      if (gate) {
+        Vec z = LoadSome(gate + r * stride + m, M - m);
+        if (gate_bias) z += LoadSome(gate_bias + m, M - m);
+        h *= Activate(activation, z);
+      } else {
+        h = Activate(activation, h);
+      }
+      StoreSome(to, h, M - m);
     }
   }
 }
@@ -504,7 +668,7 @@ void Activations(Activation activation, int64_t rows, int64_t M, const T* up_bia
 // y[b] += down^T act(gate x[b]) * (up x[b]) for one expert and the rows that use it.
 template <class T>
 void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
-               const std::vector<const float*>& x, const std::vector<float*>& y,
+               const std::vector<const Operand<T>*>& x, const std::vector<float*>& y,
                std::vector<float>& scratch) {
   const int64_t rows = x.size();
   scratch.resize(2 * rows * M);
@@ -559,6 +723,24 @@ std::vector<float> ToFloat(const T* x, int64_t rows, int64_t width, bool placed)
   return made;
 }
 
+// The rows of x as Dots wants them for weights of type T.
+template <class T>
+struct OperandRows {
+  std::vector<float> made;
+  std::vector<const Operand<T>*> rows;
+
+  OperandRows(const T* x, int64_t count, int64_t width) {
+    const Operand<T>* first;
+    if constexpr (std::is_same_v<T, Operand<T>>) {
+      first = x;
+    } else {
+      made = ToFloat(x, count, width, true);
+      first = made.data();
+    }
+    for (int64_t r = 0; r < count; ++r) rows.push_back(first + r * width);
+  }
+};
+
 // out[b] = the sum over the experts of row b of what add(expert, rows, y, scratch) adds to y[i], for
 // the rows that use the expert; sums are stored in the order of weights of type T.
 template <class T, class Out, class Add>
@@ -590,13 +772,15 @@ void SumExperts(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, 
 }
 
 // The same for many rows, in two steps: hidden(expert, rows, first) makes the hidden activations of
-// an expert for its rows and keeps them in places from `first` on; down(expert, first, begin, end, y)
-// adds what they give, of outputs from `begin` to `end`, to y[i][0] and on, for each of the rows.
-// `start(places)` is called before. Each output is summed in the order of experts.
+// an expert for its rows and keeps them in places from `first` on; down(experts, number, first, begin,
+// end, y) adds what those of so many experts give, of outputs from `begin` to `end`, to y[i][0] and
+// on, for each of the rows. These experts are of all rows, or one alone; the places of one lie behind
+// those of the last. `start(places)` is called before. Each output is summed in the order of experts.
 template <class Out, class Start, class Hidden, class Down>
 void SumExpertsOfMany(ffi::ThreadPool& pool, const bool* active, Out* out, int64_t B, int64_t D,
                       int64_t E, const Start& start, const Hidden& hidden, const Down& down) {
   constexpr int64_t kBlock = 256;  // outputs: those of all rows stay in the second cache
+  constexpr size_t kTogether = 8;  // experts: sums are loaded and stored once for them
   std::vector<std::vector<int64_t>> rows(E);
   std::vector<int64_t> first(E), used;
   int64_t places = 0;
@@ -618,10 +802,12 @@ void SumExpertsOfMany(ffi::ThreadPool& pool, const bool* active, Out* out, int64
     float* y = sums + block * B * kBlock;
     std::fill_n(y, B * kBlock, 0.0f);
     std::vector<float*> to;
-    for (const int64_t e : used) {
+    const auto of_all = [&](size_t k) { return int64_t(rows[used[k]].size()) == B; };
+    for (size_t k = 0, next; k < used.size(); k = next) {
+      for (next = k + 1; of_all(k) && next < used.size() && next < k + kTogether && of_all(next);) ++next;
       to.clear();
-      for (const int64_t b : rows[e]) to.push_back(y + b * kBlock);
-      down(e, first[e], begin, end, to);
+      for (const int64_t b : rows[used[k]]) to.push_back(y + b * kBlock);
+      down(used.data() + k, next - k, first[used[k]], begin, end, to);
     }
     for (int64_t b = 0; b < B; ++b)
       for (int64_t d = begin; d < end; ++d) Store(out + b * D + d, y[b * kBlock + d - begin]);
@@ -633,6 +819,7 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
                const Weights<BFloat16>& w, BFloat16* out, Activation activation, int64_t B, int64_t D,
                int64_t E, int64_t M) {
   std::vector<BFloat16> h;  // [places][M]
+  const Apart x_BD(x, B, D);
   const auto hidden = [&](int64_t e, const std::vector<int64_t>& rows, int64_t first) {
     static thread_local std::vector<uint32_t> panel;
     static thread_local std::vector<float> sums;
@@ -640,7 +827,7 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
     panel.resize(D / 2 * kPanel);
     std::vector<const BFloat16*> from;
     std::vector<float*> to(count);
-    for (const int64_t b : rows) from.push_back(x + b * D);
+    for (const int64_t b : rows) from.push_back(x_BD[b]);
     for (int64_t m = 0; m < M; m += kPanel) {
       const int64_t neurons = std::min<int64_t>(kPanel, M - m);
       sums.assign(2 * count * kPanel, 0.0f);
@@ -648,7 +835,7 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
       const auto project = [&](const BFloat16* weights, float* to_RM) {
         PackOutputs(weights + (e * M + m) * D, D, neurons, D / 2, panel.data());
         for (int64_t r = 0; r < count; ++r) to[r] = to_RM + r * kPanel;
-        AddPanels(panel.data(), 1, D / 2, from, to);
+        AddPanels(panel.data(), 1, {D / 2}, from, to);
       };
       project(w.up, up);
       if (w.gate) project(w.gate, gate);
@@ -659,19 +846,18 @@ void FfnOfMany(ffi::ThreadPool& pool, const BFloat16* x, const bool* active,
         for (int64_t i = 0; i < neurons; ++i) Store(&h[(first + r) * M + m + i], up[r * kPanel + i]);
     }
   };
-  const auto down = [&](int64_t e, int64_t first, int64_t begin, int64_t end,
-                        const std::vector<float*>& rows) {
+  const auto down = [&](const int64_t* experts, int64_t number, int64_t first, int64_t begin,
+                        int64_t end, const std::vector<float*>& rows) {
     static thread_local std::vector<uint32_t> panels;
-    const int64_t count = (end - begin + kPanel - 1) / kPanel;
-    panels.resize(count * M / 2 * kPanel);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t d = begin + i * kPanel;
-      PackInputs(w.down + e * M * D + d, D, std::min<int64_t>(kPanel, end - d), M / 2,
-                 panels.data() + i * M / 2 * kPanel);
-    }
+    const int64_t count = (end - begin + kPanel - 1) / kPanel, words = M / 2 * kPanel;
+    panels.resize(number * count * words);
+    for (int64_t k = 0; k < number; ++k)
+      PackInputs(w.down + experts[k] * M * D + begin, D, end - begin, M / 2,
+                 panels.data() + k * count * words);
     std::vector<const BFloat16*> from;
-    for (size_t r = 0; r < rows.size(); ++r) from.push_back(h.data() + (first + r) * M);
-    AddPanels(panels.data(), count, M / 2, from, rows);
+    const int64_t places = rows.size();
+    for (int64_t r = 0; r < places; ++r) from.push_back(h.data() + (first + r) * M);
+    AddPanels(panels.data(), count, {M / 2, number, places * M}, from, rows);
   };
   SumExpertsOfMany(pool, active, out, B, D, E, [&](int64_t places) { h.resize(places * M); }, hidden,
                    down);
@@ -720,13 +906,13 @@ ffi::Error RunFfn(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::Any
       return ffi::Error::Success();
     }
   }
-  const std::vector<float> x_BD = ToFloat(static_cast<const T*>(x.untyped_data()), B, D, true);
+  const OperandRows<T> x_BD(static_cast<const T*>(x.untyped_data()), B, D);
   SumExperts<T>(pool, static_cast<const bool*>(active.untyped_data()),
                 static_cast<T*>(y->untyped_data()), B, D, E,
                 [&](int64_t e, const std::vector<int64_t>& rows, const std::vector<float*>& to,
                     std::vector<float>& scratch) {
-                  std::vector<const float*> from;
-                  for (const int64_t b : rows) from.push_back(x_BD.data() + b * D);
+                  std::vector<const Operand<T>*> from;
+                  for (const int64_t b : rows) from.push_back(x_BD.rows[b]);
                   const auto matrix = [&](const T* p) { return p ? p + e * M * D : nullptr; };
                   const auto vector = [&](const T* p) { return p ? p + e * M : nullptr; };
                   const Weights<T> expert = {matrix(w.gate), matrix(w.up), matrix(w.down),
@@ -807,8 +993,10 @@ ffi::Error ScaledFfn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer acti
           static thread_local std::vector<float> scratch;
           expert(e).Hidden(x_BD, rows, scratch, *h, first);
         },
-        [&](int64_t e, int64_t first, int64_t begin, int64_t end, const Sums& to) {
-          expert(e).Down(*h, first, begin, end, to);
+        [&](const int64_t* experts, int64_t number, int64_t first, int64_t begin, int64_t end,
+            const Sums& to) {
+          for (int64_t k = 0; k < number; ++k)
+            expert(experts[k]).Down(*h, first + k * to.size(), begin, end, to);
         });
   }
   for (size_t i = 0; i < floats.size(); ++i)
@@ -818,26 +1006,34 @@ ffi::Error ScaledFfn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer acti
 
 // ---- Matrix-vector products.
 
+// Several panels at a time, and their inputs in parts: of weights [inputs][outputs] whole lines of the
+// cache are read side by side, and what is packed stays in the second cache.
 void LinearOfMany(ffi::ThreadPool& pool, const BFloat16* x, const BFloat16* weights, float* out,
                   int64_t B, int64_t K, int64_t O, bool transposed) {
-  ParallelFor(pool, (O + kPanel - 1) / kPanel, [&](int64_t block) {
-    static thread_local std::vector<uint32_t> panel;
+  constexpr int64_t kInputs = 1024;
+  const Apart x_BK(x, B, K);
+  const int64_t panels = (O + kPanel - 1) / kPanel;
+  const int64_t width = std::min<int64_t>(4, std::max<int64_t>(1, panels / (4 * pool.num_threads())));
+  ParallelFor(pool, (panels + width - 1) / width, [&](int64_t block) {
+    static thread_local std::vector<uint32_t> packed;
     static thread_local std::vector<float> sums;
-    const int64_t o = block * kPanel, outputs = std::min<int64_t>(kPanel, O - o);
-    panel.resize(K / 2 * kPanel);
-    sums.assign(B * kPanel, 0.0f);
-    std::vector<const BFloat16*> from;
+    const int64_t begin = block * width * kPanel, end = std::min(O, begin + width * kPanel);
+    const int64_t count = (end - begin + kPanel - 1) / kPanel;
+    packed.resize(count * kInputs / 2 * kPanel);
+    sums.assign(B * count * kPanel, 0.0f);
+    std::vector<const BFloat16*> from(B);
     std::vector<float*> to;
-    for (int64_t b = 0; b < B; ++b) {
-      from.push_back(x + b * K);
-      to.push_back(sums.data() + b * kPanel);
+    for (int64_t b = 0; b < B; ++b) to.push_back(sums.data() + b * count * kPanel);
+    for (int64_t k = 0; k < K; k += kInputs) {
+      const int64_t pairs = std::min(kInputs, K - k) / 2;
+      if (!transposed) PackInputs(weights + k * O + begin, O, end - begin, pairs, packed.data());
+      for (int64_t o = begin; transposed && o < end; o += kPanel)
+        PackOutputs(weights + o * K + k, K, std::min<int64_t>(kPanel, end - o), pairs,
+                    packed.data() + (o - begin) * pairs);
+      for (int64_t b = 0; b < B; ++b) from[b] = x_BK[b] + k;
+      AddPanels(packed.data(), count, {pairs}, from, to);
     }
-    if (transposed)
-      PackOutputs(weights + o * K, K, outputs, K / 2, panel.data());
-    else
-      PackInputs(weights + o, O, outputs, K / 2, panel.data());
-    AddPanels(panel.data(), 1, K / 2, from, to);
-    for (int64_t b = 0; b < B; ++b) std::copy_n(to[b], outputs, out + b * O + o);
+    for (int64_t b = 0; b < B; ++b) std::copy_n(to[b], end - begin, out + b * O + begin);
   });
 }
 
@@ -855,19 +1051,19 @@ ffi::Error RunLinear(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, int64_t lay
       return ffi::Error::Success();
     }
   }
-  const std::vector<float> x_BK = ToFloat(static_cast<const T*>(x.untyped_data()), B, K, transposed);
-  std::vector<const float*> from;
-  for (int64_t b = 0; b < B; ++b) from.push_back(x_BK.data() + b * K);
+  const T* values = static_cast<const T*>(x.untyped_data());
   const int64_t items = transposed ? O : K, chunks = NumChunks(pool, items / 8);
   const auto begin = [&](int64_t chunk) { return items / 8 * chunk / chunks * 8; };
   const auto end = [&](int64_t chunk) { return chunk + 1 == chunks ? items : begin(chunk + 1); };
   if (transposed) {
+    const OperandRows<T> from(values, B, K);
     ParallelFor(pool, chunks, [&](int64_t chunk) {
       const int64_t o = begin(chunk);
-      Dots(weights + o * K, K, end(chunk) - o, K, from.data(), B, out + o, O);
+      Dots(weights + o * K, K, end(chunk) - o, K, from.rows.data(), B, out + o, O);
     });
     return ffi::Error::Success();
   }
+  const std::vector<float> x_BK = ToFloat(values, B, K, false);
   SumOverChunks<T>(pool, chunks, B, O, out, [&](int64_t chunk, float* y_BO) {
     std::vector<float*> to;
     for (int64_t b = 0; b < B; ++b) to.push_back(y_BO + b * O);
@@ -915,23 +1111,21 @@ template <class T>
 void AttendHead(const T* q, const T* k, const T* v, const bool* visible, T* y, int64_t G, int64_t C,
                 int64_t stride, int64_t begin, int64_t end) {
   const int64_t count = end - begin;
-  const std::vector<float> q_GC = ToFloat(q, G, C, true);
+  const OperandRows<T> q_GC(q, G, C);
   std::vector<float> weights_GT(G * count), y_GC(G * C);
-  std::vector<const float*> from;
   std::vector<float*> to;
-  for (int64_t g = 0; g < G; ++g) {
-    from.push_back(q_GC.data() + g * C);
-    to.push_back(y_GC.data() + g * C);
-  }
-  Dots(k + begin * stride, stride, count, C, from.data(), G, weights_GT.data(), count);
+  for (int64_t g = 0; g < G; ++g) to.push_back(y_GC.data() + g * C);
+  Dots(k + begin * stride, stride, count, C, q_GC.rows.data(), G, weights_GT.data(), count);
   const float scale = 1 / std::sqrt(float(C));
   for (int64_t g = 0; g < G; ++g) {
     float* weights = weights_GT.data() + g * count;
     float most = -std::numeric_limits<float>::infinity(), total = 0;
     for (int64_t t = 0; t < count; ++t)
       if (visible[begin + t]) most = std::max(most, weights[t] *= scale);
-    for (int64_t t = 0; t < count; ++t)
-      total += weights[t] = visible[begin + t] ? std::exp(weights[t] - most) : 0;
+    for (int64_t t = 0; t < count; t += kLanes) {
+      StoreSome(weights + t, Exp(LoadSome(weights + t, count - t) - most), count - t);
+    }
+    for (int64_t t = 0; t < count; ++t) total += weights[t] = visible[begin + t] ? weights[t] : 0;
     for (int64_t t = 0; t < count; ++t) weights[t] /= total;
   }
   Axpys(v + begin * stride, stride, count, C, weights_GT.data(), count, G, to.data());

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lte_jax import kernels
-from lte_jax.attention import attention_in_turn, masked_attention, put
+from lte_jax.attention import attention_in_turn, attention_so_far, masked_attention, put
 from lte_jax.config import Activation, ModelConfig
 from lte_jax.kernels.quantized import Quantized
 from lte_jax.kernels.reference import ACTIVATIONS
@@ -238,7 +238,8 @@ class Stack:
                 jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
                 for cache in (k_NBTKC, v_NBTKC)
             )
-            y_BLHC = attention_in_turn(q_BLHC, k_BTKC, v_BTKC, visible_BLT)
+            end = index + q_BLHC.shape[1]
+            y_BLHC = attention_so_far(q_BLHC, k_BTKC, v_BTKC, visible_BLT, end)
             return y_BLHC, (k_NBTKC, v_NBTKC)
         y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
             q_BLHC[:, 0],
