@@ -125,6 +125,46 @@ def test_masks(implementation, dtype, rows):
         assert not np.asarray(y_BD)[idle].any(), kind
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5, 26])
+@pytest.mark.parametrize("implementation", ["xla", "cpu"], indirect=True)
+def test_experts_of_all_rows_and_of_some(implementation, dtype, rows):
+    """Of more outputs and experts than are computed together, and of sizes that are not whole."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape, scale=0.2), dtype)  # noqa: E731
+    weights = {name: draw(24, 40, 300) for name in ("gate", "up", "down")}
+    active_BE = rng.random((rows, 24)) < 0.5
+    active_BE[:, :11] = active_BE[:, 13:17] = True
+    active_BE[:, 14] = False
+    x_BD = draw(rows, 300)
+    y_BD = compiled(implementation)(x_BD, active_BE, weights)
+    exact = {name: w.astype(jnp.float32) for name, w in weights.items()}
+    expected = compiled("reference")(x_BD.astype(jnp.float32), active_BE, exact)
+    assert error(y_BD, expected) < 2 * TOLERANCE[dtype]  # thousands of terms
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu"], indirect=True)
+def test_activations_far_from_zero(implementation, activation):
+    """Each by itself, to a few units in the last place, also where exponentials leave their range."""
+    z = np.concatenate([np.linspace(-12, 12, 477), [-1e30, -300, -95, -88, -87, 88, 89, 300, 1e30]])
+    z = np.concatenate([z, np.zeros(-len(z) % 6)]).astype(np.float32)
+    up = jnp.eye(len(z)).reshape(-1, 6, len(z))
+    ones = jnp.ones((1, len(up)), bool)
+    y_D = compiled(implementation, activation)(z[None], ones, {"up": up, "down": up})[0]
+    with np.errstate(over="ignore"):
+        exact = {
+            "silu": lambda z: z / (1 + np.exp(-z)),
+            "relu": lambda z: np.maximum(z, 0),
+            "gelu": lambda z: 0.5 * z * (1 + np.vectorize(math.erf)(z / math.sqrt(2))),
+            "gelu_tanh": lambda z: (
+                0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+            ),
+        }[activation](z.astype(np.float64))
+    near = 2e-6 if activation == "silu" else 5e-5  # far from 0, the others' 1 + tanh cancels
+    np.testing.assert_allclose(y_D, exact, rtol=near, atol=1e-6)
+
+
 def test_rows_keep_to_their_own_experts(implementation):
     x_BD, weights = make(8, implementation=implementation)
     active_BE = mask(8, "some")
@@ -180,7 +220,7 @@ def test_the_xla_loop_copies_no_layer():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear(implementation, dtype, transposed):
     rng = np.random.default_rng(0)
-    for rows, k, o in ((1, 20, 33), (3, 130, 8), (8, 64, 256)):
+    for rows, k, o in ((1, 20, 33), (3, 130, 8), (8, 64, 256), (13, 1100, 300), (1, 1100, 40)):
         x_BK = jnp.asarray(rng.normal(size=(rows, k)), dtype)
         w = jnp.asarray(rng.normal(size=(2, o, k) if transposed else (2, k, o)), dtype)
         product = functools.partial(

@@ -336,18 +336,29 @@ for format in t.FORMATS:
     y += [kernels.sparse_ffn(x, jnp.ones((5, 5), bool), weights, activation="relu", layer=0,
                              implementation="cpu")]
     print(np.concatenate([np.asarray(a).ravel() for a in y]).tolist())
+for dtype in ("float32", "bfloat16"):
+    for rows in (1, 3, 20):
+        x = t.normal(rows, 96, seed=3, dtype=dtype)
+        w = [t.normal(9, 32, 96, seed=i, dtype=dtype) / 8 for i in range(3)]
+        y = [kernels.linear(x, w[0][0], layer=None, transposed=True, implementation="cpu")]
+        y += [kernels.linear(x, w[0][0].T, layer=None, implementation="cpu")]
+        for activation in ("silu", "gelu_tanh"):
+            y += [kernels.sparse_ffn(x, jnp.ones((rows, 9), bool), dict(zip(("gate", "up", "down"), w)),
+                                     activation=activation, implementation="cpu")]
+        print(np.concatenate([np.asarray(a, "float32").ravel() for a in y]).tolist())
 """
 
 
 @pytest.mark.slow
 def test_other_instruction_sets_give_the_same(tmp_path):
-    """The dot products of bytes as AVX-512 has them, by AVX2, and by neither."""
+    """Dot products of bytes and of bfloat16 as AVX-512 has them, without those, by AVX2, by neither."""
     needs("cpu")
     if platform.machine() != "x86_64":
         pytest.skip("flags of x86 compilers")
     compiler = cpu._compiler()[0]
     seen = []
-    for flags in ("", " -mno-avx512f -mno-avxvnni", " -mno-avx"):
+    others = " -mno-avx512bf16 -mno-avx512vnni", " -mno-avx512f -mno-avxvnni", " -mno-avx"
+    for flags in ("", *others):
         env = dict(os.environ)
         if flags:
             env |= {"CXX": compiler + flags, "LTE_JAX_CACHE": str(tmp_path / "cache")}
@@ -356,12 +367,27 @@ def test_other_instruction_sets_give_the_same(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         seen.append([json.loads(line) for line in done.stdout.splitlines()])
-    assert len(list((tmp_path / "cache").glob("*.so"))) == 2
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 3
     for other in seen[1:]:
-        for a, b in zip(seen[0], other, strict=True):
+        for i, (a, b) in enumerate(zip(seen[0], other, strict=True)):
             # Without fused products sums differ in the last bit, and a byte of the hidden
-            # activations may, too.
-            np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+            # activations may, too; outputs in bfloat16 have eight bits.
+            near = 1e-4 if i < len(FORMATS) + 3 else 8e-3
+            np.testing.assert_allclose(a, b, atol=near * np.abs(a).max())
+
+
+@pytest.mark.parametrize("end", [3, 256, 257, 600, 1024])
+def test_attention_looks_at_the_keys_so_far(end):
+    """As at all of them, and at no place behind the next power of two."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 16)), "float32") for n in (3, 1024, 1024))
+    seen = jnp.broadcast_to(jnp.arange(1024) < end, (2, 3, 1024))
+    expected = attention.attention_in_turn(q, k, v, seen)
+    found = jax.jit(attention.attention_so_far)(q, k, v, seen, jnp.int32(end))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    looked = max(256, 1 << (end - 1).bit_length())
+    v = v.at[:, looked:].set(jnp.nan)
+    assert np.isfinite(jax.jit(attention.attention_so_far)(q, k, v, seen, jnp.int32(end))).all()
 
 
 def test_reading_config_keeps_other_formats_out():
