@@ -2,9 +2,11 @@
 
     python benchmarks/peers.py --json runs/bench/peers.json    (CPU: 10 GB of memory, 5 of disk)
     python benchmarks/peers.py --formats bf16,int8,int4 --rounds 3
+    python benchmarks/peers.py --model SMOLLM2 --formats bf16,int8,int4    # a whole model: minutes
 
 LLaMA2-7B's shapes cut to `--layers`, with the whole head; random weights, the same for all; one
-text. Ours is dense, and with each share of `--sparsity` of the experts skipped, see decode.py.
+text. With `--model`, of a dense folder: the whole model in bfloat16, with experts of neurons at
+random and routers at random, which are of no use but to be timed. Ours is dense, and with each share of `--sparsity` of the experts skipped, see decode.py.
 llama.cpp (the package llama-cpp-python) runs the dense model from a GGUF file, which it quantises
 itself (lte_jax.export_gguf makes it, with the package gguf); PyTorch runs transformers' Llama. Of
 those that are not installed, a line says so.
@@ -44,7 +46,8 @@ from ffn import bandwidth, listed, publish
 from tqdm import tqdm
 
 import lte_jax
-from lte_jax import export_gguf, kernels
+from lte_jax import export_gguf, kernels, moefication
+from lte_jax.config import LTEConfig
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.model import Transformer
 
@@ -126,7 +129,8 @@ class Ours(Contestant):
         total = 0.0
         for path, leaf in jax.tree_util.tree_flatten_with_path(self.decoder.params)[0]:
             keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            if keys[0] == "embed" or "router" in keys and self.sparsity is None:
+            own_head = "lm_head" in self.decoder.params  # else the embedding is the head
+            if keys[0] == "embed" and own_head or "router" in keys and self.sparsity is None:
                 continue  # of the embedding, a step reads a row
             of_experts = "ffn" in keys and "router" not in keys
             total += leaf.nbytes * (self.read if of_experts else 1.0)
@@ -181,7 +185,7 @@ class LlamaCpp(Contestant):
         import gguf
 
         stored = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(self.file).tensors}
-        return sum(stored.values()) - stored["token_embd.weight"]
+        return sum(stored.values()) - stored["token_embd.weight"] * ("output.weight" in stored)
 
 
 class PyTorch(Contestant):
@@ -222,15 +226,30 @@ class PyTorch(Contestant):
 
     def read_bytes(self):
         weights = {name: p.nbytes for name, p in self.model.named_parameters()}
-        return sum(weights.values()) - weights["model.embed_tokens.weight"]
+        apart = "lm_head.weight" in weights  # from the embedding
+        return sum(weights.values()) - weights["model.embed_tokens.weight"] * apart
 
 
 # ------------------------------------------------------------------------------------- the contest
 
 
+def with_random_experts(folder: str) -> tuple[Transformer, dict]:
+    """A dense model in bfloat16, with experts and routers at random."""
+    model, params = lte_jax.load(folder, dtype="bfloat16")
+    if model.lte is not None:
+        raise UserError(f"--model={folder}: has experts: expected a dense model")
+    start = {"grouping": "random", "router_init": "normal", "refit": False}
+    lte = LTEConfig(expert_size=32, router_bias=False, **start)
+    model, params, _ = moefication.to_experts(model, params, lte)
+    return model, moefication.add_routers(model, params)
+
+
 def contestants(flags, folder: pathlib.Path) -> Iterator[Contestant]:
     """Ours, then the peers that are installed; their files are made in `folder`."""
-    model, params = random_model(flags.layers, "bfloat16", flags.small)
+    if flags.model:
+        model, params = with_random_experts(flags.model)
+    else:
+        model, params = random_model(flags.layers, "bfloat16", flags.small)
     for form in flags.formats:
         weights = params if form == "bf16" else lte_jax.quantize(model, params, form)
         for sparsity in (None, *flags.sparsity):
@@ -375,6 +394,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--layers", type=int, default=4, help="of LLaMA2-7B's 32")
+    add("--model", help="folder or hub id of a dense model, in place of random weights")
     add("--small", action="store_true", help="two layers of 64: to see that everything runs")
     add("--formats", type=listed(str), default=("bf16",), help="ours: of bf16, int8, int4")
     add("--sparsity", type=listed(float), default=(0.5, 0.75, 0.9))
@@ -390,10 +410,10 @@ def main() -> None:
     flags = parser.parse_args()
     _check(flags)
     _keep_to_cores(flags.threads)
-    flags.layers = 2 if flags.small else flags.layers
+    flags.layers = 2 if flags.small else None if flags.model else flags.layers
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         rows, bytes_per_s = measure(flags, pathlib.Path(folder))
-    publish("peers", rows, table(rows), bytes_per_s, flags)
+    publish("model" if flags.model else "peers", rows, table(rows), bytes_per_s, flags)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ with the whole head: `of equal bits` is the time over that of llama.cpp with as 
 (BF16, Q8_0, Q4_0), `of dense` that over the same program's dense model in the same format.
 
 """
-_TABLES = {"ffn": ffn.table, "decode": decode.table, "peers": peers.table}
+_TABLES = {"ffn": ffn.table, "decode": decode.table, "peers": peers.table, "model": peers.table}
 _TITLES = {
     "ffn": "One FFN layer of LLaMA2-7B (4096 x 11008, experts of 32)",
     "decode": "Decoding with LLaMA2-7B's shapes, end to end",
     "peers": "Beside what else runs it: four layers of LLaMA2-7B, and its head",
+    "model": "The same of a whole small model",
 }
 
 
@@ -101,7 +102,7 @@ def summary(results: pathlib.Path, whole: bool) -> str:
         parts = json.loads(path.read_text())
         for name, record in ((name, parts[name]) for name in _TITLES if name in parts):
             rows, versions = record["rows"], record["versions"]
-            shown = peers.brief if name == "peers" else brief
+            shown = peers.brief if name in ("peers", "model") else brief
             commit = (record["commit"] or "unknown")[:10]
             lines += [
                 f"**{_TITLES[name]}** on {rows[0]['device']}, {record['cores']} cores, "

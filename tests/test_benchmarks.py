@@ -1,5 +1,6 @@
 """The benchmarks run, and what they write is what the README's tables are made of."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,11 +10,15 @@ import runpy
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+import random_models
 from tiny import model_and_params
 
 import lte_jax
 from lte_jax import config, data, sharding
+from lte_jax.model import Transformer
 
 KINDS = ("step", "validation")
 SMALL = ("source.path=", "compute.dtype=float32")
@@ -161,6 +166,24 @@ def test_peers(tmp_path):
     floors = [row["floor_ms"] for row in rows if row["program"] == "lte_jax"]
     assert skipped == sorted(skipped) and floors == sorted(floors, reverse=True)
     assert found["lte_jax", "bf16", 0.9]["floor_ms"] < 0.9 * dense["floor_ms"]
+
+
+@pytest.mark.slow
+def test_peers_of_a_model(tmp_path):
+    """A folder's, with tied embeddings, which are read as the head."""
+    model = Transformer(dataclasses.replace(random_models.LLAMA, tie_embeddings=True))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 1), jnp.int32))["params"]
+    lte_jax.save(tmp_path / "dense", model, params)
+    flags = ("--model", tmp_path / "dense", "--sparsity", 0.5, "--threads", 1)
+    short = ("--prompt", 8, "--new-tokens", 2, "--prefill", 16, "--rounds", 1)
+    done = run("peers.py", *flags, *short, "--json", tmp_path / "peers.json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "peers.json").read_text())
+    dense, half = (row for row in written["rows"] if row["program"] == "lte_jax")
+    assert 0.3 < half["skipped"] < 0.7 and half["floor_ms"] < dense["floor_ms"]
+    # all weights, two bytes each, and few keys and values.
+    read = dense["floor_ms"] * written["bandwidth_gb_per_s"] * 1e6
+    assert 1.0 <= read / (2 * sum(x.size for x in jax.tree.leaves(params))) < 1.2
 
 
 def test_bad_input_peers(monkeypatch, capsys):
