@@ -5,8 +5,9 @@
     python benchmarks/peers.py --model SMOLLM2 --formats bf16,int8,int4    # a whole model: minutes
 
 LLaMA2-7B's shapes cut to `--layers`, with the whole head; random weights, the same for all; one
-text. With `--model`, of a dense folder: the whole model in bfloat16, with experts of neurons at
-random and routers at random, which are of no use but to be timed. Ours is dense, and with each share of `--sparsity` of the experts skipped, see decode.py.
+text. With `--model` a dense folder's whole model in bfloat16, with experts of neurons at random and
+routers at random, which are of no use but to be timed. Ours is dense, and with each share of
+`--sparsity` of the experts skipped, see decode.py.
 llama.cpp (the package llama-cpp-python) runs the dense model from a GGUF file, which it quantises
 itself (lte_jax.export_gguf makes it, with the package gguf); PyTorch runs transformers' Llama. Of
 those that are not installed, a line says so.

@@ -171,7 +171,7 @@ def test_peers(tmp_path):
 @pytest.mark.slow
 def test_peers_of_a_model(tmp_path):
     """A folder's, with tied embeddings, which are read as the head."""
-    model = Transformer(dataclasses.replace(random_models.LLAMA, tie_embeddings=True))
+    model = Transformer(dataclasses.replace(random_models.LLAMA, d_ff=1024, tie_embeddings=True))
     params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 1), jnp.int32))["params"]
     lte_jax.save(tmp_path / "dense", model, params)
     flags = ("--model", tmp_path / "dense", "--sparsity", 0.5, "--threads", 1)

@@ -146,7 +146,7 @@ def test_experts_of_all_rows_and_of_some(implementation, dtype, rows):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("implementation", ["xla", "cpu"], indirect=True)
 def test_activations_far_from_zero(implementation, activation):
-    """Each by itself, to a few units in the last place, also where exponentials leave their range."""
+    """Each by itself, to a few units in the last place, also beyond the range of exponentials."""
     z = np.concatenate([np.linspace(-12, 12, 477), [-1e30, -300, -95, -88, -87, 88, 89, 300, 1e30]])
     z = np.concatenate([z, np.zeros(-len(z) % 6)]).astype(np.float32)
     up = jnp.eye(len(z)).reshape(-1, 6, len(z))

@@ -343,15 +343,16 @@ for dtype in ("float32", "bfloat16"):
         y = [kernels.linear(x, w[0][0], layer=None, transposed=True, implementation="cpu")]
         y += [kernels.linear(x, w[0][0].T, layer=None, implementation="cpu")]
         for activation in ("silu", "gelu_tanh"):
-            y += [kernels.sparse_ffn(x, jnp.ones((rows, 9), bool), dict(zip(("gate", "up", "down"), w)),
-                                     activation=activation, implementation="cpu")]
+            weights = dict(zip(("gate", "up", "down"), w))
+            y += [kernels.sparse_ffn(x, jnp.ones((rows, 9), bool), weights, activation=activation,
+                                     implementation="cpu")]
         print(np.concatenate([np.asarray(a, "float32").ravel() for a in y]).tolist())
 """
 
 
 @pytest.mark.slow
 def test_other_instruction_sets_give_the_same(tmp_path):
-    """Dot products of bytes and of bfloat16 as AVX-512 has them, without those, by AVX2, by neither."""
+    """Products of bytes and of bfloat16 as AVX-512 has them, without those, by AVX2, by neither."""
     needs("cpu")
     if platform.machine() != "x86_64":
         pytest.skip("flags of x86 compilers")
