@@ -279,14 +279,22 @@ void Axpys(const T* weights, int64_t stride, int64_t count, int64_t width, const
 
 // ---- Threads.
 
+constexpr int kLooks = 20000;  // a fraction of a millisecond
+
+inline void Pause() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
+
 // Calls work(0) ... work(chunks - 1) on XLA's threads and this one. This thread takes chunks too and
 // waits only for those that others have begun, so it ends even if the pool never runs a helper, as
-// when several calls share few threads.
+// when several calls share few threads. It looks out for their end before it sleeps: a decode step is
+// a hundred short calls, and to be woken takes as long as to read a megabyte.
 template <class Work>
 void ParallelFor(ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
   struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
+    std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
   };
@@ -294,13 +302,16 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
   auto take = [shared, chunks, &work] {  // `work` lives until the last chunk is done
     for (int64_t chunk; (chunk = shared->next.fetch_add(1)) < chunks;) {
       work(chunk);
+      if (shared->done.fetch_add(1) + 1 < chunks) continue;
       std::lock_guard<std::mutex> lock(shared->mutex);
-      if (++shared->done == chunks) shared->all_done.notify_one();
+      shared->all_done.notify_one();
     }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), chunks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([take] { take(); });
   take();
+  for (int i = 0; i < kLooks && shared->done < chunks; ++i) Pause();
+  if (shared->done == chunks) return;
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->all_done.wait(lock, [&] { return shared->done == chunks; });
 }
