@@ -6,8 +6,7 @@
 For each task and seed the encoder is fine-tuned (configs/glue.py:TASK,minilm). From there on, with
 the same number of further steps, go on:
 
-  dense control   the dense model, at a learning rate of 2e-5: with that of LTE's last stage, 5e-5,
-                  it has more to lose than to learn
+  dense control   the dense model, at the learning rate of LTE's last stage
   LTE             the preset `ours`, at each target: router stage, then adapt
 
 Metrics are of the validation split, under hard routing. "against control" is the mean difference to
@@ -38,7 +37,6 @@ from lte_jax.tasks.measurement import place
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "glue.py"
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-CONTROL_RATE = 2e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,7 @@ def overrides(run: Run, flags: argparse.Namespace, stages) -> Iterator[str]:
     yield "stages.adapt.steps=0"
     if not run.start:
         yield f"stages.finetune.steps={stages.router.steps + stages.adapt.steps}"
-        yield f"stages.finetune.learning_rate={CONTROL_RATE}"
+        yield f"stages.finetune.learning_rate={stages.adapt.learning_rate}"
 
 
 def start(run: Run) -> str:

@@ -103,7 +103,7 @@ def fit(
             if loop.step == steps:
                 checkpointer.wait()  # a signal may have arrived since
                 interrupt.check(f"after step {loop.step} of stage {stage.name!r}")
-                return Trained(loop.state.kept, loop.state.control, **loop.validation)
+                return Trained(loop.state.params, loop.state.control, **loop.validation)
             with jax.profiler.StepTraceAnnotation("step", step_num=loop.step):
                 loop.advance(teacher)
 
@@ -173,9 +173,7 @@ class _Loop:
         optimizer = optim.make(experiment.optim, stage.config, stage.rules)
 
         def begin(params: Any, control: SparsityController) -> TrainState:
-            mean = params if stage.config.average else None
-            moments = optimizer.init(params)
-            return TrainState(jnp.zeros((), jnp.int32), params, moments, control, mean)
+            return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), control)
 
         abstract = jax.eval_shape(begin, *start)
         shardings = training_step.state_shardings(abstract, mesh)
@@ -225,7 +223,7 @@ class _Loop:
         for batch in _fed(self._held_out, batch_size, self._mesh):
             if interrupt.requested():
                 return {}
-            part = self._eval_step(self.state.kept, batch, threshold, self._base)
+            part = self._eval_step(self.state.params, batch, threshold, self._base)
             sums = {k: sums.get(k, 0.0) + v for k, v in _fetched(part).items()}
         return {
             "validation_loss": sums["loss"] / max(sums["predicted"], 1.0),

@@ -18,7 +18,7 @@ from flax import traverse_util
 from jaxtyping import Array
 
 from lte_jax import lora, losses, optim, quantization, sharding
-from lte_jax.config import ComputeConfig, LTEConfig, ModelConfig, StageConfig
+from lte_jax.config import ComputeConfig, LTEConfig, ModelConfig
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import Batch, counts_of, head_losses, predicted
 from lte_jax.params import BY_PATH
@@ -37,12 +37,6 @@ class TrainState:
     params: Any  # those that are trained, see lora.py
     opt_state: Any
     control: SparsityController
-    mean: Any = None  # of `params` over the last steps, where the stage asks for it
-
-    @property
-    def kept(self) -> Any:
-        """The parameters that the stage ends with, if it ends here."""
-        return self.params if self.mean is None else self.mean
 
 
 def trained_model(
@@ -192,8 +186,7 @@ def make_train_step(
             metrics["sparsity_per_layer"] = 1.0 - metrics.pop("active_fraction_N")
             metrics["efficiency_weight"] = state.control.efficiency_weight
             metrics["threshold"] = state.control.threshold
-        mean = _averaged(stage.config, state, params)
-        return TrainState(state.step + 1, params, opt_state, control, mean), metrics
+        return TrainState(state.step + 1, params, opt_state, control), metrics
 
     return step
 
@@ -215,15 +208,6 @@ def _steered(control: SparsityController, stage: Stage, active_fraction, parts):
     if stage.steer == "weight":
         return control.steer_weight(active_fraction, stage.integral_gain)
     return control.steer_threshold(active_fraction)
-
-
-def _averaged(config: StageConfig, state: TrainState, params: Any) -> Any:
-    """The mean of the parameters since the first step that counts; before it, they themselves."""
-    if state.mean is None:
-        return None
-    before = config.steps - round(config.average * config.steps)
-    count = jnp.maximum(state.step + 1 - before, 1).astype(jnp.float32)
-    return jax.tree.map(lambda mean, new: mean + (new - mean) / count, state.mean, params)
 
 
 def _with_zeros(before: Any, after: Any) -> Any:

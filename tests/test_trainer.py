@@ -1,7 +1,6 @@
 """The training loop: its validation, the order of its data, and where it resumes."""
 
 import dataclasses
-import functools
 import shutil
 
 import jax
@@ -40,13 +39,13 @@ class Recorder(writers.MultiWriter):
 
 def fit(
     folder, stage="router", lte=tiny.LTE, rate=1e-3, seed=0, threshold=None, profile=None,
-    fill=None, lines=False, eval_every=STEPS, log_every=1, average=0.0,
+    fill=None, lines=False, eval_every=STEPS, log_every=1,
 ):  # fmt: skip
     """A stage of a few steps, all of them saved: what it ends with, and the loss of each step.
 
     With `lines`, in place of the losses, what the writer was told.
     """
-    steps = StageConfig(steps=STEPS, learning_rate=rate, average=average)
+    steps = StageConfig(steps=STEPS, learning_rate=rate)
     made = {s.name: s for s in stages.make(StagesConfig(steps, steps, steps), lte)}
     settings = Experiment(
         seed=seed, data=DataConfig(batch_size=8), checkpoint=CheckpointConfig(1, STEPS, 0),
@@ -182,41 +181,16 @@ def test_the_seed_decides_the_order_of_the_data(tmp_path):
     assert one != other
 
 
-@pytest.mark.parametrize("average", [0.0, 0.5])
-def test_a_stage_goes_on_from_its_newest_checkpoint_to_the_same_bits(average, tmp_path):
-    """With its optimizer, its control, its place in the data, and the sum of an average."""
-    whole, losses = fit(tmp_path / "run", average=average)
-    for step in range(STEPS if average else 3, STEPS + 1):
+def test_a_stage_goes_on_from_its_newest_checkpoint_to_the_same_bits(tmp_path):
+    """With its optimizer, its control and its place in the data."""
+    whole, losses = fit(tmp_path / "run")
+    for step in range(3, STEPS + 1):
         shutil.rmtree(tmp_path / "run" / str(step))
-    again, others = fit(tmp_path / "run", average=average)
-    if average:
-        others = {3: losses[3]} | others
+    again, others = fit(tmp_path / "run")
     assert others == {step: losses[step] for step in range(3, STEPS + 1)}
     jax.tree.map(np.testing.assert_array_equal, whole.params, again.params)
     assert jax.tree.map(float, whole.control) == jax.tree.map(float, again.control)
     assert whole.validation_loss == again.validation_loss
-
-
-@pytest.mark.parametrize(("average", "counted"), [(0.5, 2), (1.0, 4), (0.25, 1)])
-def test_a_stage_ends_with_the_mean_of_its_last_weights(average, counted, tmp_path, monkeypatch):
-    """Of those of each of its last steps, which go on as they would without; validated is it."""
-    seen = []
-    advance = trainer._Loop.advance
-
-    def watched(loop, teacher):
-        advance(loop, teacher)
-        seen.append(jax.device_get(loop.state.params))
-
-    monkeypatch.setattr(trainer._Loop, "advance", watched)
-    plain, losses = fit(tmp_path / "plain")
-    weights, seen[:] = list(seen), []
-    trained, others = fit(tmp_path / "mean", average=average)
-    assert others == losses
-    jax.tree.map(np.testing.assert_array_equal, seen, weights)
-    mean = jax.tree.map(lambda *x: np.mean(x, axis=0, dtype=np.float64), *weights[-counted:])
-    near = functools.partial(np.testing.assert_allclose, rtol=0, atol=3e-7)
-    jax.tree.map(near, trained.params, mean)
-    assert (trained.validation_loss == plain.validation_loss) == (counted == 1)
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):

@@ -316,8 +316,6 @@ class StageConfig(Checked):
     # Share of what embedding, attention and FFN put out that is zeroed in training; 0.1 in the
     # recipes of BERT and GPT-2, 0 in Llama's.
     dropout: Decay = 0.0
-    # Share of the steps, the last ones, with whose mean weights the stage ends; 0: the last step's.
-    average: Share = 0.0
     # The weights are rounded as `lte-jax convert --quantize` will round them, in every step, and
     # gradients pass as if they were not: what is converted afterwards loses less.
     quantize: Literal["int8", "int4"] | None = None

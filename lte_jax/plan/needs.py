@@ -62,8 +62,8 @@ def of_stage(
 
     def begin(params: Any) -> training_step.TrainState:
         control = SparsityController.start(experiment.lte, config.num_layers)
-        number, mean = jnp.zeros((), jnp.int32), params if stage.config.average else None
-        return training_step.TrainState(number, params, optimizer.init(params), control, mean)
+        number = jnp.zeros((), jnp.int32)
+        return training_step.TrainState(number, params, optimizer.init(params), control)
 
     state = jax.eval_shape(begin, trained)
     places = training_step.state_shardings(state, devices.mesh)
@@ -72,7 +72,6 @@ def of_stage(
         "parameters": params,
         "gradients": params * (1 if parts == 1 else 2),
         "moments": a_device(state.opt_state, places.opt_state),
-        "mean of the last steps": params if stage.config.average else 0,
         "the stage's start": params,
     }
     start, place = trained, places.params

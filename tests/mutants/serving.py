@@ -87,13 +87,4 @@ MUTANTS: list[Mutant] = [
         ("down reads what gate does", "test_a_model_changes_less",
          '"ffn": ffn["ffn_input"]', '"ffn": layers["qkv_reads"]'),
     ),
-    *of(
-        "lte_jax/training_step.py", "tests/test_trainer.py",
-        ("the mean is of all steps", "test_a_stage_ends_with_the_mean_of_its_last_weights",
-         "before = config.steps - round(config.average * config.steps)", "before = 0"),
-        ("the mean is handed to the next step",
-         "test_a_stage_ends_with_the_mean_of_its_last_weights",
-         "return TrainState(state.step + 1, params, opt_state, control, mean), metrics",
-         "return TrainState(state.step + 1, mean or params, opt_state, control, mean), metrics"),
-    ),
 ]
