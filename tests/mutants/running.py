@@ -276,7 +276,7 @@ MUTANTS = [
         ("experts of some rows are added to all", "test_experts_of_all_rows_and_of_some",
          "return int64_t(rows[used[k]].size()) == B;",
          "return int64_t(rows[used[k]].size()) > 0;"),
-        ("experts together have the first one's activations", "test_experts_of_all_rows_and_of_some",
+        ("experts together read one's activations", "test_experts_of_all_rows_and_of_some",
          "x[r] + part * inputs.apart + 2 * p",
          "x[r] + 2 * p"),
         ("a quarter of a tile in another's place", "test_experts_of_all_rows_and_of_some",
