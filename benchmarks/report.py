@@ -38,8 +38,9 @@ on: by the faster of plain JAX (`plain`) and these kernels (`kernel`). `floor ms
 be read over the bandwidth of a plain pass over an array (on a GPU, of a copy), measured in the
 same run; kernels can exceed it. `used` is the floor over the time, `predicted` the ratio of the
 bytes that a step reads, sparse over dense. A CPU's model is not noted. Beside others, four layers
-with the whole head: `of equal bits` is the time over that of llama.cpp with as many bits a weight
-(BF16, Q8_0, Q4_0), `of dense` that over the same program's dense model in the same format.
+with the whole head, or a whole small model: `of equal bits` is the time over that of llama.cpp with
+as many bits a weight (BF16, Q8_0, Q4_0), `of dense` that over the same program's dense model in the
+same format.
 
 """
 _TABLES = {"ffn": ffn.table, "decode": decode.table, "peers": peers.table, "model": peers.table}

@@ -506,49 +506,15 @@ constexpr bool kHasPanels = false;
 #endif
 constexpr int kPanel = 32;
 
-#ifdef __AVX512F__
-// to[i * to_stride + j] = from[j * from_stride + i] of 16 x 16 words.
-void Transpose(const void* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-  __m512i a[16], b[16];
-  const char* bytes = static_cast<const char*>(from);
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(bytes + i * from_stride);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int k = 0; k < 2; ++k) {
-      a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + 2 + k]);
-      a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + 2 + k]);
-    }
-  }
-  for (int k = 0; k < 4; ++k) {  // lanes of a quarter: columns k, 4 + k, 8 + k, 12 + k
-    const __m512i even0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0x88);
-    const __m512i odd0 = _mm512_shuffle_i32x4(a[k], a[4 + k], 0xdd);
-    const __m512i even1 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0x88);
-    const __m512i odd1 = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], 0xdd);
-    _mm512_storeu_si512(to + k * to_stride, _mm512_shuffle_i32x4(even0, even1, 0x88));
-    _mm512_storeu_si512(to + (4 + k) * to_stride, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
-    _mm512_storeu_si512(to + (8 + k) * to_stride, _mm512_shuffle_i32x4(even0, even1, 0xdd));
-    _mm512_storeu_si512(to + (12 + k) * to_stride, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
-  }
-}
-#endif
-
 // panel[p][o]: inputs 2p and 2p + 1 of output o; weights [outputs][inputs], `stride` apart.
 void PackOutputs(const BFloat16* weights, int64_t stride, int64_t outputs, int64_t pairs,
                  uint32_t* panel) {
-  int64_t begin = 0;
-#ifdef __AVX512F__
-  if (outputs == kPanel)
-    for (; begin + 16 <= pairs; begin += 16)
-      for (int64_t o = 0; o < kPanel; o += 16)
-        Transpose(weights + o * stride + 2 * begin, 2 * stride, panel + begin * kPanel + o, kPanel);
-#endif
-  for (int64_t p = begin; p < pairs; ++p) {
+  if (outputs < kPanel) std::fill_n(panel, pairs * kPanel, 0u);
+  for (int64_t begin = 0; begin < pairs; begin += 16) {  // stays in the nearest cache
+    const int64_t end = std::min(pairs, begin + 16);
     for (int64_t o = 0; o < outputs; ++o)
-      std::memcpy(panel + p * kPanel + o, weights + o * stride + 2 * p, sizeof *panel);
-    std::fill_n(panel + p * kPanel + outputs, kPanel - outputs, 0u);
+      for (int64_t p = begin; p < end; ++p)
+        std::memcpy(panel + p * kPanel + o, weights + o * stride + 2 * p, sizeof *panel);
   }
 }
 

@@ -107,7 +107,7 @@ def attention_so_far(
             q, k[:, :size], v[:, :size], seen[..., :size]
         )
 
-    which = sum((end > size).astype(jnp.int32) for size in sizes) if sizes else 0
+    which = sum((end > size).astype(jnp.int32) for size in sizes)
     branches = [among(size) for size in (*sizes, length)]
     return jax.lax.switch(which, branches, q_BLHC, k_BTKC, v_BTKC, visible_BLT)
 

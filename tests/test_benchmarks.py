@@ -181,7 +181,7 @@ def test_peers_of_a_model(tmp_path):
     written = json.loads((tmp_path / "peers.json").read_text())
     dense, half = (row for row in written["rows"] if row["program"] == "lte_jax")
     assert 0.3 < half["skipped"] < 0.7 and half["floor_ms"] < dense["floor_ms"]
-    # all weights, two bytes each, and few keys and values.
+    # All weights, two bytes each, and few keys and values.
     read = dense["floor_ms"] * written["bandwidth_gb_per_s"] * 1e6
     assert 1.0 <= read / (2 * sum(x.size for x in jax.tree.leaves(params))) < 1.2
 
