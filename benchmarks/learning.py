@@ -5,8 +5,9 @@
 
 Steps are timed in turn, so that other load on the machine affects all alike; the ratio is that of
 medians. The forward pass of the dense model that the preset `ours` distils from is due to the loss,
-not to routing, so there is a row without it. PyTorch (which no extra installs) has as many
-threads as there are cores, AdamW with one kernel for all parameters, and clips gradients, as we do.
+not to routing, so there is a row without it. PyTorch (which no extra installs) has a process of its
+own, as many threads as there are cores, AdamW with one kernel for all parameters, and clips
+gradients, as we do.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import dataclasses
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 
-from lte_jax import optim, stages, training_step
+from lte_jax import memory, optim, stages, training_step
 from lte_jax.config import PRESETS, LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.model import Transformer
@@ -36,10 +37,12 @@ CONFIG = ModelConfig(
     max_length=256,
 )  # fmt: skip
 
+_PAUSE = 0.5  # seconds before a step: threads that wait for more work have gone to sleep
+
 
 def prepare(name: str, lte: LTEConfig):
     """A function that takes one step of a stage and waits for it."""
-    model = Transformer(CONFIG, None if name == "finetune" else lte)
+    model = Transformer(CONFIG, None if name == "finetune" else lte, unroll=CONFIG.num_layers)
     plan = StagesConfig(finetune=StageConfig(steps=100))
     [stage] = [s for s in stages.make(plan, lte) if s.name == name]
     optimizer = optim.make(OptimConfig(), stage.config, stage.rules)
@@ -63,8 +66,35 @@ def prepare(name: str, lte: LTEConfig):
     return run
 
 
-def prepare_torch() -> Callable[[], float]:
-    """Likewise, of dense fine-tuning by transformers on PyTorch."""
+class TorchProcess:
+    """Dense fine-tuning by transformers on PyTorch, in a process of its own, as a user's.
+
+    Calling it takes a step; the result is its seconds.
+    """
+
+    def __init__(self):
+        command = [sys.executable, __file__, "--torch-steps"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self()
+
+    def __call__(self) -> float:
+        tell, hear = self._process.stdin, self._process.stdout
+        assert tell is not None
+        assert hear is not None
+        print("step", file=tell, flush=True)
+        answer = hear.readline()
+        if not answer:
+            raise UserError("--torch: PyTorch's process ended, see its message above")
+        return float(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def torch_steps() -> None:
+    """What that process runs: a step for each line that it reads."""
     try:
         import torch
     except ImportError:
@@ -85,8 +115,7 @@ def prepare_torch() -> Callable[[], float]:
     model = LlamaForCausalLM(shapes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, c.vocab_size, (8, 256))
-
-    def run() -> float:
+    for _ in sys.stdin:
         start = time.perf_counter()
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
@@ -94,10 +123,7 @@ def prepare_torch() -> Callable[[], float]:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        return time.perf_counter() - start
-
-    run()
-    return run
+        print(time.perf_counter() - start, flush=True)
 
 
 @cli_errors()
@@ -107,7 +133,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--torch", action="store_true", help="time transformers on PyTorch, too")
+    parser.add_argument("--torch-steps", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.torch_steps:
+        return torch_steps()
+    memory.keep()  # as train.py does
     ours = dataclasses.replace(PRESETS["ours"], expert_size=32)
     paper = dataclasses.replace(PRESETS["paper"], expert_size=32)
     rows = {
@@ -119,11 +149,14 @@ def main() -> None:
         "router stage, preset ours": prepare("router", ours),
     }
     if flags.torch:
-        rows["dense fine-tuning, transformers on PyTorch"] = prepare_torch()
+        rows["dense fine-tuning, transformers on PyTorch"] = peer = TorchProcess()
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(flags.rounds):
         for name, run in rows.items():
+            time.sleep(_PAUSE)
             times[name].append(run())
+    if flags.torch:
+        peer.close()
     dense = statistics.median(times["dense fine-tuning"])
     print("| step | median s | of dense |\n|---|--:|--:|")
     for name, seconds in times.items():

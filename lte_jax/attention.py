@@ -134,20 +134,25 @@ def attention_in_turn(
     return jnp.moveaxis(y, 0, 1).reshape(b, -1, *q_BLHC.shape[2:])[:, :length]
 
 
-def rotation(config: ModelConfig, own, context):
-    """This layer's angle for each position and pair of a head, [B, L, C/2], and its amplitude."""
+def rotation(config: ModelConfig, own, context) -> tuple[Array, Array]:
+    """The cosines and sines of this layer's angles, each [B, L, R]."""
     if "frequencies" not in own:
-        return context["angles_BLC"], rope_amplitude(config)
-    positions_BL1 = context["positions_BL"][..., None].astype(jnp.float32)
-    return positions_BL1 * own["frequencies"][None, None], own["amplitude"]
+        return context["turns"]
+    return turns(context["positions_BL"], own["frequencies"], own["amplitude"])
 
 
-def rotate(x_BLHC: Float[Array, "B L H C"], angles_BLC: Float[Array, "B L R"], amplitude=1.0):
-    """Rotary embedding with the halves of a head paired, as in HF's Llama, times `amplitude`."""
-    width = 2 * angles_BLC.shape[-1]
+def turns(positions_BL, frequencies_R, amplitude) -> tuple[Array, Array]:
+    """The cosines and sines, times `amplitude`, of each position and pair of a head."""
+    angles_BLR = positions_BL[..., None].astype(jnp.float32) * frequencies_R
+    return amplitude * jnp.cos(angles_BLR), amplitude * jnp.sin(angles_BLR)
+
+
+def rotate(x_BLHC: Float[Array, "B L H C"], turns: tuple[Array, Array]):
+    """Rotary embedding with the halves of a head paired, as in HF's Llama; the rest stays."""
+    cos, sin = (part_BLR[:, :, None] for part_BLR in turns)
+    width = 2 * cos.shape[-1]
     x_BLHC, rest_BLHC = x_BLHC[..., :width], x_BLHC[..., width:]
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
-    cos, sin = (amplitude * f(angles_BLC)[:, :, None] for f in (jnp.cos, jnp.sin))
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BLHC.dtype), rest_BLHC], axis=-1)
 
@@ -200,8 +205,8 @@ def make_context(config: ModelConfig, segments_BL, cache: Cache | None) -> dict[
     context = {
         "visible_BLT": earlier_BLT if config.causal else same_BLT,
         "positions_BL": positions_BL,
-        "angles_BLC": positions_BL[..., None].astype(jnp.float32)  # where layers rotate alike
-        * jnp.asarray(rope_frequencies(config))[None, None],
+        # Of layers that rotate alike: here, as each layer would compute them anew.
+        "turns": turns(positions_BL, rope_frequencies(config), rope_amplitude(config)),
         "index": index,
         "segments_BT": segments_BT,
         "positions_BT": positions_BT,

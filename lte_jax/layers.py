@@ -217,9 +217,8 @@ def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, own, context):
         q_BLHC = _norm_of_heads(config, w.vectors["q_full_norm"], q_BLHC)
         k_BLKC = _norm_of_heads(config, w.vectors["k_full_norm"], k_BLKC)
     if config.positions == "rope":
-        angles_BLC, amplitude = rotation(config, own, context)
-        q_BLHC = rotate(q_BLHC, angles_BLC, amplitude)
-        k_BLKC = rotate(k_BLKC, angles_BLC, amplitude)
+        turns = rotation(config, own, context)
+        q_BLHC, k_BLKC = rotate(q_BLHC, turns), rotate(k_BLKC, turns)
     if config.attention_scale is not None:  # attention itself divides by the root of C
         gain = config.attention_scale * math.sqrt(config.head_dim)
         q_BLHC *= jnp.asarray(gain, q_BLHC.dtype)

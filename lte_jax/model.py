@@ -38,7 +38,8 @@ class Transformer(nn.Module):
     # Of the computation: float32 or bfloat16. Router scores and logits are always float32.
     dtype: str = "float32"
     remat: Remat = False  # what the backward pass recomputes, see ComputeConfig
-    head_tokens: int | None = None  # of training, see ComputeConfig
+    unroll: int = 1  # see ComputeConfig, as is the next
+    head_tokens: int | None = None  # of training
     # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,
     # the rest scaled up, where `apply` is given rngs={"dropout": key}, as in training.
     dropout: float = 0.0
@@ -99,6 +100,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
+            unroll=self.unroll,
         )(config, lte, how, dtype, self.dropout, name="layers")
         return layers.transformer(
             config, w, scanned, tokens, types, segments_BL, threshold, cache, texts

@@ -44,7 +44,8 @@ def trained_model(
 ) -> Transformer:
     """The model as the stages train it; `lte` None: the dense one."""
     how = compute
-    return Transformer(config, lte, how.dtype, remat=how.remat, head_tokens=how.head_tokens)
+    sizes = {"unroll": how.unroll, "head_tokens": how.head_tokens}
+    return Transformer(config, lte, how.dtype, remat=how.remat, **sizes)
 
 
 def starts_dense(lte: LTEConfig) -> bool:

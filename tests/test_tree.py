@@ -25,6 +25,7 @@ ORDER = {
     "lte_jax.errors": 1,
     "lte_jax.files": 2,
     "lte_jax.kernels.tune": 2.2,  # a command, not beneath everything as the kernels are
+    "lte_jax.memory": 2.4,
     "lte_jax.interrupt": 2.5,
     "lte_jax.processes": 2.7,
     "lte_jax.losses": 3,

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lte_jax
-from lte_jax import config, errors, processes
+from lte_jax import config, errors, memory, processes
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Turns the flags into an experiment and runs it."""
+    memory.keep()
     parser = errors.Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("--workdir", help="folder for checkpoints and results")
