@@ -27,9 +27,16 @@ import jax
 import jax.numpy as jnp
 
 from lte_jax import memory, optim, stages, training_step
-from lte_jax.config import PRESETS, LTEConfig, ModelConfig, OptimConfig, StageConfig, StagesConfig
+from lte_jax.config import (
+    PRESETS,
+    ComputeConfig,
+    LTEConfig,
+    ModelConfig,
+    OptimConfig,
+    StageConfig,
+    StagesConfig,
+)
 from lte_jax.errors import UserError, cli_errors
-from lte_jax.model import Transformer
 from lte_jax.sparsity import SparsityController
 
 CONFIG = ModelConfig(
@@ -42,7 +49,8 @@ _PAUSE = 0.5  # seconds before a step: threads that wait for more work have gone
 
 def prepare(name: str, lte: LTEConfig):
     """A function that takes one step of a stage and waits for it."""
-    model = Transformer(CONFIG, None if name == "finetune" else lte, unroll=CONFIG.num_layers)
+    compute = ComputeConfig(unroll=CONFIG.num_layers)
+    model = training_step.trained_model(CONFIG, None if name == "finetune" else lte, compute, 1)
     plan = StagesConfig(finetune=StageConfig(steps=100))
     [stage] = [s for s in stages.make(plan, lte) if s.name == name]
     optimizer = optim.make(OptimConfig(), stage.config, stage.rules)

@@ -1,9 +1,9 @@
 """The sparse kernels for CPUs: C++ called by XLA, compiled at first use.
 
-cpu_ffn.cc becomes a shared library in the user's cache folder. Its name holds a digest of all
-it depends on (source, compiler and flags, jax, CPU) and one of itself: a damaged or half-written
-library is never loaded, and processes that build at once do not interfere. The folder is
-$LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache. Loading a library runs its code, so
+cpu_ffn.cc and cpu_attention.cc become a shared library in the user's cache folder. Its name holds
+a digest of all it depends on (source, compiler and flags, jax, CPU) and one of itself: a damaged or
+half-written library is never loaded, and processes that build at once do not interfere. The folder
+is $LTE_JAX_CACHE, else lte_jax in $XDG_CACHE_HOME or ~/.cache. Loading a library runs its code, so
 folder and library must belong to this user and be writable by no one else; otherwise each process
 builds for itself. The compiler is $CXX, else g++ or clang++.
 
@@ -34,7 +34,9 @@ import numpy as np
 from .quantized import BITS, GROUP, Quantized, Weight
 from .reference import ACTIVATIONS, Unsupported
 
-_SOURCE = pathlib.Path(__file__).with_name("cpu_ffn.cc")
+_HEADER, *_SOURCES = map(
+    pathlib.Path(__file__).with_name, ("cpu_common.h", "cpu_ffn.cc", "cpu_attention.cc")
+)
 _TYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
 
@@ -102,6 +104,53 @@ def attend(
     return tuple(call(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, layer, index))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(
+    q_BLHC: jax.Array,
+    k_BLKC: jax.Array,
+    v_BLKC: jax.Array,
+    visible_BLT: jax.Array,
+    causal: bool,
+) -> jax.Array:
+    """Softmax attention over the visible keys [B, L, H, C], with slopes, float32: for training.
+
+    `causal`: no query sees a key behind its own place.
+
+    Raises:
+      Unsupported: on other types, a head width that is no multiple of the vectors of this CPU, or
+        if the library cannot be built.
+    """
+    return _attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, causal)[0]
+
+
+def _attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, causal):
+    if why := unsuited(q_BLHC.dtype.name, q_BLHC.shape[-1]):
+        raise Unsupported(why)
+    b, length, heads, _ = q_BLHC.shape
+    out = jax.ShapeDtypeStruct(q_BLHC.shape, q_BLHC.dtype)
+    sums = jax.ShapeDtypeStruct((b, heads, length), jnp.float32)
+    call = jax.ffi.ffi_call("lte_jax_attention", (out, sums), vmap_method="sequential")
+    y_BLHC, logsum_BHL = call(q_BLHC, k_BLKC, v_BLKC, visible_BLT, causal=causal)
+    return y_BLHC, (q_BLHC, k_BLKC, v_BLKC, visible_BLT, y_BLHC, logsum_BHL)
+
+
+def _attention_slopes(causal, kept, dy_BLHC):
+    out = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept[:3])
+    call = jax.ffi.ffi_call("lte_jax_attentionslopes", out, vmap_method="sequential")
+    return (*call(*kept, dy_BLHC, causal=causal), None)
+
+
+attention.defvjp(_attention, _attention_slopes)
+
+
+def unsuited(dtype: str, head_dim: int) -> str | None:
+    """Why `attention` cannot compute heads of this type and width; None if it can."""
+    if dtype != "float32":
+        return f"type {dtype}: attention in training takes float32"
+    lanes = _load().LteJaxLanes()
+    return f"heads {head_dim} wide: no multiple of {lanes}" if head_dim % lanes else None
+
+
 def embed(tokens_B: jax.Array, table_VD: Weight) -> jax.Array:
     """Rows of the table: [B, D]. In bfloat16, XLA would first convert the whole table."""
     if isinstance(table_VD, Quantized):
@@ -139,6 +188,10 @@ def _ready(x: jax.Array) -> None:
     _load()
 
 
+_CALLS = ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Attention", "AttentionSlopes")
+_CALLS += ("Embed", "Read")
+
+
 @functools.cache
 def _load() -> ctypes.CDLL:
     """The library; its calls are registered with XLA once per process."""
@@ -146,7 +199,7 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(_build()))
     except OSError as error:
         raise Unsupported(f"{error}: name another folder in $LTE_JAX_CACHE") from error
-    for name in ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Embed", "Read"):
+    for name in _CALLS:
         capsule = jax.ffi.pycapsule(library[f"LteJax{name}"])
         jax.ffi.register_ffi_target(f"lte_jax_{name.lower()}", capsule, platform="cpu")
     return library
@@ -158,8 +211,8 @@ def _build() -> pathlib.Path:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ("-O3", native, "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-w")
     version = _run([*compiler, "--version"])
-    source = _SOURCE.read_text(encoding="utf-8")
-    parts = (source, *compiler, *flags, version, jax.__version__, _cpu())
+    texts = (path.read_text(encoding="utf-8") for path in (_HEADER, *_SOURCES))
+    parts = (*texts, *compiler, *flags, version, jax.__version__, _cpu())
     name = f"cpu_ffn-{_digest(chr(0).join(parts).encode())}-"
 
     folder = _cache_folder()
@@ -171,7 +224,7 @@ def _build() -> pathlib.Path:
     os.close(file)
     draft = pathlib.Path(path)
     try:
-        _run([*compiler, *flags, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", path])
+        _run([*compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES), "-o", path])
         data = draft.read_bytes()
         if not data:
             raise Unsupported(f"{' '.join(compiler)} wrote nothing: name a C++ compiler in $CXX")

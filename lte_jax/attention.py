@@ -143,7 +143,7 @@ def rotation(config: ModelConfig, own, context) -> tuple[Array, Array]:
 
 def turns(positions_BL, frequencies_R, amplitude) -> tuple[Array, Array]:
     """The cosines and sines, times `amplitude`, of each position and pair of a head."""
-    angles_BLR = positions_BL[..., None].astype(jnp.float32) * frequencies_R
+    angles_BLR = positions_BL[..., None].astype(jnp.float32) * frequencies_R[None, None]
     return amplitude * jnp.cos(angles_BLR), amplitude * jnp.sin(angles_BLR)
 
 

@@ -38,6 +38,7 @@ class Transformer(nn.Module):
     # Of the computation: float32 or bfloat16. Router scores and logits are always float32.
     dtype: str = "float32"
     remat: Remat = False  # what the backward pass recomputes, see ComputeConfig
+    attention: str = "xla"  # what computes it without a cache: "xla", or "cpu" where it can
     unroll: int = 1  # see ComputeConfig, as is the next
     head_tokens: int | None = None  # of training
     # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,
@@ -101,7 +102,7 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
             unroll=self.unroll,
-        )(config, lte, how, dtype, self.dropout, name="layers")
+        )(config, lte, how, dtype, self.dropout, self.attention, name="layers")
         return layers.transformer(
             config, w, scanned, tokens, types, segments_BL, threshold, cache, texts
         )
@@ -144,12 +145,14 @@ class Block(nn.Module):
     routing: Routing
     dtype: jnp.dtype
     dropout: float
+    attention: str
 
     @nn.compact
     def __call__(self, x_BLD, kv, own, context):
         """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
         weights = declare(self, self.config, self.lte, "layers/", without="ffn")
-        w = reading.Slice(weights, self.dtype, functools.partial(_sow, self), _dropout(self))
+        sow, drop = functools.partial(_sow, self), _dropout(self)
+        w = reading.Slice(weights, self.dtype, sow, drop, attention=self.attention)
         ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
         x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, own, context)
         return x_BLD, (kv, outputs)

@@ -346,7 +346,7 @@ class _Run:
         )
 
     def _model(self, config, lte) -> Transformer:
-        return training_step.trained_model(config, lte, self.experiment.compute)
+        return training_step.trained_model(config, lte, self.experiment.compute, self.mesh.size)
 
     def _load(self, folder: Path) -> tuple[Transformer, Any]:
         """A model to train, in float32 but for what adapters freeze, directly on the mesh."""

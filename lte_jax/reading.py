@@ -46,6 +46,7 @@ class Slice:
     tap: Callable[[str, Array], Any] = lambda name, value: None  # sees neurons, and what is read
     drop: Callable[[Array], Array] = lambda x: x  # dropout, in training
     key: Callable[[], Array | None] = lambda: None  # of random choices, in training
+    attention: str = "xla"  # see Transformer
 
     def at(self, name: str) -> Slice:
         """Those of a part."""
@@ -86,7 +87,12 @@ class Slice:
     def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal: bool):
         """Attention over these tokens, or over a cache to which they are added at `index`."""
         if kv is None:
-            return masked_attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, blocked=causal), None
+            operands, y_BLHC = (q_BLHC, k_BLKC, v_BLKC, visible_BLT), None
+            if self.attention == "cpu":
+                y_BLHC = kernels.attention(*operands, causal=causal)
+            if y_BLHC is None:
+                y_BLHC = masked_attention(*operands, blocked=causal)
+            return y_BLHC, None
         k_BTKC, v_BTKC = put(kv[0], k_BLKC, index), put(kv[1], v_BLKC, index)
         y_BLHC = attention_in_turn(q_BLHC, k_BTKC, v_BTKC, visible_BLT)
         return y_BLHC, (k_BTKC, v_BTKC)

@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array
 
-from lte_jax import lora, losses, optim, quantization, sharding
+from lte_jax import kernels, lora, losses, optim, quantization, sharding
 from lte_jax.config import ComputeConfig, LTEConfig, ModelConfig
 from lte_jax.model import Transformer, forward
 from lte_jax.objective import Batch, counts_of, head_losses, predicted
@@ -40,12 +40,26 @@ class TrainState:
 
 
 def trained_model(
-    config: ModelConfig, lte: LTEConfig | None, compute: ComputeConfig
+    config: ModelConfig,
+    lte: LTEConfig | None,
+    compute: ComputeConfig,
+    devices: int | None = None,
 ) -> Transformer:
-    """The model as the stages train it; `lte` None: the dense one."""
+    """The model as the stages train it; `lte` None: the dense one.
+
+    `devices`: of the mesh; None: of any, with attention by XLA.
+    """
     how = compute
-    sizes = {"unroll": how.unroll, "head_tokens": how.head_tokens}
-    return Transformer(config, lte, how.dtype, remat=how.remat, **sizes)
+    attention = kernels.trains_attention(how.attention, how.dtype, config.head_dim, devices)
+    return Transformer(
+        config,
+        lte,
+        how.dtype,
+        remat=how.remat,
+        attention=attention,
+        unroll=how.unroll,
+        head_tokens=how.head_tokens,
+    )
 
 
 def starts_dense(lte: LTEConfig) -> bool:

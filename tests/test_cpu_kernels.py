@@ -146,7 +146,7 @@ def test_a_library_that_may_not_be_loaded_says_why(tmp_path, monkeypatch):
 def test_source_that_does_not_compile_says_why(tmp_path, monkeypatch):
     source = tmp_path / "broken.cc"
     source.write_text("int main() { return missing; }")
-    monkeypatch.setattr(cpu, "_SOURCE", source)
+    monkeypatch.setattr(cpu, "_SOURCES", [source])
     monkeypatch.setenv("LTE_JAX_CACHE", str(tmp_path / "cache"))
     with pytest.raises(cpu.Unsupported, match="failed: .*error.*missing"):
         cpu._build()
@@ -158,7 +158,7 @@ def quick(tmp_path, monkeypatch):
     """Building something that compiles at once, into tmp_path / "cache"."""
     source = tmp_path / "quick.cc"
     source.write_text("int quick;")
-    monkeypatch.setattr(cpu, "_SOURCE", source)
+    monkeypatch.setattr(cpu, "_SOURCES", [source])
     monkeypatch.setenv("LTE_JAX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -347,6 +347,11 @@ for dtype in ("float32", "bfloat16"):
             y += [kernels.sparse_ffn(x, jnp.ones((rows, 9), bool), weights, activation=activation,
                                      implementation="cpu")]
         print(np.concatenate([np.asarray(a, "float32").ravel() for a in y]).tolist())
+q, k, v = (t.normal(2, 70, heads, 48, seed=heads, dtype="float32") for heads in (4, 2, 2))
+seen = jnp.tril(jnp.ones((2, 70, 70), bool))
+f = lambda *x: (cpu.attention(*x, seen, True) ** 2).sum()
+for slope in jax.grad(f, (0, 1, 2))(q, k, v):
+    print(np.asarray(slope).ravel().tolist())
 """
 
 

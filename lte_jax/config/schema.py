@@ -254,6 +254,9 @@ class ComputeConfig(Checked):
     # What the backward pass recomputes. True: all of a layer from its input: least memory, a third
     # slower; False: nothing; a policy of jax.checkpoint_policies: all but what it keeps.
     remat: Remat = False
+    # What computes attention in training: "xla"; "cpu": C++, for float32 on one CPU (heads whose
+    # width 16 divides, or 8 without AVX-512); "auto": that where it can, else XLA.
+    attention: Literal["auto", "xla", "cpu"] = "auto"
     # Layers that one turn of the loop over layers computes, in training. On a CPU, all of them: a
     # twentieth faster, as less is copied into and out of stacks; a third longer to compile.
     unroll: Count = 1

@@ -170,6 +170,54 @@ def embed(tokens_B: Array, table_VD: Weight, *, implementation: str = "auto") ->
     return _run("embed", (jnp.asarray(tokens_B, jnp.int32), table_VD), implementation)
 
 
+def attention(
+    q_BLHC: Array,
+    k_BLKC: Array,
+    v_BLKC: Array,
+    visible_BLT: Array,
+    *,
+    causal: bool,
+) -> Array | None:
+    """Softmax attention of whole texts with slopes, [B, L, H, C], by the kernels for CPUs.
+
+    None: they do not compute this type or width; see `trains_attention`.
+
+    Args:
+      q_BLHC: queries.
+      k_BLKC: keys; K divides H.
+      v_BLKC: values, likewise.
+      visible_BLT: bool, the keys that each query sees.
+      causal: whether none of them is behind the query's place.
+    """
+    cpu = _module("cpu")
+    if cpu.unsuited(q_BLHC.dtype.name, q_BLHC.shape[-1]):
+        return None
+    return cpu.attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, causal)
+
+
+def trains_attention(wanted: str, dtype: str, head_dim: int, devices: int | None) -> str:
+    """What computes attention in training: "cpu", the kernels' (C++), or "xla".
+
+    Args:
+      wanted: one of those, or "auto": "cpu" where it can.
+      dtype: to compute in.
+      head_dim: C.
+      devices: of the mesh; None: of a plan, which is for any.
+
+    Raises:
+      UserError: where "cpu" is wanted and cannot be.
+    """
+    if wanted == "xla" or devices is None:
+        return "xla"
+    if devices > 1:
+        why: str | None = f"the mesh has {devices} devices, and it is for one"
+    else:
+        why = unavailable("cpu") or _module("cpu").unsuited(dtype, head_dim)
+    if why and wanted == "cpu":
+        raise UserError(f'compute.attention="cpu" cannot run: {why}: set "auto"')
+    return "xla" if why else "cpu"
+
+
 def resolve(implementation: str) -> str:
     """The name itself, or what "auto" stands for here.
 

@@ -231,7 +231,14 @@ class Plan:
         return f"{train:,} to train on, {validation:,} to validate; {step}"
 
     def _kernels(self) -> str:
+        how = self.experiment.compute
+        devices = self.devices.number if self.devices.here else None
+        attention = kernels.trains_attention(
+            how.attention, how.dtype, self.config.head_dim, devices
+        )
         training = "training: XLA, all experts computed and masked"
+        if attention == "cpu":
+            training += "; attention in C++"
         if not (self.experiment.report and self.devices.here) or self.config.head != "lm":
             return training
         return f"{training}; report: {kernels.resolve('auto')}"
