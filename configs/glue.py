@@ -7,7 +7,7 @@ Words, joined by commas: a task (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte), 
 (roberta_base, roberta_large, minilm), `paper` for the paper's losses, `smoke` for a test.
 
 Cost:   a step of minilm (23 M parameters, 512 tokens, on sst2 38 texts) takes 0.53 s of one core,
-        in the router stage 0.7 s, with huge pages (README): sst2's 1,800 dense steps take 16
+        in the router stage 0.7 s, before attention was in C++: sst2's 1,800 dense steps took 16
         minutes, its LTE stages 5. RoBERTa's: not measured; it is for a GPU.
 Expect: minilm, three seeds, ± standard error, when its classifier read the mean of all tokens and
         not the first one (docs/tasks.md): sst2 dense 89.6 ± 0.1, LTE 89.3,

@@ -114,7 +114,7 @@ def attention(
 ) -> jax.Array:
     """Softmax attention over the visible keys [B, L, H, C], with slopes, float32: for training.
 
-    `causal`: no query sees a key behind its own place.
+    `causal`: no query sees a key behind its own place. One that sees none has y = 0.
 
     Raises:
       Unsupported: on other types, a head width that is no multiple of the vectors of this CPU, or

@@ -98,7 +98,8 @@ struct Block {
 
 constexpr float kUnseen = -3e38f;
 
-// Scores of what a query sees, times scale; kUnseen elsewhere. `seen` is as wide as the block.
+// Scores of what a query sees, times scale; kUnseen elsewhere. `seen` is as wide as the block. What is
+// not a number is not below kUnseen either, so it goes on into y.
 inline Vec Scaled(const float* scores, const uint8_t* seen, float scale) {
   Bytes bytes;
   std::memcpy(&bytes, seen, sizeof bytes);
@@ -146,11 +147,11 @@ void Forwards(const Shape& s, int64_t b, int64_t kv, const float* q, const float
         const float most = Largest(row, block.wide);
         Vec sum = {};
         for (int64_t t = 0; t < block.wide; t += kLanes) {
-          const Vec score = LoadVec(row + t), e = score > kUnseen ? Exp(score - most) : Vec{};
+          const Vec score = LoadVec(row + t), e = score <= kUnseen ? Vec{} : Exp(score - most);
           StoreVec(row + t, e);
           sum += e;
         }
-        const float total = Sum(sum);
+        const float total = std::max(Sum(sum), 1e-30f);  // 1 or more where anything is seen
         for (int64_t t = 0; t < block.wide; t += kLanes) StoreVec(row + t, LoadVec(row + t) / total);
         sums[first + r] = most + std::log(total);
       });
@@ -189,7 +190,7 @@ void Backwards(const Shape& s, int64_t b, int64_t kv, const float* q, const floa
         const float mean = Sum(products), logarithm = sums[first + r];
         for (int64_t t = 0; t < block.wide; t += kLanes) {
           const Vec score = Scaled(row + t, seen + t, s.scale);
-          const Vec share = score > kUnseen ? Exp(score - logarithm) : Vec{};
+          const Vec share = score <= kUnseen ? Vec{} : Exp(score - logarithm);
           StoreVec(row + t, share);
           StoreVec(slope + t, share * (LoadVec(slope + t) - mean) * s.scale);
         }

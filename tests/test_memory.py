@@ -41,6 +41,28 @@ def test_freed_memory_serves_again():
     assert faults["keep"] < faults["as it is"] / 8, faults
 
 
+HUGE = """
+import ctypes
+from lte_jax import memory
+assert memory.keep()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+ctypes.memset(libc.malloc(128 << 20), 1, 128 << 20)
+[line] = [line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")]
+print(int(line.split()[1]) // 1024)
+"""
+SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="a system without huge pages"
+)
+def test_huge_pages():
+    command = [sys.executable, "-c", HUGE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 64  # megabytes; the system may have no more of them
+
+
 def test_nothing_is_kept_beside_an_accelerator(monkeypatch):
     monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: ["xla_cuda12"])
     assert memory.keep() is False

@@ -79,6 +79,22 @@ def test_scores_far_from_zero():
         np.testing.assert_allclose(found, right, atol=2e-4 * max(np.abs(right).max(), 1))
 
 
+def test_what_is_not_a_number_is_seen():
+    """By the queries that see it, and by no others: training stops at it and says so."""
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in operands(1, 40, 2, 1, 16))
+    seen = np.tril(np.ones((1, 40, 40), bool))
+    y = cpu.attention(q, k.at[0, 20, 0, 3].set(jnp.nan), v, jnp.asarray(seen), True)
+    assert np.isfinite(y[:, :20]).all() and np.isnan(y[:, 20:]).all()
+
+
+def test_a_query_that_sees_nothing():
+    q, k, v, dy = (jnp.asarray(x, jnp.float32) for x in operands(1, 40, 2, 1, 16))
+    seen = jnp.asarray(np.tril(np.ones((1, 40, 40), bool))).at[0, 7].set(False)
+    y, pull = jax.vjp(lambda *x: cpu.attention(*x, seen, True), q, k, v)
+    assert not y[:, 7].any() and not pull(dy)[0][:, 7].any()
+    assert all(np.isfinite(x).all() for x in (y, *pull(dy)))
+
+
 def test_ten_runs_give_the_same_bits():
     q, k, v, dy = (jnp.asarray(x, jnp.float32) for x in operands(3, 100, 4, 2, 32))
     seen = jnp.asarray(visible(3, 100, True))

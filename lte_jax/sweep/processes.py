@@ -75,7 +75,5 @@ def _environment(workdir: Path) -> dict[str, str]:
     flags.append(os.environ.get("XLA_FLAGS", ""))  # the user's win
     # Many runs have the same programs: compiling them again would take a quarter of the time.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str((workdir.parent / "compiled").absolute())}
-    # XLA allocates its buffers anew each step: at 4 KiB a page, first touches are a fifth of it.
-    pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # transparent huge pages, glibc >= 2.35
     told = {"XLA_FLAGS": " ".join(flags).strip(), "TQDM_DISABLE": "1"}
-    return compiled | pages | os.environ | told
+    return compiled | os.environ | told
