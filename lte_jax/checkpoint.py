@@ -42,6 +42,7 @@ from lte_jax.processes import exchanged, on_first
 DAMAGED = "damaged"
 _DELETING = "deleting-"  # before the name of a folder that is being deleted
 _UNCOMMITTED = ".orbax-checkpoint-tmp"  # in the folder name of a step that Orbax is writing
+_ABANDONED = "Event loop is closed"  # to which parts of a save report that has failed already
 State = TypeVar("State")
 _numbers = itertools.count()  # of the checkpointers of this process
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         if self._primary:
             self._prepare_folder()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        for name in ("absl", "asyncio"):
+        for name in ("absl", "asyncio", "concurrent.futures"):
             logging.getLogger(name).addFilter(_is_news)
 
     def save(
@@ -360,7 +361,7 @@ def _share(names: Iterable[str], process: int, processes: int) -> set[str]:
 def _is_news(record: logging.LogRecord) -> bool:
     """False for logged tracebacks of errors that Orbax also raises: its own, and a full disk's."""
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    told = "orbax" in f"{record.pathname} {record.getMessage()}"
+    told = "orbax" in f"{record.pathname} {record.getMessage()}" or _ABANDONED in str(error)
     return error is None or not (told or files.disk_trouble(error))
 
 
@@ -375,11 +376,9 @@ def quiet_threads() -> Iterator[None]:
 
     def unraisable_hook(args: sys.UnraisableHookArgs) -> None:
         # TensorStore reporting to the closed event loop of an abandoned save.
-        if "Event loop is closed" not in str(args.exc_value):
+        if _ABANDONED not in str(args.exc_value):
             unraisable(args)
 
     threading.excepthook, sys.unraisablehook = hook, unraisable_hook
-    try:
-        yield
-    finally:
-        threading.excepthook, sys.unraisablehook = before, unraisable
+    yield  # after an error they stay: what it has abandoned may report later
+    threading.excepthook, sys.unraisablehook = before, unraisable

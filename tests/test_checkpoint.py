@@ -469,6 +469,7 @@ def test_what_a_killed_run_left_is_gone_before_anything_is_saved(tmp_path, monke
     ("error", "news"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), False),  # as asyncio logs one, unnamed
+        (RuntimeError("Event loop is closed"), False),  # of what reports to a failed save
         (RuntimeError("a bug"), True),
     ],
 )
