@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -213,8 +214,11 @@ def _part(over: threading.Event, watch: threading.Thread) -> None:
 def _is_of_connection(error: BaseException) -> bool:
     """Whether a collective has failed because a process is gone, by what XLA says of it."""
     signs = ("gloo", "nccl", "connection", "unavailable", "deadline", "heartbeat")
-    text = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+    text = str(error)
+    # JAX makes a ValueError of some, which begins with XLA's name of a status, as all of its do.
+    xlas = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text)
+    known = isinstance(error, jax.errors.JaxRuntimeError) or xlas
+    return bool(known) and any(sign in text.lower() for sign in signs)
 
 
 def preempted() -> bool:

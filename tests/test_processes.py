@@ -211,6 +211,19 @@ def made_of(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error"), True),
+        (ValueError("a connection of layers"), False),
+        (jax.errors.JaxRuntimeError("INTERNAL: a bug"), False),
+    ],
+)
+def test_errors_that_say_that_another_is_gone(error, gone):
+    assert processes._is_of_connection(error) is gone
+
+
 @pytest.mark.long
 def test_kills_of_one_of_four_at_random_moments_change_no_bit(tmp_path, monkeypatch):
     """All end with a line that says so; the same command goes on."""
