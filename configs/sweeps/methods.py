@@ -13,7 +13,7 @@ ReLU, fine-tuned. "ours" is the preset `ours`. "paper's losses, our controller" 
 weight eta, so that sparsities match. What fixed etas give is searched by configs/sweeps/paper.py.
 
 ":rates" is another grid, which chose RATES: every row that trains, at two learning rates, at 75%,
-one seed, on held-out training stories, which no other grid reports. 18 of its 43 runs are in
+one seed, on held-out training stories, which no other grid reports. 28 of its 43 runs are in
 benchmarks/sweeps/rates.json, for `--known` (docs/sweeps.md).
 
 Cost:   not measured; 309 runs, of three minutes on one core if they train. ":rates": 43.
