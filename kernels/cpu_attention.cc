@@ -69,10 +69,6 @@ void Transpose(const float* in, int64_t in_row, int64_t T, int64_t C, float* out
     for (int64_t c = 0; c < C; ++c) out[c * padded + t] = in[t * in_row + c];
 }
 
-float Largest(const float* values, int64_t count) {
-  return *std::max_element(values, values + count);
-}
-
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
@@ -144,7 +140,7 @@ void Forwards(const Shape& s, int64_t b, int64_t kv, const float* q, const float
         float* row = shares + r * s.padded;
         for (int64_t t = 0; t < block.wide; t += kLanes)
           StoreVec(row + t, Scaled(row + t, seen + t, s.scale));
-        const float most = Largest(row, block.wide);
+        const float most = *std::max_element(row, row + block.wide);
         Vec sum = {};
         for (int64_t t = 0; t < block.wide; t += kLanes) {
           const Vec score = LoadVec(row + t), e = score <= kUnseen ? Vec{} : Exp(score - most);
@@ -236,16 +232,16 @@ ffi::Error ForHeads(ffi::ThreadPool& pool, const Floats& q, const Floats& k, boo
   return ffi::Error::Success();
 }
 
-ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Mask visible, Out y,
-                     ffi::Result<Sums> logsum, bool causal) {
+ffi::Error Attention(ffi::ThreadPool pool, bool causal, Floats q, Floats k, Floats v, Mask visible,
+                     Out y, ffi::Result<Sums> logsum) {
   return ForHeads(pool, q, k, causal, [&](const Shape& s, int64_t b, int64_t kv, Scratch& scratch) {
     Forwards(s, b, kv, q.typed_data(), k.typed_data(), v.typed_data(), visible.typed_data(),
              y->typed_data(), logsum->typed_data(), scratch);
   });
 }
 
-ffi::Error AttentionSlopes(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Mask visible,
-                           Floats y, Sums logsum, Floats dy, Out dq, Out dk, Out dv, bool causal) {
+ffi::Error AttentionSlopes(ffi::ThreadPool pool, bool causal, Floats q, Floats k, Floats v,
+                           Mask visible, Floats y, Sums logsum, Floats dy, Out dq, Out dk, Out dv) {
   return ForHeads(pool, q, k, causal, [&](const Shape& s, int64_t b, int64_t kv, Scratch& scratch) {
     Backwards(s, b, kv, q.typed_data(), k.typed_data(), v.typed_data(), visible.typed_data(),
               y.typed_data(), logsum.typed_data(), dy.typed_data(), dq->typed_data(),
@@ -257,28 +253,23 @@ ffi::Error AttentionSlopes(ffi::ThreadPool pool, Floats q, Floats k, Floats v, M
 
 extern "C" int LteJaxLanes() { return kLanes; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Mask>()
-                                  .Ret<Floats>()
-                                  .Ret<Sums>()
-                                  .Attr<bool>("causal"));
+auto Bind() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<bool>("causal")
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Mask>();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttention, Attention, Bind().Ret<Floats>().Ret<Sums>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttentionSlopes, AttentionSlopes,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Mask>()
+                              Bind()
                                   .Arg<Floats>()
                                   .Arg<Sums>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<bool>("causal"));
+                                  .Ret<Floats>());

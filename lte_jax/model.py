@@ -38,7 +38,7 @@ class Transformer(nn.Module):
     # Of the computation: float32 or bfloat16. Router scores and logits are always float32.
     dtype: str = "float32"
     remat: Remat = False  # what the backward pass recomputes, see ComputeConfig
-    attention: str = "xla"  # what computes it without a cache: "xla", or "cpu" where it can
+    attention: str = "xla"  # what computes it without a cache, see `kernels.trains_attention`
     unroll: int = 1  # see ComputeConfig, as is the next
     head_tokens: int | None = None  # of training
     # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,

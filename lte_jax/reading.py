@@ -87,12 +87,10 @@ class Slice:
     def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal: bool):
         """Attention over these tokens, or over a cache to which they are added at `index`."""
         if kv is None:
-            operands, y_BLHC = (q_BLHC, k_BLKC, v_BLKC, visible_BLT), None
+            operands = q_BLHC, k_BLKC, v_BLKC, visible_BLT
             if self.attention == "cpu":
-                y_BLHC = kernels.attention(*operands, causal=causal)
-            if y_BLHC is None:
-                y_BLHC = masked_attention(*operands, blocked=causal)
-            return y_BLHC, None
+                return kernels.attention(*operands, causal=causal), None
+            return masked_attention(*operands, blocked=causal), None
         k_BTKC, v_BTKC = put(kv[0], k_BLKC, index), put(kv[1], v_BLKC, index)
         y_BLHC = attention_in_turn(q_BLHC, k_BTKC, v_BTKC, visible_BLT)
         return y_BLHC, (k_BTKC, v_BTKC)

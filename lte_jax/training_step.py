@@ -50,13 +50,12 @@ def trained_model(
     `devices`: of the mesh; None: of any, with attention by XLA.
     """
     how = compute
-    attention = kernels.trains_attention(how.attention, how.dtype, config.head_dim, devices)
     return Transformer(
         config,
         lte,
         how.dtype,
         remat=how.remat,
-        attention=attention,
+        attention=kernels.trains_attention(how.attention, how.dtype, config.head_dim, devices),
         unroll=how.unroll,
         head_tokens=how.head_tokens,
     )

@@ -210,7 +210,6 @@ def made_of(root: Path) -> dict[str, Any]:
     return found | {"metrics": [without_clock(line) for line in lines]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "gone"),
     [
@@ -224,6 +223,7 @@ def test_errors_that_say_that_another_is_gone(error, gone):
     assert processes._is_of_connection(error) is gone
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_kills_of_one_of_four_at_random_moments_change_no_bit(tmp_path, monkeypatch):
     """All end with a line that says so; the same command goes on."""

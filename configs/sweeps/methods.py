@@ -16,7 +16,7 @@ weight eta, so that sparsities match. What fixed etas give is searched by config
 one seed, on held-out training stories, which no other grid reports. 28 of its 43 runs are in
 benchmarks/sweeps/rates.json, for `--known` (docs/sweeps.md).
 
-Cost:   not measured; 309 runs, of three minutes on one core if they train. ":rates": 43.
+Cost:   not measured; 309 runs, of two to three minutes on one core if they train. ":rates": 43.
 Expect: not measured.
 
 Variants: ":rates"; ":quick" (`make comparison`), all methods at one target with one seed, 30 steps

@@ -254,12 +254,8 @@ class ComputeConfig(Checked):
     # What the backward pass recomputes. True: all of a layer from its input: least memory, a third
     # slower; False: nothing; a policy of jax.checkpoint_policies: all but what it keeps.
     remat: Remat = False
-    # What computes attention in training: "xla"; "cpu": C++, for float32 on one CPU (heads whose
-    # width 16 divides, or 8 without AVX-512); "auto": that where it can, else XLA.
-    attention: Literal["auto", "xla", "cpu"] = "auto"
-    # Layers that one turn of the loop over layers computes, in training. On a CPU, all of them: a
-    # twentieth faster, as less is copied into and out of stacks; a third longer to compile.
-    unroll: Count = 1
+    attention: Literal["auto", "xla", "cpu"] = "auto"  # of training; C++ where it can on one CPU
+    unroll: Count = 1  # layers in a turn of training's loop; all: a twentieth faster on a CPU
     # Tokens of a device whose logits exist at a time, in training; None: as many as take 268 MB.
     head_tokens: Count | None = None
     # Type in which the dense model of a distillation is held; None: dtype, in which its matrices

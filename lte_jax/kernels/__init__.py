@@ -177,10 +177,10 @@ def attention(
     visible_BLT: Array,
     *,
     causal: bool,
-) -> Array | None:
+) -> Array:
     """Softmax attention of whole texts with slopes, [B, L, H, C], by the kernels for CPUs.
 
-    None: they do not compute this type or width; see `trains_attention`.
+    It is for where `trains_attention` says "cpu".
 
     Args:
       q_BLHC: queries.
@@ -189,10 +189,7 @@ def attention(
       visible_BLT: bool, the keys that each query sees.
       causal: whether none of them is behind the query's place.
     """
-    cpu = _module("cpu")
-    if cpu.unsuited(q_BLHC.dtype.name, q_BLHC.shape[-1]):
-        return None
-    return cpu.attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, causal)
+    return _module("cpu").attention(q_BLHC, k_BLKC, v_BLKC, visible_BLT, causal)
 
 
 def trains_attention(wanted: str, dtype: str, head_dim: int, devices: int | None) -> str:
