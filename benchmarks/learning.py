@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import statistics
@@ -57,7 +58,8 @@ def prepare(name: str, lte: LTEConfig):
     tokens = jax.random.randint(jax.random.key(0), (8, 256), 0, CONFIG.vocab_size)
     batch = {"tokens": tokens, "segments": jnp.ones_like(tokens)}
     params = jax.jit(model.init)(jax.random.key(1), tokens[:1])["params"]
-    teacher = jax.tree.map(jnp.copy, params) if stage.taught else None
+    held = functools.partial(training_step.teacher_of, compute=compute)
+    teacher = jax.jit(held)(params) if stage.taught else None
     step = jax.jit(training_step.make_train_step(model, stage, optimizer), donate_argnums=0)
     state = training_step.TrainState(
         jnp.zeros((), jnp.int32), params, optimizer.init(params), SparsityController.start(lte)

@@ -41,6 +41,8 @@ class Transformer(nn.Module):
     attention: str = "xla"  # what computes it without a cache, see `kernels.trains_attention`
     unroll: int = 1  # see ComputeConfig, as is the next
     head_tokens: int | None = None  # of training
+    # Multiplies matrices in the type that they are held in, into sums of `dtype`: a teacher.
+    as_held: bool = False
     # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,
     # the rest scaled up, where `apply` is given rngs={"dropout": key}, as in training.
     dropout: float = 0.0
@@ -91,7 +93,8 @@ class Transformer(nn.Module):
         )
         dtype = jnp.dtype(self.dtype)
         drop = _dropout(self)
-        w = reading.Slice(declare(self, config, lte, "", without="layers"), dtype, drop=drop)
+        weights = declare(self, config, lte, "", without="layers")
+        w = reading.Slice(weights, dtype, drop=drop, as_held=self.as_held)
         block = Block
         if self.remat:
             block = nn.remat(Block, prevent_cse=False, policy=_policy(self.remat))
@@ -102,7 +105,7 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=config.num_layers,
             unroll=self.unroll,
-        )(config, lte, how, dtype, self.dropout, self.attention, name="layers")
+        )(config, lte, how, dtype, self.dropout, self.attention, self.as_held, name="layers")
         return layers.transformer(
             config, w, scanned, tokens, types, segments_BL, threshold, cache, texts
         )
@@ -146,14 +149,16 @@ class Block(nn.Module):
     dtype: jnp.dtype
     dropout: float
     attention: str
+    as_held: bool
 
     @nn.compact
     def __call__(self, x_BLD, kv, own, context):
         """The new x, and the layer's (k, v) and scores and active experts of its FFN."""
         weights = declare(self, self.config, self.lte, "layers/", without="ffn")
         sow, drop = functools.partial(_sow, self), _dropout(self)
-        w = reading.Slice(weights, self.dtype, sow, drop, attention=self.attention)
-        ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, name="ffn")
+        ways = {"attention": self.attention, "as_held": self.as_held}
+        w = reading.Slice(weights, self.dtype, sow, drop, **ways)
+        ffn = ExpertFFN(self.config, self.lte, self.routing, self.dtype, self.as_held, name="ffn")
         x_BLD, kv, outputs = layers.block(self.config, w, ffn, x_BLD, kv, own, context)
         return x_BLD, (kv, outputs)
 
@@ -165,6 +170,7 @@ class ExpertFFN(nn.Module):
     lte: LTEConfig | None
     routing: Routing
     dtype: jnp.dtype
+    as_held: bool
 
     @nn.compact
     def __call__(
@@ -176,7 +182,8 @@ class ExpertFFN(nn.Module):
             self, self.config, self.lte, "layers/ffn/", without="router" if idle else ""
         )
         key = lambda: self.make_rng("dropout") if self.has_rng("dropout") else None  # noqa: E731
-        w = reading.Slice(weights, self.dtype, functools.partial(_sow, self), key=key)
+        sow = functools.partial(_sow, self)
+        w = reading.Slice(weights, self.dtype, sow, key=key, as_held=self.as_held)
         return layers.ffn(self.config, self.lte, self.routing, w, x_BLD, threshold)
 
 

@@ -101,7 +101,8 @@ def head_losses(
     if teacher is not None:
         told |= {"distilled": distilled(model, batch), "taught": teacher[1].hidden}
         whole["teacher"] = _head(model, teacher[0])
-    return _chunked(model, size, weights, _head(model, params), out.hidden, whole, told)
+    head = jax.tree.map(lambda w: w.astype(model.dtype) if w.ndim > 1 else w, _head(model, params))
+    return _chunked(model, size, weights, head, out.hidden, whole, told)
 
 
 def chunk_length(model: Transformer, rows: int, length: int, tensor: int = 1) -> int:
@@ -124,15 +125,13 @@ def _weighted(parts: Parts, weights: tuple[float, float]) -> Array:
 
 
 def _head(model: Transformer, params: Any) -> Any:
-    """The parameters that `layers.head` reads, matrices in the type that they are computed in."""
+    """The parameters that `layers.head` reads."""
     head: dict[str, Any] = {}
     own = "embed/embedding" if model.config.tie_embeddings else "lm_head/"
     for row in table(model.config, None):
         if row.path.startswith(own):
             part, name = row.path.split("/")
-            array = params[part][name]
-            head[part] = head.get(part, {})
-            head[part][name] = array.astype(model.dtype) if row.is_matrix else array
+            head[part] = head.get(part, {}) | {name: params[part][name]}
     return head
 
 
@@ -179,9 +178,9 @@ _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 def _of_chunk(model, weights, head, x_BlD, whole, told) -> tuple[Array, Parts]:
     """The weighted sum and the parts of a chunk's losses."""
 
-    def logits(head: Any, x_BlD: Array) -> Array:
+    def logits(head: Any, x_BlD: Array, as_held: bool = False) -> Array:
         with jax.named_scope("head"):
-            w = Slice(head, jnp.dtype(model.dtype))
+            w = Slice(head, jnp.dtype(model.dtype), as_held=as_held)
             return layers.head(model.config, w, x_BlD, None, None)
 
     logits_BlV, counts = logits(head, x_BlD), whole["counts"]
@@ -189,7 +188,7 @@ def _of_chunk(model, weights, head, x_BlD, whole, told) -> tuple[Array, Parts]:
     parts = {"loss": losses.nll(logits_BlV, *args)}
     if "teacher" in whole:
         with jax.named_scope("teacher"):
-            taught_BlV = logits(whole["teacher"], told["taught"])
+            taught_BlV = logits(whole["teacher"], told["taught"], as_held=True)
         args = taught_BlV, told["distilled"], counts["distilled"]
         parts["distill"] = losses.distillation(logits_BlV, *args)
     return _weighted(parts, weights), parts

@@ -46,7 +46,8 @@ class Slice:
     tap: Callable[[str, Array], Any] = lambda name, value: None  # sees neurons, and what is read
     drop: Callable[[Array], Array] = lambda x: x  # dropout, in training
     key: Callable[[], Array | None] = lambda: None  # of random choices, in training
-    attention: str = "xla"  # see Transformer
+    attention: str = "xla"  # see Transformer, as is the next
+    as_held: bool = False
 
     def at(self, name: str) -> Slice:
         """Those of a part."""
@@ -62,11 +63,9 @@ class Slice:
     def head(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits of tokens, float32; the embedding's where there is no head of its own."""
         matrix, letters = _head(self.vectors)
+        operands = self._typed(x_BLD, matrix)
         logits_BLV = jnp.einsum(
-            f"BLD,{letters}->BLV",
-            x_BLD,
-            matrix.astype(self.dtype),
-            preferred_element_type=jnp.float32,
+            f"BLD,{letters}->BLV", *operands, preferred_element_type=jnp.float32
         )
         bias = self.vectors.get("lm_head", {}).get("bias")
         return logits_BLV if bias is None else logits_BLV + as_last(bias, logits_BLV)
@@ -76,10 +75,13 @@ class Slice:
 
         `exact`: in float32, whose operands accelerators would round unless told otherwise.
         """
-        dtype, precision = (jnp.float32, _HIGHEST) if exact else (self.dtype, None)
-        kernel = self.vectors[name]["kernel"].astype(dtype)
-        inputs = x_BLI.ndim - 2
-        y = jnp.tensordot(x_BLI.astype(dtype), kernel, inputs, precision=precision)
+        kernel, inputs = self.vectors[name]["kernel"], x_BLI.ndim - 2
+        if exact:
+            operands = x_BLI.astype(jnp.float32), kernel.astype(jnp.float32)
+            y = jnp.tensordot(*operands, inputs, precision=_HIGHEST)
+        else:
+            operands = self._typed(x_BLI, kernel)
+            y = jnp.tensordot(*operands, inputs, preferred_element_type=self.dtype)
         y = _adapted(self.vectors[name], "kernel", x_BLI, y)
         bias = self.vectors[name].get("bias")
         return y if bias is None else y + as_last(bias, y)
@@ -110,7 +112,7 @@ class Slice:
 
         def project(name: str) -> Array:
             read_BLD = inputs(name).astype(x_BLD.dtype)
-            h_BLEM = _neurons(read_BLD, self.vectors[name].astype(self.dtype))
+            h_BLEM = _neurons(*self._typed(read_BLD, self.vectors[name]), self.dtype)
             h_BLEM = checkpoint_name(h_BLEM, NEURONS)
             h_BLEM = _adapted(self.vectors, name, read_BLD, h_BLEM)
             bias = self.vectors.get(f"{name}_bias")
@@ -128,28 +130,35 @@ class Slice:
         if gates_BLE is not None:
             h_BLEM *= gates_BLE.astype(h_BLEM.dtype)[..., None]
         self.tap("down_reads", h_BLEM)
-        y_BLD = jnp.einsum("BLEM,EMD->BLD", h_BLEM, self.vectors["down"].astype(self.dtype))
+        operands = self._typed(h_BLEM, self.vectors["down"])
+        y_BLD = jnp.einsum("BLEM,EMD->BLD", *operands, preferred_element_type=self.dtype)
         y_BLD = _adapted(self.vectors, "down", h_BLEM, y_BLD)
         return y_BLD, scores_BLE, active_BLE
 
+    def _typed(self, x: Array, matrix: Array) -> tuple[Array, Array]:
+        """Both in the type that they are multiplied in."""
+        kind = matrix.dtype if self.as_held else self.dtype
+        return x.astype(kind), matrix.astype(kind)
 
-@jax.custom_vjp
-def _neurons(x_BLD: Float[Array, "B L D"], w_EMD: Float[Array, "E M D"]) -> Array:
-    """Each neuron's product with x, [B, L, E, M].
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _neurons(x_BLD: Float[Array, "B L D"], w_EMD: Float[Array, "E M D"], dtype: Any) -> Array:
+    """Each neuron's product with x, [B, L, E, M], of type `dtype`.
 
     The slope of w is a product of two arrays, one of which a CPU has to transpose. Einsum's own
     makes that the neurons', which are several times as many as D: a training step took a quarter
     longer.
     """
-    return jnp.einsum("BLD,EMD->BLEM", x_BLD, w_EMD)
+    return jnp.einsum("BLD,EMD->BLEM", x_BLD, w_EMD, preferred_element_type=dtype)
 
 
-def _neurons_kept(x: Any, w: Any) -> tuple[Array, tuple[Array | None, Array]]:
+def _neurons_kept(x: Any, w: Any, dtype: Any) -> tuple[Array, tuple[Array | None, Array]]:
     """Keeps x for the slope of w, unless w is frozen."""
-    return _neurons(x.value, w.value), (x.value if w.perturbed else None, w.value)
+    return _neurons(x.value, w.value, dtype), (x.value if w.perturbed else None, w.value)
 
 
-def _neurons_back(kept: Any, slope_BLEM: Any) -> tuple[Array | None, Array | None]:
+def _neurons_back(dtype: Any, kept: Any, slope_BLEM: Any) -> tuple[Array | None, Array | None]:
+    del dtype
     if isinstance(slope_BLEM, SymbolicZero):
         return None, None
     x_BLD, w_EMD = kept

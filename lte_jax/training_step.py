@@ -69,14 +69,13 @@ def starts_dense(lte: LTEConfig) -> bool:
 def teacher_of(params: Any, compute: ComputeConfig) -> Any:
     """The parameters of a dense model as a teacher holds them; those of that type are not copied.
 
-    Without a `teacher_dtype`, only matrices that the model uses in `compute.dtype` anyway are in
-    that type, so it says the same.
+    Matrices are in `compute.teacher_dtype`, but for the classifier's, which are exact.
     """
-    kept, dtype = compute.teacher_dtype, compute.teacher_dtype or compute.dtype
+    dtype = compute.teacher_dtype
 
     def held(path: str, array: Array) -> Array:
-        used = BY_PATH[path].is_matrix and not path.startswith("classifier")  # that is exact
-        return array.astype(dtype) if (used or kept) and array.dtype != dtype else array
+        used = BY_PATH[path].is_matrix and not path.startswith("classifier")
+        return array.astype(dtype) if used and array.dtype != dtype else array
 
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     return traverse_util.unflatten_dict({k: held(k, v) for k, v in flat.items()}, sep="/")
@@ -90,7 +89,7 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
     `teacher` holds the dense model's parameters, in expert order, for distillation. `key` is for
     dropout; None: there is none.
     """
-    student = model.clone(dropout=stage.config.dropout)
+    student, dense = model.clone(dropout=stage.config.dropout), model.clone(as_held=True)
 
     def run(net, params, batch, **options):
         """The output, and the FFN inputs [N, B, L, D] if they have a loss."""
@@ -108,8 +107,8 @@ def make_loss(model: Transformer, stage: Stage) -> Callable:
         taught = None
         if stage.taught:
             with jax.named_scope("teacher"):
-                dense, taught_NBLD = run(model, teacher, batch, routing="dense")
-            taught = (teacher, dense) if stage.distill_weight else None
+                said, taught_NBLD = run(dense, teacher, batch, routing="dense")
+            taught = (teacher, said) if stage.distill_weight else None
         weights = stage.task_weight, stage.distill_weight
         total, parts = head_losses(model, params, out, batch, counts, weights, taught)
         if stage.hidden_distill_weight:

@@ -12,7 +12,7 @@ import tiny
 from lte_jax import layers, objective, optim, sharding, training_step
 from lte_jax.config import ComputeConfig, MeshConfig
 from lte_jax.layers import Output
-from lte_jax.model import Transformer
+from lte_jax.model import Transformer, forward
 from lte_jax.reading import Slice
 
 ROWS, LENGTH, KEY = 8, 16, jax.random.key(0)
@@ -26,8 +26,8 @@ def losses_of(config, head_tokens, batch, dtype="float32", distils=True):
     shape = (*batch["tokens"].shape, config.d_model)
     hidden_BLD, taught_BLD = (jax.random.normal(k, shape, dtype) for k in jax.random.split(KEY))
 
-    def output(params, x_BLD):
-        w = Slice(params, jnp.dtype(dtype))
+    def output(params, x_BLD, as_held=False):
+        w = Slice(params, jnp.dtype(dtype), as_held=as_held)
         logits = layers.head(config, w, x_BLD, batch["segments"], None)
         return Output(logits, None, None, jnp.zeros(()), None, x_BLD)
 
@@ -35,7 +35,7 @@ def losses_of(config, head_tokens, batch, dtype="float32", distils=True):
         out, counts = output(params, hidden_BLD), objective.counts_of(model, batch)
         weights, taught = (0.3, 0.0), None
         if distils:
-            weights, taught = (0.3, 0.7), (teacher, output(teacher, taught_BLD))
+            weights, taught = (0.3, 0.7), (teacher, output(teacher, taught_BLD, as_held=True))
         sums = objective.head_losses(model, params, out, batch, counts, weights, taught)
         return 2.0 * sums[0], sums[1]
 
@@ -183,11 +183,36 @@ def test_a_teacher_says_the_same_in_the_type_it_computes_in():
     assert kept["layers"]["attn_norm"]["scale"] is placed["layers"]["attn_norm"]["scale"]
     for old, new in zip(*map(jax.tree.leaves, (placed, kept)), strict=True):
         assert new.sharding == old.sharding
-    apply = jax.jit(lambda w, batch: model.apply({"params": w}, batch, routing="dense").logits)
     tokens = tiny.batch(2)["tokens"]
-    np.testing.assert_array_equal(apply(kept, tokens), apply(placed, tokens))
-    rounded = training_step.teacher_of(params, ComputeConfig(teacher_dtype="bfloat16"))
-    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype("bfloat16")}
-    shared = training_step.teacher_of(params, ComputeConfig())
+    for plain in (model, model.clone(as_held=True)):
+        said = jax.jit(lambda w, m=plain: m.apply({"params": w}, tokens, routing="dense").logits)
+        np.testing.assert_array_equal(said(kept), said(placed if plain is model else kept))
+    shared = training_step.teacher_of(params, ComputeConfig(teacher_dtype="float32"))
     for old, new in zip(*map(jax.tree.leaves, (params, shared)), strict=True):
         assert new is old
+
+
+@pytest.mark.parametrize("head_tokens", [None, 16])
+def test_a_teacher_in_bfloat16_multiplies_in_bfloat16_and_adds_up_in_float32(head_tokens):
+    model, params = tiny.model_and_params(tiny.LTE)
+    model = model.clone(as_held=True, head_tokens=head_tokens)
+    held = training_step.teacher_of(params, ComputeConfig())
+    assert held["layers"]["ffn"]["down"].dtype == jnp.bfloat16
+    assert held["layers"]["attn_norm"]["scale"] is params["layers"]["attn_norm"]["scale"]
+    batch = tiny.batch(2)
+    whole = lambda w: forward(model, w, batch, routing="dense")  # noqa: E731
+    products = [
+        eqn.params["preferred_element_type"]
+        for eqn in equations(jax.make_jaxpr(whole)(held).jaxpr)
+        if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.dtype == jnp.bfloat16
+    ]
+    assert products == [jnp.float32] * 8  # q, k, v, o; gate, up, down; head
+    said, exact = whole(held).logits, whole(params).logits
+    assert 0 < float(jnp.std(said - exact)) < 0.02 * float(jnp.std(exact))
+    out, counts = forward(model, params, batch, routing="dense"), objective.counts_of(model, batch)
+    args = model, params, out, batch, counts, (0.0, 1.0)
+    apart = float(objective.head_losses(*args, (held, whole(held)))[1]["distill"])
+    logp, taught = jax.nn.log_softmax(exact), jax.nn.log_softmax(said)
+    kl_BL = jnp.sum(jnp.exp(taught) * (taught - logp), axis=-1)
+    expected = jnp.mean(kl_BL[batch["segments"] > 0])
+    assert apart == pytest.approx(float(expected), rel=1e-2)

@@ -125,7 +125,6 @@ def test_the_teacher_of_a_run_is_the_dense_model(tmp_path, monkeypatch):
     [(start, teacher)] = taught
     order_NEM = hf.load_expert_order(tmp_path / "run/experts")
     for layer, order_EM in enumerate(order_NEM):
-        np.testing.assert_array_equal(
-            teacher[layer], np.asarray(dense["layers"]["ffn"]["down"][layer, 0])[order_EM]
-        )
-    assert np.abs(start - teacher).max() > 1e-3
+        down_EMD = np.asarray(dense["layers"]["ffn"]["down"][layer, 0])[order_EM]
+        np.testing.assert_array_equal(teacher[layer], down_EMD.astype(teacher.dtype))
+    assert np.abs(start - teacher.astype(np.float32)).max() > 1e-2  # of 0.1; rounding is 4e-4

@@ -259,7 +259,7 @@ class Plan:
             size = needs.written(4 * rows * chunk * self.config.vocab_size // tensor)
             words.append(f"logits of {rows * chunk:,} tokens ({size}) on a device at a time")
         if any("teacher" in stage.memory for stage in self.stages):
-            words.append(f"teacher in {how.teacher_dtype or how.dtype}")
+            words.append(f"teacher in {how.teacher_dtype}")
         return ", ".join(words)
 
     def _flops(self) -> str:
