@@ -35,7 +35,7 @@ PAPER = (*config.preset("paper"), "stages.router.router_lr_multiplier=1.0", "opt
 PAPER += ("stages.router.learning_rate=5e-4", "stages.router.final_lr_ratio=0.1")
 PAPER += ("lte.separability_eps=0.25",)
 RANK = 32  # of Deja Vu's predictors: a quarter of babyllama's width
-TRIED = (7e-4, 2e-3)  # peak learning rates
+TRIED = (7e-4, 2e-3, 5e-3)  # peak learning rates
 RATES = {}  # name of a method -> the better of those; not listed: 1e-3
 FINETUNE = "fine-tuning"  # in RATES
 
