@@ -187,9 +187,8 @@ def _grams(model: Transformer, params: Any, batches: Any):
     """Of each layer its number, and the sums of products of what its matrices read."""
     config = model.config
     widest = max(config.d_ff, config.d_model, config.num_heads * config.head_dim)
-    chunk = max(1, router_init.PASS_BYTES // (16 * widest**2))
-    for start in range(0, config.num_layers, chunk):
-        part, sums = range(start, min(start + chunk, config.num_layers)), None
+    for part in router_init.passes(config.num_layers, 16 * widest**2):
+        sums = None
         for batch in batches:
             interrupt.check("while rounding")
             new = _sums(model, params, batch, part)

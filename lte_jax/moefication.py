@@ -36,6 +36,7 @@ from lte_jax import baselines, clustering, interrupt, processes, refit, router_i
 from lte_jax.baselines import Layer
 from lte_jax.config import LTEConfig, num_experts
 from lte_jax.errors import UserError
+from lte_jax.kept import NOWHERE, Kept
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.params import ROUTER, is_router, table
 
@@ -53,6 +54,7 @@ def to_experts(
     mask: np.ndarray | Array | None = None,
     *,
     seed: int = 0,
+    kept: Kept = NOWHERE,
 ) -> tuple[Transformer, dict[str, Any], Int[np.ndarray, "N E M"]]:
     """Groups the neurons of a dense model into experts; adds no routers yet.
 
@@ -64,6 +66,7 @@ def to_experts(
         grouping="coactivation".
       mask: [R, L], True or > 0 at real tokens. None: no padding.
       seed: of the grouping.
+      kept: layers that are grouped already, of a run that was killed.
 
     Returns:
       The model with `lte`, its parameters without routers, and the dense neuron in each slot.
@@ -76,28 +79,29 @@ def to_experts(
         raise UserError("model: already has experts; expected a dense model, or `to_dense` of it")
     num_experts(model.config, lte)
     if lte.grouping in baselines.GROUPINGS:
-        layers = router_init.ffn_layers(model, params, calibration, mask)
+        layers = partial(router_init.ffn_layers, model, params, calibration, mask)
         group = partial(baselines.GROUPINGS[lte.grouping], lte)
     else:
-        layers = _first_matrices(model, params, lte, calibration, mask)
+        layers = partial(_first_matrices, model, params, lte, calibration, mask)
         group = partial(_group, lte, seed)
     experts = num_experts(model.config, lte)
     order_EM = jax.ShapeDtypeStruct((experts, lte.expert_size), np.int32)
-    order_NEM = np.stack(processes.spread(layers, group, order_EM))
+    order_NEM = np.stack(processes.spread(layers, group, order_EM, kept.of("order")))
     return model.clone(lte=lte), permute(params, order_NEM), order_NEM
 
 
 def _first_matrices(
-    model: Transformer, params: Any, lte: LTEConfig, calibration: Any, mask: Any
+    model: Transformer, params: Any, lte: LTEConfig, calibration: Any, mask: Any, start: int
 ) -> Iterator[tuple[int, Array | np.ndarray, np.ndarray | None]]:
-    """Number, first matrix [1, F, D] and, for co-activation, covariance [F, F] of each layer."""
+    """Number, first matrix [1, F, D] and, for co-activation, covariance [F, F] of layers."""
     num_layers = model.config.num_layers
     first_N1FD = params["layers"]["ffn"]["gate" if model.config.gated else "up"]
-    statistics = itertools.repeat(None, num_layers)
+    statistics = itertools.repeat(None, num_layers - start)
     if lte.grouping == "coactivation":
-        statistics = coactivations(model, params, calibration, mask)
-    bar = tqdm(statistics, "grouping neurons", num_layers, unit="layer", disable=None)
-    for layer, covariance_FF in enumerate(bar):
+        statistics = coactivations(model, params, calibration, mask, start)
+    how = {"initial": start, "unit": "layer", "disable": None}
+    bar = tqdm(statistics, "grouping neurons", num_layers, **how)
+    for layer, covariance_FF in enumerate(bar, start):
         yield layer, sharding.gathered(first_N1FD, layer), covariance_FF
 
 
@@ -113,6 +117,7 @@ def add_routers(
     mask: np.ndarray | Array | None = None,
     *,
     seed: int = 0,
+    kept: Kept = NOWHERE,
 ) -> dict[str, Any]:
     """Adds routers to the parameters of `to_experts`, initialised by `model.lte.router_init`.
 
@@ -127,6 +132,7 @@ def add_routers(
         warning). They are read row by row, so memory does not grow with them.
       mask: [R, L], True or > 0 at real tokens. None: no padding.
       seed: of random routers.
+      kept: what is made already, of a run that was killed.
 
     Raises:
       UserError: if ridge has no calibration tokens, or only padding.
@@ -140,12 +146,16 @@ def add_routers(
             )
         return _pruned(model, params, calibration, mask)
     if lte.router != "none":
-        params = _with_ffn(params, {"router": _router(model, params, calibration, mask, key)})
+        make = partial(_router, model, params, calibration, mask, key)
+        like = abstract_params(model)["layers"]["ffn"]["router"]
+        router = processes.once(make, like, kept.of("router"))
+        params = _with_ffn(params, {"router": router})
     if not lte.refit:
         return params
     if calibration is None:
         raise UserError(_no_calibration("lte.refit=True", "lte.refit=False"))
-    down_NEMD = refit.down_projections(model, params, router_init.rows(calibration, mask))
+    batches = router_init.rows(calibration, mask)
+    down_NEMD = refit.down_projections(model, params, batches, kept.of("down"))
     return _with_ffn(params, {"down": down_NEMD.astype(params["layers"]["ffn"]["down"].dtype)})
 
 
@@ -177,9 +187,8 @@ def _started(model: Transformer, params: Any, calibration: Any, mask: Any, key: 
 
     wanted = abstract_params(model)["layers"]["ffn"]["router"]
     like = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape[1:], row.dtype), wanted)
-    each = processes.spread(
-        router_init.ffn_layers(model, params, calibration, mask), of_layer, like
-    )
+    layers = partial(router_init.ffn_layers, model, params, calibration, mask)
+    each = processes.spread(layers, of_layer, like)
     return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *each)
 
 
@@ -205,9 +214,8 @@ def _pruned(model: Transformer, params: Any, calibration: Any, mask: Any) -> dic
     names = [name for name in router_init.MATRICES if name in ffn]
     like = {name: jax.ShapeDtypeStruct(ffn[name].shape[1:], np.float32) for name in names}
     of_layer = lambda layer: dict(layer.weights) | prune(model.lte, layer)  # noqa: E731
-    each = processes.spread(
-        router_init.ffn_layers(model, params, calibration, mask), of_layer, like
-    )
+    layers = partial(router_init.ffn_layers, model, params, calibration, mask)
+    each = processes.spread(layers, of_layer, like)
     left = {name: np.stack([w[name] for w in each]).astype(ffn[name].dtype) for name in names}
     return _with_ffn(params, left)
 
@@ -292,8 +300,9 @@ def coactivations(
     params: Any,
     calibration: np.ndarray | Array | Mapping[str, Any] | None,
     mask: np.ndarray | Array | None = None,
+    start: int = 0,
 ) -> Iterator[Float[np.ndarray, "F F"]]:
-    """Yields, layer by layer, the covariance of |h| over the real tokens.
+    """Yields, layer by layer from `start` on, the covariance of |h| over the real tokens.
 
     The data is read row by row, once for as many layers as fit router_init.PASS_BYTES. On babyllama
     (experts of 32, the half with the largest sum of |h| kept) the squared error of the FFN outputs,
@@ -316,15 +325,13 @@ def coactivations(
     if not num_tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     num_layers, d_ff = model.config.num_layers, model.config.d_ff
-    chunk = max(1, router_init.PASS_BYTES // (4 * d_ff**2))
-    for start in range(0, num_layers, chunk):
-        layers = range(start, min(start + chunk, num_layers))
+    for layers in router_init.passes(num_layers, 4 * d_ff**2, start):
         sums = None
         for row in rows:
             interrupt.check("while grouping neurons")
             new = _magnitude_sums(model, params, row, layers)
             sums = new if sums is None else router_init.added(sums, new)
-        for place in range(len(layers)):
+        for place in range(max(start - layers.start, 0), len(layers)):
             product_FF, sum_F = (np.asarray(sharding.gathered(sum_N, place)) for sum_N in sums)
             mean_F = sum_F / np.float32(num_tokens)
             product_FF = product_FF / np.float32(num_tokens)

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +43,7 @@ from lte_jax import workdir as work
 from lte_jax.checkpoint import holds_step, quiet_threads
 from lte_jax.config import Experiment
 from lte_jax.errors import UserError
+from lte_jax.kept import Kept
 from lte_jax.model import Transformer, abstract_params
 from lte_jax.moefication import add_routers, permute, to_experts
 from lte_jax.plan import Devices, Plan
@@ -52,8 +52,6 @@ from lte_jax.router_init import enough_records
 from lte_jax.sparsity import SparsityController
 from lte_jax.workdir import Paths
 from lte_jax.writers import MultiWriter, Writer, writers_of
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -164,6 +162,7 @@ class _Run:
             self.clear()
             if preflight.is_sparse(self.experiment):
                 self.experts()
+                self.clear()
                 self.sparse()
         except BaseException:
             with contextlib.suppress(UserError):  # on a full disk, say: the first error counts
@@ -172,12 +171,15 @@ class _Run:
         self.writer.close()
 
     def clear(self) -> None:
-        """Removes the checkpoints of finished stages, unless they are to stay."""
-        if self.experiment.checkpoint.keep_finished or jax.process_index() != 0:
+        """Removes what finished steps leave; of stages their checkpoints, unless they are to stay."""
+        if jax.process_index() != 0:
             return
-        for stage in self.stages():
+        done = [self.paths.begun_experts] if self.paths.has(self.paths.experts) else []
+        for stage in () if self.experiment.checkpoint.keep_finished else self.stages():
             if self.paths.has(self.paths.lte if stage.sparse else self.paths.dense):
-                shutil.rmtree(self.paths.checkpoints(stage.name), ignore_errors=True)
+                done.append(self.paths.checkpoints(stage.name))
+        for folder in done:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @functools.cached_property
     def parts(self) -> preflight.Parts:
@@ -226,8 +228,9 @@ class _Run:
             return
         model, params = self._load(self.paths.dense)
         texts, lte, seed = self.calibration[:], self.experiment.lte, self.experiment.seed
-        model, params, order_NEM = to_experts(model, params, lte, texts, seed=seed)
-        params = add_routers(model, params, texts, seed=seed)
+        kept = Kept(self.paths.begun_experts)
+        model, params, order_NEM = to_experts(model, params, lte, texts, seed=seed, kept=kept)
+        params = add_routers(model, params, texts, seed=seed, kept=kept)
         self._save(self.paths.experts, model, params, self.paths.dense, order_NEM)
 
     def sparse(self) -> None:
@@ -288,7 +291,7 @@ class _Run:
         model, params = self._result(last)
         if not self.experiment.report:
             return model, params
-        results = None if anew else _results(root / "results.json")
+        results = None if anew else report.read_again(root / "results.json")
         figures = importlib.util.find_spec("matplotlib") is not None
         if results is not None and not report.absent([results], root, figures):
             return model, params
@@ -381,17 +384,6 @@ def _alone(paths: Paths) -> Iterator[None]:
         stack.enter_context(quiet_threads())
         on_first(lambda: stack.enter_context(work.held(paths.root)))
         yield
-
-
-def _results(path: Path) -> dict[str, Any] | None:
-    """The results in the file; None if they must be measured (again)."""
-    if not path.exists():
-        return None
-    try:
-        return report.read(path)
-    except UserError as error:
-        log.warning("%s: evaluating again", error)
-        return None
 
 
 def _verify(folder: Path) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lte_jax.errors import UserError, one_line
+from lte_jax.kept import NOWHERE, Kept
 
 T = TypeVar("T")
 _HEARTBEAT_SECONDS = 20  # without a sign of life: a process is taken for dead
@@ -290,22 +291,42 @@ def exchanged(name: str, value: Any) -> list[Any]:
     return [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
 
 
-def spread(items: Iterable[T], work: Callable[[T], Any], like: Any) -> list[Any]:
+def once(make: Callable[[], Any], like: Any, kept: Kept = NOWHERE) -> Any:
+    """What `make` makes in every process alike, a tree `like`; or what is kept of it."""
+    if done := _finished(like, kept):
+        return done[0]
+    made = make()
+    if jax.process_index() == 0:
+        kept.write(0, made)
+    return made
+
+
+def spread(
+    items: Callable[[int], Iterable[T]],
+    work: Callable[[T], Any],
+    like: Any,
+    kept: Kept = NOWHERE,
+) -> list[Any]:
     """`work` of each item, in order: each item is one process's, the results are all's, bit by bit.
 
     Every process goes through all items (to make one may take all of them, as a gathered array
     does) and holds its own.
 
     Args:
-      items: the same in all processes.
+      items: those from a number on, the same in all processes.
       work: makes a tree of arrays, without the other processes.
       like: the shapes and types of that tree; float64 is exchanged as float32.
+      kept: results that a killed run need not make again.
     """
     count, own = jax.process_count(), jax.process_index()
+    results = _finished(like, kept)
+    iterator = iter(items(len(results)))
     if count == 1:
-        return [work(item) for item in items]
+        for item in iterator:
+            results.append(work(item))
+            kept.write(len(results) - 1, results[-1])
+        return results
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    iterator, results = iter(items), []
     while True:
         mine, taken = zeros, 0
         for process, item in zip(range(count), iterator, strict=False):
@@ -315,5 +336,18 @@ def spread(items: Iterable[T], work: Callable[[T], Any], like: Any) -> list[Any]
         wait("spread")  # work takes longer than a collective may
         for process in range(taken):
             results.append(multihost_utils.broadcast_one_to_all(made, own == process))
+            if own == 0:
+                kept.write(len(results) - 1, results[-1])
         if taken < count:
             return results
+
+
+def _finished(like: Any, kept: Kept) -> list[Any]:
+    """What is kept, as process 0 sees it."""
+    count, found = on_first(lambda: len(kept.read(like))), kept.read(like)
+    if len(found) < count:
+        raise UserError(
+            f"{kept.folder} holds {len(found)} items as process {jax.process_index()} sees it, "
+            f"{count} as process 0 does: expected a work directory that all processes share"
+        )
+    return found[:count]

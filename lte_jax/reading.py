@@ -135,7 +135,7 @@ class Slice:
         y_BLD = _adapted(self.vectors, "down", h_BLEM, y_BLD)
         return y_BLD, scores_BLE, active_BLE
 
-    def _typed(self, x: Array, matrix: Array) -> tuple[Array, Array]:
+    def _typed(self, x: Array, matrix: Any) -> tuple[Array, Array]:
         """Both in the type that they are multiplied in."""
         kind = matrix.dtype if self.as_held else self.dtype
         return x.astype(kind), matrix.astype(kind)

@@ -30,6 +30,7 @@ from lte_jax import interrupt, layers, processes, router_init, sharding
 from lte_jax import routing as routings
 from lte_jax.config import own_threshold
 from lte_jax.errors import UserError
+from lte_jax.kept import NOWHERE, Kept
 from lte_jax.model import Transformer
 from lte_jax.reading import Slice
 from lte_jax.selection import View
@@ -40,7 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def down_projections(
-    model: Transformer, params: Any, batches: Sequence[Mapping[str, Array | np.ndarray]]
+    model: Transformer,
+    params: Any,
+    batches: Sequence[Mapping[str, Array | np.ndarray]],
+    kept: Kept = NOWHERE,
 ) -> Float[np.ndarray, "N E M D"]:
     """The refitted down projections, float32; several processes (all must call) share the layers.
 
@@ -49,31 +53,33 @@ def down_projections(
       params: its parameters, routers among them.
       batches: {"tokens", "segments"} [B, L] of typical text. They are read once for as many layers
         as fit `router_init.PASS_BYTES`; memory does not grow with them.
+      kept: layers that are done already, of a run that was killed.
 
     Raises:
       UserError: if no token is real, or no expert runs for any of them.
     """
     down = params["layers"]["ffn"]["down"]
     like = jax.ShapeDtypeStruct(down.shape[1:], np.float32), jax.ShapeDtypeStruct((2,), np.float32)
-    each = processes.spread(_systems(model, params, batches), _solved, like)
+    each = processes.spread(partial(_systems, model, params, batches), _solved, like, kept)
     missing, mended = np.sum([energy for _, energy in each], axis=0)
     share = 100 * mended / max(missing, 1e-30)
     log.info("down projections refitted: %.0f%% of the squared error mended", share)
     return np.stack([down_EMD for down_EMD, _ in each])
 
 
-def _systems(model: Transformer, params: Any, batches: Any) -> Iterator[tuple[Any, ...]]:
-    """Of each layer its number, W0, and what `_sums` says of it."""
+def _systems(
+    model: Transformer, params: Any, batches: Any, start: int
+) -> Iterator[tuple[Any, ...]]:
+    """Of each layer from `start` on its number, W0, and what `_sums` says of it."""
     num_layers, down = model.config.num_layers, params["layers"]["ffn"]["down"]
-    chunk = max(1, router_init.PASS_BYTES // (4 * model.config.d_ff**2))
-    for start in range(0, num_layers, chunk):
-        part = range(start, min(start + chunk, num_layers))
+    for part in router_init.passes(num_layers, 4 * model.config.d_ff**2, start):
         sums = None
         for batch in batches:
             interrupt.check("while refitting the down projections")
             new = _sums(model, params, batch, part)
             sums = new if sums is None else router_init.added(sums, new)
-        for place, layer in enumerate(part):
+        for layer in range(max(start, part.start), part.stop):
+            place = layer - part.start
             of_layer = (np.asarray(sharding.gathered(sum_N, place)) for sum_N in sums)
             yield layer, np.asarray(sharding.gathered(down, layer)), *of_layer
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -58,6 +59,17 @@ def _commit() -> str | None:
         run = subprocess.check_output(["git", "-C", root, *words], stderr=subprocess.DEVNULL)
         return run.decode().strip()
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_again(path: Path) -> dict[str, Any] | None:
+    """The results in the file; None if they must be measured (again)."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except UserError as error:
+        logging.getLogger(__name__).warning("%s: evaluating again", error)
         return None
 
 

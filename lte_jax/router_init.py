@@ -179,8 +179,8 @@ def _regressed(model: Transformer, lte: LTEConfig, sums: Mapping[str, Array]) ->
     d, e = model.config.d_model, num_experts(model.config, lte)
     like = tuple(jax.ShapeDtypeStruct(shape, np.float32) for shape in ((d, e), (e,), (e,)))
 
-    def moments() -> Iterator[tuple[int, Any, Any]]:
-        for layer in range(model.config.num_layers):
+    def moments(start: int) -> Iterator[tuple[int, Any, Any]]:
+        for layer in range(start, model.config.num_layers):
             yield layer, *(sharding.gathered(sums[name], layer) for name in ("gram", "cross"))
 
     def regress(of_layer: tuple[int, Any, Any]) -> tuple[np.ndarray, ...]:
@@ -188,7 +188,7 @@ def _regressed(model: Transformer, lte: LTEConfig, sums: Mapping[str, Array]) ->
         gram_KK, cross_KE = (np.asarray(array, np.float64) for array in arrays)
         return _regress(gram_KK, cross_KE, lte, layer)
 
-    made = processes.spread(moments(), regress, like)
+    made = processes.spread(moments, regress, like)
     return [np.stack(arrays) for arrays in zip(*made, strict=True)]
 
 
@@ -288,16 +288,29 @@ def ffn_parts(model: Transformer, params: Any, batch: Mapping[str, Array], layer
     return tuple(_flat(ffn[name][0][layers.start : layers.stop]) for name in names)
 
 
-def ffn_layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> Iterator[Layer]:
-    """The FFN of each layer, on all real calibration tokens; some layers are held at a time."""
+def passes(num_layers: int, size: int, start: int = 0) -> Iterator[range]:
+    """Layers to be held together, of `size` bytes each; those of a pass that has some from `start`.
+
+    They do not depend on `start`, so that what a killed run goes on with is the same to the bit.
+    """
+    chunk = max(1, PASS_BYTES // size)
+    for begin in range(0, num_layers, chunk):
+        layers = range(begin, min(begin + chunk, num_layers))
+        if start < layers.stop:
+            yield layers
+
+
+def ffn_layers(
+    model: Transformer, params: Any, calibration: Any, mask: Any, start: int = 0
+) -> Iterator[Layer]:
+    """The FFN of layers, on all real calibration tokens; some layers are held at a time."""
     batches = rows(calibration, mask)
     tokens = sum(np.count_nonzero(row["segments"] > 0) for row in batches)
     if not tokens:
         raise UserError("mask: all calibration tokens are padding; expected some real ones")
     config, ffn = model.config, params["layers"]["ffn"]
-    chunk = max(1, PASS_BYTES // (4 * tokens * (2 * config.d_ff + config.d_model)))
-    for start in range(0, config.num_layers, chunk):
-        layers = range(start, min(start + chunk, config.num_layers))
+    width = 2 * config.d_ff + config.d_model
+    for layers in passes(config.num_layers, int(4 * tokens * width), start):
         parts = []
         for row in batches:
             interrupt.check("while starting routers")
@@ -307,7 +320,8 @@ def ffn_layers(model: Transformer, params: Any, calibration: Any, mask: Any) -> 
         x_NTD, gate_NTEM, h_NTEM = (
             np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
         )
-        for place, layer in enumerate(layers):
+        for layer in range(max(start, layers.start), layers.stop):
+            place = layer - layers.start
             weights = {
                 name: np.asarray(sharding.gathered(ffn[name], layer), np.float32)
                 for name in MATRICES

@@ -4,6 +4,7 @@
     data/                    records, if data.cache is set
     inputs.json              number and SHA-256 of what was read: records, source model, tokenizer
     dense/ experts/ lte/     models, written atomically
+    experts.begun/           layers that are grouped and routers, until experts/ is written
     checkpoints/<stage>/     training states
     metrics.jsonl tensorboard/ results.json table.md *.png
     wandb/ wandb-run         of Weights & Biases, if requested
@@ -60,6 +61,7 @@ class Paths:
         self.metrics = root / "metrics.jsonl"
         self.dense, self.experts, self.lte = root / "dense", root / "experts", root / "lte"
         self.models = self.dense, self.experts, self.lte  # in the order they are made
+        self.begun_experts = root / "experts.begun"
 
     def checkpoints(self, stage: str) -> Path:
         """Training states of a stage."""
@@ -71,9 +73,8 @@ class Paths:
 
     def begun(self) -> bool:
         """Whether it contains anything that depends on the configuration."""
-        return any(folder.exists() for folder in self.models) or any(
-            self.root.glob("checkpoints/*/[0-9]*")
-        )
+        made = any(folder.exists() for folder in (*self.models, self.begun_experts))
+        return made or any(self.root.glob("checkpoints/*/[0-9]*"))
 
 
 # -------------------------------------------------------------------------------------------- lock

@@ -395,7 +395,7 @@ def test_the_processes_of_a_tpu_are_those_that_jax_finds(monkeypatch):
 def test_one_process_agrees_with_itself():
     assert processes.on_first(lambda: {"a": [1]}) == {"a": [1]}
     assert processes.exchanged("name", 3) == [3]
-    assert processes.spread(iter("abc"), str.upper, None) == ["A", "B", "C"]
+    assert processes.spread(lambda start: "abc"[start:], str.upper, None) == ["A", "B", "C"]
     processes.wait("here")
 
 

@@ -27,6 +27,7 @@ ORDER = {
     "lte_jax.kernels.tune": 2.2,  # a command, not beneath everything as the kernels are
     "lte_jax.memory": 2.4,
     "lte_jax.interrupt": 2.5,
+    "lte_jax.kept": 2.6,
     "lte_jax.processes": 2.7,
     "lte_jax.losses": 3,
     "lte_jax.config": 4,

@@ -98,6 +98,11 @@ class Devices:
         return math.prod(self.mesh.shape.values())
 
     @property
+    def tpu(self) -> bool:
+        """Whether they are TPUs."""
+        return "TPU" in (self.machine.kind if self.machine else self.kind)
+
+    @property
     def alone(self) -> int | None:
         """Bytes that a program on one of them may use while the others rest; None: not known."""
         shared = jax.local_device_count() if self.here and self.kind == "cpu" else 1

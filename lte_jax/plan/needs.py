@@ -84,7 +84,7 @@ def of_stage(
     if sum(memory.values()) <= at_most:
         data, fsdp, tensor = map(devices.along, sharding.MESH_AXES)
         rows = -(-experiment.data.batch_size // (data * fsdp * parts))
-        counted = step.count(stage, experiment, config, rows, fsdp, tensor)
+        counted = step.count(stage, experiment, config, rows, fsdp, tensor, devices.tpu)
         work = max(counted.layer, counted.head)
         memory |= {"activations": counted.kept + counted.layer, "logits": work - counted.layer}
         flops = counted.flops

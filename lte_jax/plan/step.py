@@ -14,9 +14,14 @@ Every family, routing and remat policy is counted by what it does.
             layer keeps without, for slopes; attention's scores and theirs; the slopes of all
             routers' scores; and the layer's weights and their gradients, whole and in
             compute.dtype, where they are sharded or cast. With adapters (lora.py) there are no
-            such gradients, but the adapters' products beside those of the matrices
+            such gradients, but the adapters' products beside those of the matrices. Where inputs of
+            FFNs are compared with the teacher's, their slopes, of all layers, have taken the
+            place of both by then
     head    _LOGITS float32 arrays of the tokens whose logits exist at a time; the head's matrices
-            where they are sharded or cast; and the sum of its gradients over chunks
+            where they are sharded or cast; and the sum of its gradients over chunks. At least those
+            slopes
+    On TPUs the compiler remakes half a layer at a time, and holds those slopes, and a copy, beside
+    what they were made of.
 
 tests/test_plan.py holds the bytes to those that XLA reports of the compiled step.
 """
@@ -68,6 +73,7 @@ def count(
     rows: int,
     fsdp: int = 1,
     tensor: int = 1,
+    tpu: bool = False,
 ) -> Step:
     """Counts a step of which each device has `rows` records a microbatch.
 
@@ -78,6 +84,7 @@ def count(
       rows: records of a microbatch on a device.
       fsdp: devices over which parameters are sharded by width.
       tensor: devices over which heads, experts and vocabulary are.
+      tpu: whether they are TPUs.
     """
     config, lte = _share(config, tensor), experiment.lte if stage.sparse else None
     model = training_step.trained_model(config, lte, experiment.compute)
@@ -92,20 +99,26 @@ def count(
     plain = model.clone(remat=False)
     again = _trace(stage, plain, how, shape, answers)
     own, held = (weights.of_one_layer(of.kept, config.num_layers) for of in (again, trace))
-    layer = max(own - held, own // 2) + again.scores + weights.at_work
+    layer = own // 2 if tpu else max(own - held, own // 2)
+    layer += again.scores + weights.at_work
     layer += math.prod(shape) * weights.added
     if lte is not None:
         layer += 4 * math.prod(shape) * config.num_layers * num_experts(config, lte)
 
-    head = 0
+    slopes = math.prod(shape) * config.d_model * config.num_layers * weights.itemsize
+    slopes *= stage.hidden_distill_weight > 0
+    layer = max(0, layer + (2 * slopes if tpu else -slopes))
+
+    head = slopes
     if config.head == "lm":
         length = objective.chunk_length(model, *shape)
         taught, matrix = stage.distill_weight > 0, config.d_model * config.vocab_size
-        head = 4 * rows * length * config.vocab_size * (_LOGITS_TAUGHT if taught else _LOGITS)
+        own = 4 * rows * length * config.vocab_size * (_LOGITS_TAUGHT if taught else _LOGITS)
         if weights.made:
-            head += matrix * weights.itemsize * (1 + taught)
+            own += matrix * weights.itemsize * (1 + taught)
         if length < shape[1] and not weights.frozen:
-            head += 4 * matrix
+            own += 4 * matrix
+        head = max(head, own)
     return Step(experiment.optim.microbatches * trace.flops, kept, layer, head)
 
 
