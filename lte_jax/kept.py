@@ -1,4 +1,4 @@
-"""What is finished of a long computation, kept in a folder, so that a killed one goes on from there."""
+"""What is finished of a long computation, kept in a folder: a killed one goes on from there."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class _Run:
         self.writer.close()
 
     def clear(self) -> None:
-        """Removes what finished steps leave; of stages their checkpoints, unless they are to stay."""
+        """Removes what finished steps leave, but for checkpoints that are to stay."""
         if jax.process_index() != 0:
             return
         done = [self.paths.begun_experts] if self.paths.has(self.paths.experts) else []
