@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
+from test_tasks import ENCODER, WORDS, saved, sentences, write
 from train_runs import without_clock
 
 import lte_jax
@@ -128,8 +129,8 @@ def alone(made, workdir: Path, devices: int = 4) -> None:
         lte_jax.train(made, workdir)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """The losses of all steps, and all tensors of all folders."""
+def assert_same_run(one: Path, other: Path, routers: float = 1e-4) -> None:
+    """The losses of all steps, and all tensors of all folders; `routers` over their largest."""
     metrics = [
         [without_clock(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
         for root in (one, other)
@@ -145,7 +146,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert model.config == other_model.config
         for path, array in flatten_dict(params, sep="/").items():
             there = np.asarray(flatten_dict(other_params, sep="/")[path])
-            bound = 1e-4 * np.abs(there).max() if is_router(path) else 1e-5
+            bound = routers * np.abs(there).max() if is_router(path) else 1e-5
             np.testing.assert_allclose(array, there, rtol=1e-5, atol=bound, err_msg=path)
         orders = [hf.load_expert_order(root / folder) for root in (one, other)]
         assert np.array_equal(*orders) if folder != "dense" else orders == [None, None]
@@ -175,6 +176,47 @@ def test_several_processes_do_what_one_does_with_tensor_across_them(tmp_path, co
     assert (tmp_path / "0.out").read_text().count("mesh:") == 1
     for other in range(1, count):
         assert not own_lines(tmp_path / f"{other}.out") and not errors[other]
+
+
+def of_a_folder(folder: Path, mesh: MeshConfig):
+    """A Llama that a run before has left, in Hugging Face's format."""
+    made = experiment(folder, mesh)
+    alone(made, folder / "before")
+    source = config.SourceConfig(path=str(folder / "before/dense"))
+    return dataclasses.replace(made, source=source)
+
+
+def of_a_task(folder: Path, mesh: MeshConfig):
+    """A classifier from an encoder's folder, whose records are pairs of texts and labels."""
+    transformers = pytest.importorskip("transformers")
+    vocabulary = folder / "vocab.txt"
+    folder.mkdir()
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    encoder = saved(ENCODER, transformers.BertTokenizer(str(vocabulary)), folder / "encoder")
+    texts = write(folder / "sst2/train.jsonl", sentences(64))
+    write(folder / "sst2/validation.jsonl", sentences(16, seed=1))
+    made = experiment(folder / "unused", mesh)
+    task = {"task": "sst2", "train": str(texts), "length": 12, "pack": False}
+    return dataclasses.replace(
+        made,
+        source=config.SourceConfig(path=str(encoder)),
+        data=dataclasses.replace(made.data, **task),
+        sample_tokens=0,
+    )
+
+
+@pytest.mark.slow
+@LONG
+@pytest.mark.parametrize("mesh", [ACROSS, ROWS], ids=["across", "rows"])
+@pytest.mark.parametrize("of", [of_a_folder, of_a_task])
+def test_two_processes_train_what_folders_hold(tmp_path, of, mesh):
+    made = of(tmp_path / "own", mesh)
+    group = start(tmp_path, made, tmp_path / "many")
+    alone(made, tmp_path / "one")
+    codes, errors = group.end()
+    assert codes == [0, 0], errors
+    # The classifier's twenty words make the regression that routers start from nearly singular.
+    assert_same_run(tmp_path / "one", tmp_path / "many", 1e-3 if of is of_a_task else 1e-4)
 
 
 @pytest.mark.slow
