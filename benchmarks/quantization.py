@@ -1,4 +1,4 @@
-"""What weights of 8 and 4 bits cost a model: perplexity, and experts chosen otherwise.
+"""What weights of 8, 6 and 4 bits cost a model: perplexity, and experts chosen otherwise.
 
     python benchmarks/quantization.py --model=runs/mine/lte --data=others.jsonl \
         --calibration=texts.jsonl

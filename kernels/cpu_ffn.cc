@@ -194,7 +194,7 @@ void SumOverChunks(ffi::ThreadPool& pool, int64_t chunks, int64_t batch, int64_t
       Store(out + b * width + i, sums[b * width + Place(static_cast<const T*>(nullptr), i, width)]);
 }
 
-// ---- Weights of 8 and 4 bits, in the tiles of quantized.py: 16 outputs by 32 inputs.
+// ---- Weights of 8, 6 and 4 bits, in the tiles of quantized.py: 16 outputs by 32 inputs.
 //
 // x is rounded to signed bytes as well, in groups of 32 with a scale each, and products are summed as
 // integers: in every group of a tile exactly, so all instruction sets give the same bits. Codes are
@@ -266,11 +266,16 @@ inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (
     totals[r] = x.sums.data() + rows[r] * x.groups;
     scales[r] = x.scales.data() + rows[r] * x.groups;
   }
+  constexpr int kLoads = kBits == 8 ? 8 : 4;  // of 6 bits, those of the lower 4
   for (int64_t g = 0; g < x.groups; ++g) {
     Ints16 dots[W][R][kSums] = {};
     for (int t = 0; t < W; ++t)
       for (int r = 0; r < R; ++r) dots[t][r][0] -= totals[r][g] * (1 << (kBits - 1));
-    for (int s = 0; s < kBits; ++s) {
+    Bits16 upper[W][2] = {};
+    if constexpr (kBits == 6)
+      for (int t = 0; t < W; ++t)
+        std::memcpy(upper[t], w.codes + ((t * x.groups + g) * kBits + 4) * 64, sizeof upper[t]);
+    for (int s = 0; s < kLoads; ++s) {
       for (int t = 0; t < W; ++t) {
         const uint8_t* from = w.codes + ((t * x.groups + g) * kBits + s) * 64;
         Bits16 codes;
@@ -281,8 +286,13 @@ inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (
           if constexpr (kBits == 8) {
             (s % 2 ? odd : even) = AddDots(s % 2 ? odd : even, codes, words[r][g * 8 + s]);
           } else {
-            even = AddDots(even, codes & 0x0f0f0f0fu, words[r][g * 8 + s]);
-            odd = AddDots(odd, codes >> 4 & 0x0f0f0f0fu, words[r][g * 8 + s + 4]);
+            Bits16 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;
+            if constexpr (kBits == 6) {
+              const Bits16 more = upper[t][s % 2] >> (s & 2);  // s / 2 pairs of bits
+              low |= (more & 0x03030303u) << 4, high |= more & 0x30303030u;
+            }
+            even = AddDots(even, low, words[r][g * 8 + s]);
+            odd = AddDots(odd, high, words[r][g * 8 + s + 4]);
           }
         }
       }
@@ -338,7 +348,8 @@ void AddProductsOf(Scaled w, const Rounded& x, const std::vector<int64_t>& rows,
 // out[r][o] += sum over inputs of w[o] x[rows[r]], for the first so many outputs o of w.
 void AddProducts(Scaled w, const Rounded& x, const std::vector<int64_t>& rows, int64_t outputs,
                  float* const* out) {
-  (w.bits == 8 ? AddProductsOf<8> : AddProductsOf<4>)(w, x, rows, outputs, out);
+  const auto add = w.bits == 8 ? AddProductsOf<8> : w.bits == 6 ? AddProductsOf<6> : AddProductsOf<4>;
+  add(w, x, rows, outputs, out);
 }
 
 // ---- Many rows of bfloat16, as those of a prompt: the time goes into products, not into reading.
@@ -505,7 +516,7 @@ void AddExpert(const Weights<T>& w, Activation activation, int64_t M, int64_t D,
   Axpys(w.down, D, M, D, h, M, rows, y.data());
 }
 
-// An expert with weights of 8 or 4 bits.
+// An expert with weights of 8, 6 or 4 bits.
 struct ScaledExpert {
   Scaled gate, up, down;             // gate.codes null: there is none
   const float *up_bias, *gate_bias;  // null if the model has none

@@ -1,13 +1,17 @@
-"""Matrices of 8 or 4 bits a weight, stored in the order in which the kernels read them.
+"""Matrices of 8, 6 or 4 bits a weight, stored in the order in which the kernels read them.
 
 A matrix of O outputs and K inputs is cut into tiles of 16 outputs by 32 inputs. The 32 weights of
 an output in a tile share a scale, and a weight is
 
-    scale * (code - zero)        codes 0 to 255, zero 128 (int8); 0 to 15, zero 8 (int4)
+    scale * (code - zero)        codes 0 to 255, zero 128 (int8); 0 to 63, zero 32 (int6); 0 to 15,
+                                 zero 8 (int4)
 
 These are the blocks of Q8_0 and Q4_0 in GGUF files, with bfloat16 scales. In a tile the outputs are
 the lanes of a vector: one load has 4 inputs of each of 16 outputs (int4: and 4 more, 16 inputs on,
-in the upper halves of the bytes), as a CPU's dot products of bytes take them.
+in the upper halves of the bytes), as a CPU's dot products of bytes take them. A tile of int6 has
+the lower 4 bits as int4 has its codes, then the upper 2 bits: in the first of two loads those of
+inputs 0 to 3, 8 to 11, 16 to 19 and 24 to 27, from the lowest bits of the bytes on; in the second
+the rest.
 
 Dimension key: O outputs  K inputs  T = O/16 tiles, the last filled up with zeros  G = K/32 groups
 """
@@ -23,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 LANES, GROUP = 16, 32
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int6": 6, "int4": 4}
 # Of int4, the scales tried for a group: its largest weight over these.
 _STEPS = tuple(-8.0 + 0.25 * i for i in range(-4, 9))
 
@@ -40,9 +44,9 @@ class Quantized:
     Its arrays may be sliced and stacked along the leading dimensions.
     """
 
-    codes: Any  # uint8 [..., T, G, 512 or 256]
+    codes: Any  # uint8 [..., T, G, 512, 384 or 256]
     scales: Any  # bfloat16 [..., T, G, 16]
-    format: str  # "int8" or "int4"
+    format: str  # one of BITS
     sizes: tuple[int, ...]  # of one matrix
     inputs_first: bool  # whether its inputs are the first of these dimensions, or the last
     dtype: Any  # of what is computed with it
@@ -136,9 +140,15 @@ def packed(codes_OK: jax.Array, scales_OG: jax.Array, format: str) -> tuple[jax.
     # [..., T, 16, G, 8 loads, 4] to [..., T, G, 8 loads, 16, 4]
     codes = codes.reshape(*codes.shape[:-2], -1, LANES, codes.shape[-1] // GROUP, GROUP // 4, 4)
     codes = jnp.moveaxis(codes, -4, -2)
-    if format == "int4":
-        low, high = jnp.split(codes, 2, axis=-3)
-        codes = low | high << 4
+    if format != "int8":
+        low, high = jnp.split(codes & 15, 2, axis=-3)
+        lower = low | high << 4
+    if format == "int6":
+        pairs = jnp.split(codes >> 4, 4, axis=-3)
+        upper = functools.reduce(jnp.bitwise_or, (p << 2 * i for i, p in enumerate(pairs)))
+        codes = jnp.concatenate([lower, upper], axis=-3)
+    elif format == "int4":
+        codes = lower
     scales = jnp.pad(scales_OG, fill)
     scales = scales.reshape(*scales.shape[:-2], -1, LANES, scales.shape[-1])
     codes = codes.reshape(*codes.shape[:-3], -1)
@@ -149,8 +159,11 @@ def packed(codes_OK: jax.Array, scales_OG: jax.Array, format: str) -> tuple[jax.
 def _weights(codes: jax.Array, scales: jax.Array, format: str) -> jax.Array:
     """The weights, [..., T, 16, G, 32], float32; the reverse of `packed`."""
     tiles = codes.reshape(*codes.shape[:-1], -1, LANES, 4)
-    if format == "int4":
-        tiles = jnp.concatenate([tiles & 15, tiles >> 4], axis=-3)
+    if format != "int8":
+        lower, upper = tiles[..., :4, :, :], tiles[..., 4:, :, :]
+        tiles = jnp.concatenate([lower & 15, lower >> 4], axis=-3)
+    if format == "int6":
+        tiles |= jnp.concatenate([upper >> 2 * i & 3 for i in range(4)], axis=-3) << 4
     tiles = jnp.moveaxis(tiles, -2, -4)  # [..., T, 16, G, 8, 4]
     tiles = tiles.reshape(*tiles.shape[:-2], GROUP).astype(jnp.int32) - 2 ** (BITS[format] - 1)
     return tiles.astype(jnp.float32) * jnp.swapaxes(scales, -1, -2).astype(jnp.float32)[..., None]
@@ -172,13 +185,13 @@ def round_to(w: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
 def scales_of(w_OK: jax.Array, format: str) -> jax.Array:
     """The scale of each group of matrices [..., O, K] float32, as it is stored: [..., O, G]."""
     groups = w_OK.reshape(*w_OK.shape[:-1], -1, GROUP)
-    scale = (_scale_8 if format == "int8" else _scale_4)(groups)
+    scale = _scale_4(groups) if format == "int4" else _scale_to_ends(groups, BITS[format])
     return scale.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def _scale_8(w: jax.Array) -> jax.Array:
-    """127 steps to the largest weight of each group."""
-    return jnp.max(jnp.abs(w), axis=-1) / 127
+def _scale_to_ends(w: jax.Array, bits: int) -> jax.Array:
+    """As many steps to the largest weight of each group as there are: 127, or 31."""
+    return jnp.max(jnp.abs(w), axis=-1) / (2 ** (bits - 1) - 1)
 
 
 def _scale_4(w: jax.Array) -> jax.Array:

@@ -208,26 +208,26 @@ def moefy(
 def quantize(
     model: Given[Transformer],
     params: Mapping[str, Any],
-    format: Given[Literal["int8", "int4"]],
+    format: Given[Literal["int8", "int6", "int4"]],
     calibration: Given[Tokens | None] = None,
     mask: Given[Mask | None] = None,
 ) -> dict[str, Any]:
-    """The parameters with weights of 8 or 4 bits, for inference.
+    """The parameters with weights of 8, 6 or 4 bits, for inference.
 
         params = lte_jax.quantize(model, params, "int8")
         params = lte_jax.quantize(model, params, "int4", calibration=tokens)    # GPTQ
         lte_jax.generate(model, params, tokens, max_new_tokens=50)
 
     Matrices of attention, experts, embedding and head are rounded, in groups of 32 inputs that
-    share a scale: 8.5 or 4.5 bits a weight (embedding and head always 8.5). Routers, norms and
-    biases are kept. The CPU kernels round what they multiply with to 8 bits as well. Such
-    parameters work wherever a model computes (`apply`, `evaluate`, `generate`) and in `save`; they
-    cannot be trained or moefied.
+    share a scale: 8.5, 6.5 or 4.5 bits a weight (embedding and head at least 6.5). Routers are
+    rounded to bfloat16; norms and biases are kept. The CPU kernels round what they multiply with to
+    8 bits as well. Such parameters work wherever a model computes (`apply`, `evaluate`, `generate`)
+    and in `save`; they cannot be trained or moefied.
 
     Args:
       model: dense or LTE.
       params: its parameters, float32 or bfloat16.
-      format: "int8" or "int4".
+      format: "int8", "int6" or "int4".
       calibration: token ids [R, L] of typical text, some thousands: weights are rounded so that
         what the model computes on it changes little (gptq.py). None: each to what is nearest.
       mask: True (or > 0) where `calibration` is not padding; None: no padding.

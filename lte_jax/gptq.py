@@ -69,6 +69,8 @@ def quantize(
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     dimensions, layered = dimension_sizes(config, lte), []
     for row in table(config, lte):
+        if quantization.is_coarse(row):
+            flat[row.path] = quantization.coarse(flat[row.path])
         if not (kind := quantization.format_in(row, format)):
             continue
         where = quantization.cut(row, dimensions)

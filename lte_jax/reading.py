@@ -227,12 +227,16 @@ class Stack:
         inputs = x_BLI.ndim - 2
         outputs = kernel.shape[1 + inputs :]
         x_RI = x_BLI.reshape(math.prod(x_BLI.shape[:2]), -1)
-        y_RO = kernels.linear(
-            x_RI.astype(kernel.dtype),
+        parts = [x_RI.astype(kernel.dtype)]
+        if exact and kernel.dtype.itemsize < x_RI.dtype.itemsize:  # and what rounding has left
+            parts.append((x_RI - parts[0].astype(x_RI.dtype)).astype(kernel.dtype))
+        y_SO = kernels.linear(
+            jnp.concatenate(parts),
             kernel.reshape(kernel.shape[0], x_RI.shape[1], math.prod(outputs)),
             layer=self.layer,
             implementation=self.implementation,
         )
+        y_RO = sum(jnp.split(y_SO, len(parts)))
         y_RO = y_RO.astype(jnp.float32 if exact else x_BLI.dtype)
         y = y_RO.reshape(*x_BLI.shape[:2], *outputs)
         bias = self.vectors.get(name, {}).get("bias")
@@ -293,11 +297,14 @@ def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, 
     """The parameters as `Stack` wants them: vectors, and matrices with all layers stacked.
 
     A dense FFN is cut into blocks, all of them active: work for every thread of a CPU and every
-    multiprocessor of a GPU. Routers are float32.
+    multiprocessor of a GPU. Routers are float32, or bfloat16 beside matrices of fewer bits, whose
+    rounding has left them values of that (quantization.py).
     """
     rows = max(m for m in range(1, min(_DENSE_ROWS, config.d_ff) + 1) if config.d_ff % m == 0)
     vectors, matrices = {}, {}
-    for path, array in traverse_util.flatten_dict(dict(params), sep="/").items():
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    small = any(isinstance(array, Quantized) for array in flat.values())
+    for path, array in flat.items():
         row = BY_PATH[path]
         neurons = "EM" in row.letters
         if not (row.is_matrix or neurons):
@@ -308,7 +315,8 @@ def stacked(config: ModelConfig, params: Weights, dtype: Any) -> tuple[Weights, 
             continue
         if neurons and array.shape[1] == 1:
             array = array.reshape(array.shape[0], -1, rows, *array.shape[3:])
-        matrices[path] = array.astype(jnp.float32 if is_router(path) else dtype)
+        own = jnp.bfloat16 if small else jnp.float32  # of routers
+        matrices[path] = array.astype(own if is_router(path) else dtype)
     unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
     return unflatten(vectors), unflatten(matrices)
 

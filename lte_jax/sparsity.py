@@ -184,12 +184,13 @@ def bytes_per_token(
     """Bytes of weights, `width` bytes each, that decoding one token at batch size 1 reads.
 
     Counts what flops_per_token counts, plus the output head (of `head_width`, if it has another);
-    routers are float32; `quantization.widths` are those of rounded weights. With the cached
+    routers are float32, beside weights below two bytes bfloat16. `quantization.widths` are those of
+    rounded weights. With the cached
     keys and values, divided by memory bandwidth, this bounds the time of a decode step from below.
     """
     head = config.vocab_size * config.d_model * (width if head_width is None else head_width)
     weights = _weights_per_token(config, lte, sparsity)
-    return width * weights + head + 4 * _router_weights(config, lte)
+    return width * weights + head + (2 if width < 2 else 4) * _router_weights(config, lte)
 
 
 def _weights_per_token(config: ModelConfig, lte: LTEConfig | None, sparsity: float) -> float:

@@ -1,4 +1,4 @@
-"""Writes a model in another dtype, in weights of 8 or 4 bits, or an LTE model as a dense one.
+"""Writes a model in another dtype, in weights of 8, 6 or 4 bits, or an LTE model as a dense one.
 
     lte-jax convert owner/name my-model --dtype=bfloat16
     lte-jax convert runs/demo/lte runs/demo/lte-int8 --quantize=int8
@@ -63,7 +63,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("out", metavar="OUT", help="the folder to write; a model already there is replaced")
     dtypes = ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, help="of the weights but routers; default: as stored")
-    bits = "8 or 4 bits a weight of the large matrices; --dtype is then that of computing"
+    bits = "8, 6 or 4 bits a weight of the large matrices; --dtype is then that of computing"
     add("--quantize", choices=list(BITS), help=bits)
     texts = "texts, as data.train of a config, on which rounding is to change little (GPTQ)"
     add("--calibration", metavar="TEXTS", help=texts)
@@ -73,7 +73,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _rounded(model: Transformer, params, folder: Path, flags: argparse.Namespace):
-    """The parameters in weights of 8 or 4 bits; on texts, if there are any."""
+    """The parameters in weights of 8, 6 or 4 bits; on texts, if there are any."""
     if not flags.calibration:
         return quantization.quantize(model.config, model.lte, params, flags.quantize, model.dtype)
     texts, wanted = data.read_texts(flags.calibration, split="train"), flags.calibration_tokens

@@ -77,7 +77,7 @@ def _parser(prog: str | None) -> errors.Parser:
     several = "shares of experts to skip, joined by commas, of a model with a curve of thresholds"
     add("--sparsity", type=config.flag(tuple[config.Share, ...]), help=several)
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    add("--quantize", choices=list(BITS), help="round the model's weights to 8 or 4 bits")
+    add("--quantize", choices=list(BITS), help="round the model's weights to so many bits")
     add("--prompt", type=errors.argument, default="Once upon a time", help="of the sample text")
     add("--name", help="name of the model in the table and figures")
     add("--out", help="output folder")

@@ -63,7 +63,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     skipped = "share of experts to skip, of a model with a curve of thresholds (docs/sparsity.md)"
     add("--sparsity", type=flag(config.Share), help=skipped)
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    bits = "round the large matrices to 8 or 4 bits a weight (docs/quantization.md)"
+    bits = "round the large matrices to 8, 6 or 4 bits a weight (docs/quantization.md)"
     add("--quantize", choices=list(BITS), help=bits)
     kernels = f"kernels of the sparse FFN: auto (default), {', '.join(IMPLEMENTATIONS)}"
     add("--implementation", default="auto", help=kernels)

@@ -91,7 +91,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--threshold", type=flag(config.Inside), help="default: the model's own")
     add("--sparsity", type=flag(config.Share), help="share of experts to skip (docs/sparsity.md)")
     add("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    add("--quantize", choices=list(BITS), help="round the large matrices to 8 or 4 bits a weight")
+    add("--quantize", choices=list(BITS), help="round the large matrices to so many bits a weight")
     kernels = f"auto (default), {', '.join(IMPLEMENTATIONS)}"
     add("--implementation", default="auto", help=kernels)
     return Mirror.add_to(parser)

@@ -320,7 +320,7 @@ class StageConfig(Checked):
     dropout: Decay = 0.0
     # The weights are rounded as `lte-jax convert --quantize` will round them, in every step, and
     # gradients pass as if they were not: what is converted afterwards loses less.
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Literal["int8", "int6", "int4"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits in a folder: two tensors for each layer of a parameter.
+"""Weights of 8, 6 and 4 bits in a folder: two tensors for each layer of a parameter.
 
 `layers.attn.q.kernel.3.q` are the codes of layer 3, uint8, and `layers.attn.q.kernel.3.scale` their
 scales, bfloat16, in the order of kernels/quantized.py: reading them is no work, and gives the same

@@ -51,8 +51,8 @@ def sparse_ffn(
       active_BE: bool, the experts each row uses; no row gets another row's experts.
       weights: up, down and, if the FFN is gated, gate, each [E, M, D]; up_bias and gate_bias, if
         there are any, each [E, M]. All of x_BD's type; or the matrices `Quantized` (quantized.py),
-        with weights of 8 or 4 bits, to compute in that type. The caller adds the output bias, which
-        belongs to no expert.
+        with weights of 8, 6 or 4 bits, to compute in that type. The caller adds the output bias,
+        which belongs to no expert.
       activation: silu, gelu, gelu_tanh or relu.
       layer: the layer to use of stacked weights, [N, E, M, D] and [N, E, M], without slicing it
         out. None: weights are not stacked.
