@@ -267,20 +267,24 @@ inline void AddTiles(Scaled w, const Rounded& x, const int64_t* rows, Floats16 (
     scales[r] = x.scales.data() + rows[r] * x.groups;
   }
   constexpr int kLoads = kBits == 8 ? 8 : 4;  // of 6 bits, those of the lower 4
+  constexpr int kAhead = kBits == 8 ? 1024 : kBits == 6 ? 22 * 384 : 4096;
   for (int64_t g = 0; g < x.groups; ++g) {
     Ints16 dots[W][R][kSums] = {};
     for (int t = 0; t < W; ++t)
       for (int r = 0; r < R; ++r) dots[t][r][0] -= totals[r][g] * (1 << (kBits - 1));
     Bits16 upper[W][2] = {};
     if constexpr (kBits == 6)
-      for (int t = 0; t < W; ++t)
-        std::memcpy(upper[t], w.codes + ((t * x.groups + g) * kBits + 4) * 64, sizeof upper[t]);
+      for (int t = 0; t < W; ++t) {
+        const uint8_t* from = w.codes + ((t * x.groups + g) * kBits + 4) * 64;
+        std::memcpy(upper[t], from, sizeof upper[t]);
+        if (R == 1) __builtin_prefetch(from + kAhead, 0, 2), __builtin_prefetch(from + kAhead + 64, 0, 2);
+      }
     for (int s = 0; s < kLoads; ++s) {
       for (int t = 0; t < W; ++t) {
         const uint8_t* from = w.codes + ((t * x.groups + g) * kBits + s) * 64;
         Bits16 codes;
         std::memcpy(&codes, from, sizeof codes);
-        if (R == 1) __builtin_prefetch(from + (kBits == 8 ? 1024 : 4096), 0, 2);
+        if (R == 1) __builtin_prefetch(from + kAhead, 0, 2);
         for (int r = 0; r < R; ++r) {
           Ints16 &even = dots[t][r][0], &odd = dots[t][r][kSums - 1];
           if constexpr (kBits == 8) {
