@@ -58,8 +58,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "C the router's product is rounded",
         "lte_jax/reading.py",
-        "(jnp.float32, _HIGHEST) if exact else",
-        "(jnp.float32, None) if exact else",
+        "inputs, precision=_HIGHEST)",
+        "inputs)",
         "tests/test_model.py::test_routers_are_float32_products[float32]",
     ),
     Mutant(
@@ -79,7 +79,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "C decoding reads routers in the model's type",
         "lte_jax/reading.py",
-        "array.astype(jnp.float32 if is_router(path) else dtype)",
+        "array.astype(own if is_router(path) else dtype)",
         "array.astype(dtype)",
         "tests/test_model.py::test_routers_are_float32_products[bfloat16]",
     ),

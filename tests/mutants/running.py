@@ -247,8 +247,8 @@ MUTANTS = [
     *of(
         "kernels/quantized.py", "tests/test_quantization.py",
         ("upper halves of bytes come first", "test_rounding[int4]",
-         "[tiles & 15, tiles >> 4]",
-         "[tiles >> 4, tiles & 15]"),
+         "[lower & 15, lower >> 4]",
+         "[lower >> 4, lower & 15]"),
         ("a row of the tile beside", "test_what_is_zero_or_not_whole_tiles",
          "lane = (ids % LANES)",
          "lane = ((ids + 1) % LANES)"),
