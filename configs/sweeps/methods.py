@@ -14,7 +14,8 @@ weight eta, so that sparsities match. What fixed etas give is searched by config
 
 ":rates" is another grid, which chose RATES: every row that trains, at three learning rates, at 75%,
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
-benchmarks/sweeps/rates.json.
+benchmarks/sweeps/rates.json. At 50% lower rates are better (docs/log.md): before the table is made,
+RATES should be chosen at each sparsity.
 
 Cost:   309 runs, of two minutes on one core if they train, of half a minute if not: six to seven
         hours of one core. ":rates": 63 runs, two hours.
