@@ -200,6 +200,7 @@ class _Run:
         """Writes the dense model, trained on the task if the experiment has a finetune stage."""
         if self.has(self.paths.dense):
             return
+        shutil.rmtree(self.paths.begun_experts, ignore_errors=True)  # of another dense model
         source = self.parts.source
         if source is not None:
             model, params = self._load(source)

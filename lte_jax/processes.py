@@ -344,7 +344,8 @@ def spread(
 
 def _finished(like: Any, kept: Kept) -> list[Any]:
     """What is kept, as process 0 sees it."""
-    count, found = on_first(lambda: len(kept.read(like))), kept.read(like)
+    found = kept.read(like)
+    count = on_first(lambda: len(found))
     if len(found) < count:
         raise UserError(
             f"{kept.folder} holds {len(found)} items as process {jax.process_index()} sees it, "

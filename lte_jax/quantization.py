@@ -67,8 +67,13 @@ def coarse(array: Any) -> Any:
 def format_in(row: Row, format: str) -> str | None:
     """That of a parameter in a model of this format; None: it is not rounded."""
     if row.path in _OTHERS:
-        return "int6" if format == "int4" else format
+        return _of_others(format)
     return format if row.layered and row.is_matrix and not is_router(row.path) else None
+
+
+def _of_others(format: str) -> str:
+    """That of _OTHERS in a model of this format."""
+    return "int6" if format == "int4" else format
 
 
 def format_of(params: Mapping[str, Any]) -> str | None:
@@ -92,7 +97,7 @@ def widths(params: Mapping[str, Any], dtype: str) -> tuple[float, float]:
     if format is None:
         return (float(jnp.dtype(dtype).itemsize),) * 2
     each = {name: (bits + 16 / GROUP) / 8 for name, bits in BITS.items()}
-    return each[format], each["int6" if format == "int4" else format]
+    return each[format], each[_of_others(format)]
 
 
 @dataclasses.dataclass(frozen=True)

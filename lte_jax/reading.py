@@ -236,7 +236,7 @@ class Stack:
             layer=self.layer,
             implementation=self.implementation,
         )
-        y_RO = sum(jnp.split(y_SO, len(parts)))
+        y_RO = y_SO if len(parts) == 1 else jnp.add(*jnp.split(y_SO, 2))
         y_RO = y_RO.astype(jnp.float32 if exact else x_BLI.dtype)
         y = y_RO.reshape(*x_BLI.shape[:2], *outputs)
         bias = self.vectors.get(name, {}).get("bias")

@@ -185,8 +185,8 @@ def bytes_per_token(
 
     Counts what flops_per_token counts, plus the output head (of `head_width`, if it has another);
     routers are float32, beside weights below two bytes bfloat16. `quantization.widths` are those of
-    rounded weights. With the cached
-    keys and values, divided by memory bandwidth, this bounds the time of a decode step from below.
+    rounded weights. With the cached keys and values, divided by memory bandwidth, this bounds the
+    time of a decode step from below.
     """
     head = config.vocab_size * config.d_model * (width if head_width is None else head_width)
     weights = _weights_per_token(config, lte, sparsity)

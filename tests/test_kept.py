@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -54,6 +55,25 @@ def test_work_goes_on_from_what_is_kept(tmp_path):
     assert [x["b"] for x in spread()] == [0, 1, 2, 3] and made == [0, 1, 2, 2, 3]
     once = functools.partial(processes.once, lambda: work(7), LIKE, kept.of("once"))
     assert once()["b"] == once()["b"] == 7 and made[5:] == [7]
+
+
+def test_layers_of_another_dense_model_are_not_kept(tmp_path, monkeypatch):
+    experiment, grouped = tiny.experiment(tmp_path, report=False), []
+    group = moefication._group  # noqa: SLF001
+
+    def killed(*args):
+        grouped.append(args)
+        if len(grouped) == 2:
+            raise KeyboardInterrupt
+        return group(*args)
+
+    monkeypatch.setattr(moefication, "_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lte_jax.train(experiment, tmp_path / "run")
+    assert (tmp_path / "run/experts.begun").exists()
+    shutil.rmtree(tmp_path / "run/dense")
+    lte_jax.train(experiment, tmp_path / "run")
+    assert len(grouped) == 2 + tiny.CONFIG.num_layers
 
 
 # What is called for a layer, or for the routers of all; and how often before the run is killed.

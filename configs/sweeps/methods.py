@@ -8,9 +8,10 @@ a row in which the model adapts to it with as many steps as LTE takes, and what 
 teacher, the distance of hidden states, the optimizer, down projections refitted before the first
 step (where weights are not pruned). What differs is how experts or neurons are chosen. A method
 that needs no training has a row as it is published, too. MoEfication starts from a model with
-ReLU, fine-tuned. "ours" is the preset `ours`. "paper's losses, our controller" is the preset
-`paper`, its guard 0.25, with AdamW and one rate for routers and model; but our controller moves its
-weight eta, so that sparsities match. What fixed etas give is searched by configs/sweeps/paper.py.
+ReLU, fine-tuned. "ours" is the preset `ours`, at its rate of RATES. "paper's losses, our
+controller" is the preset `paper`, its guard 0.25, with AdamW and one rate for routers and model;
+but our controller moves its weight eta, so that sparsities match. What fixed etas give is searched
+by configs/sweeps/paper.py.
 
 ":rates" is another grid, which chose RATES: every row that trains, at three learning rates, at 75%,
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
