@@ -228,7 +228,7 @@ def ending(experiment: config.Experiment, mesh: jax.sharding.Mesh) -> Iterator[P
         batch = dict.fromkeys(("tokens", "segments"), put(shape, jnp.int32))
         measure = functools.partial(evaluation._measure.lower, routing=None)  # noqa: SLF001
         lower = functools.partial(measure, model, own, batch, None)
-        work = plan.report.activations(model, *shape)
+        work = plan.report.activations(model, *shape, tpu=mesh.devices.flat[0].platform == "tpu")
         counted = plan.report.weights(model) + sum(work.values())
         yield Program(f"evaluation, {words}", lower, counted, alone=True)
 

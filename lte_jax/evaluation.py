@@ -27,7 +27,7 @@ from lte_jax.generation.decoding import Decoder
 from lte_jax.generation.latency import decode_latency
 from lte_jax.losses import layer_means, loss_mask
 from lte_jax.model import Transformer, forward
-from lte_jax.objective import predicted, task_loss
+from lte_jax.objective import head_losses, predicted
 from lte_jax.routing import dials
 from lte_jax.routing import make as make_routing
 from lte_jax.selection import Routing
@@ -279,10 +279,8 @@ def _measure(model, params, batch, threshold, *, routing) -> dict[str, Any]:
     """Sums over one batch, with the weights needed to turn them into means."""
     token_mask_BL = batch["segments"] > 0
     out = forward(model, params, batch, routing=routing, threshold=threshold)
-    sums = {
-        "nll": task_loss(model, out.logits, batch, jnp.float32(1)),
-        "predicted": jnp.sum(predicted(model, batch)),
-    }
+    nll, _ = head_losses(model, params, out, batch, {"predicted": jnp.float32(1)})
+    sums = {"nll": nll, "predicted": jnp.sum(predicted(model, batch))}
     if model.config.head == "classes":
         sums["logits"] = out.logits
     if out.scores is None:

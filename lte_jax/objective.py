@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from lte_jax import layers, losses, sharding
+from lte_jax.kernels.quantized import Quantized
 from lte_jax.layers import Output
 from lte_jax.model import Transformer
 from lte_jax.params import table
@@ -101,7 +102,9 @@ def head_losses(
     if teacher is not None:
         told |= {"distilled": distilled(model, batch), "taught": teacher[1].hidden}
         whole["teacher"] = _head(model, teacher[0])
-    head = jax.tree.map(lambda w: w.astype(model.dtype) if w.ndim > 1 else w, _head(model, params))
+    typed = lambda w: w.astype(model.dtype) if w.ndim > 1 else w  # noqa: E731
+    rounded = lambda w: isinstance(w, Quantized)  # noqa: E731
+    head = jax.tree.map(typed, _head(model, params), is_leaf=rounded)
     return _chunked(model, size, weights, head, out.hidden, whole, told)
 
 

@@ -77,6 +77,26 @@ def test_perplexity_by_hand(lte):
     np.testing.assert_array_equal(measured["score_histogram"], expected)
 
 
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_logits_in_chunks_make_no_difference(format):
+    """Nor are they ever all there; a rounded head, six bits of it beside int4, is read alike."""
+    model, params = tiny.model_and_params(dataclasses.replace(tiny.LTE, expert_size=32), CONFIG)
+    params = params if format is None else lte_jax.quantize(model, params, format)
+    records = packed()
+    in_chunks = model.clone(head_tokens=8)  # four of each of two records
+    whole, other = (
+        evaluation.perplexity(net, params, records, batch_size=2) for net in (model, in_chunks)
+    )
+    assert other["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    left = {"loss": 0, "token_ppl": 0}
+    assert other | left == whole | left
+    compiled = evaluation._measure.lower(in_chunks, params, records[:2], None, routing=None)
+    logits = f"tensor<2x30x{CONFIG.vocab_size}xf32>"
+    assert logits not in compiled.as_text()
+    whole = evaluation._measure.lower(model, params, records[:2], None, routing=None)
+    assert logits in whole.as_text()
+
+
 def test_union_sparsity_falls_with_the_batch(lte):
     model, params = lte
     records = Records(np.random.default_rng(0).integers(0, 256, (8, 16)), np.ones((8, 16), int))

@@ -299,6 +299,25 @@ def test_bytes_of_the_report_are_those_that_xla_counts(vocab):
     assert [needed["dense model"], needed["LTE model"]] == models
 
 
+# Operands and work, by libtpu 0.0.42.1 and jax-cuda12-plugin 0.10.2: `python benchmarks/ahead.py
+# --only evaluation --config.data.batch_size=64`, for TPUs with --devices=v5p:64.
+EVALUATIONS = {
+    True: (13_477_879_808 + 22_279_813_696, 13_568_081_920 + 35_501_734_624),
+    False: (13.5e9 + 11.1e9, 13.6e9 + 24.1e9),
+}
+
+
+@pytest.mark.parametrize("tpu", EVALUATIONS)
+def test_bytes_of_the_report_are_those_of_compilers_for_devices_not_at_hand(tpu):
+    keys = ["source.path=", "data.batch_size=64"]
+    made = config.load_config(f"{ROOT}/configs/llama7b.py", keys)
+    needed = plan.report.of_report(made, made.source.scratch, True, tpu)
+    dense, lte = EVALUATIONS[tpu]
+    assert sum(needed.values()) - needed["dense model"] == pytest.approx(lte, rel=0.05)
+    needed = plan.report.of_report(made, made.source.scratch, False, tpu)
+    assert sum(needed.values()) == pytest.approx(dense, rel=0.05)
+
+
 def test_bad_input_a_report_that_cannot_fit(experiment):
     """Both models lie on one device, however many there are."""
     made = planned(dataclasses.replace(experiment, report=True))

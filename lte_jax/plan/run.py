@@ -47,7 +47,9 @@ class Plan:
         made = stages.make(experiment.stages, experiment.lte)
         counted = tuple(needs.of_stage(stage, experiment, config, devices) for stage in made)
         sparse = any(stage.sparse for stage in made)
-        last = report.of_report(experiment, config, sparse) if experiment.report else {}
+        last = {}
+        if experiment.report:
+            last = report.of_report(experiment, config, sparse, devices.tpu)
         return cls(experiment, config, devices, counted, last, records)
 
     @property
