@@ -1,13 +1,15 @@
-"""The sparse kernels for NVIDIA GPUs: Triton, called through jax-triton.
+"""The kernels for NVIDIA GPUs: Triton, called through jax-triton.
 
-Two launches. `hidden` has a program for each few neurons of each expert; programs of idle experts
-end after one load, the others write hidden activations and, together, the list of used experts and
-its count. `combine` multiplies by the down projection; its programs take equal shares of that list,
-and XLA adds their partial sums in a fixed order. Nothing waits for the host. The kernels are in
+The sparse FFN is two launches. `hidden` has a program for each few neurons of each expert; programs
+of idle experts end after one load, the others write hidden activations and, together, the list of
+used experts and its count. `combine` multiplies by the down projection; its programs take equal
+shares of that list, and XLA adds their partial sums in a fixed order. Nothing waits for the host.
+Attention is two as well: shares of the places so far, and their sum. The kernels are in
 triton_kernels.py; `blocks` here chooses their block sizes.
 
-Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
-               O outputs  S splits
+Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  H heads
+               K inputs (of attention: kv heads)  O outputs  C head width  T places of the cache
+               S splits
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,14 +25,16 @@ import jax.numpy as jnp
 
 from .quantized import Weight
 from .reference import Unsupported, floats_only
-from .xla import attend, embed  # a few percent of a step
+from .xla import embed, put  # a few microseconds of a step
 
-__all__ = ["attend", "embed", "linear", "sparse_ffn", "unavailable"]
+__all__ = ["attend", "embed", "linear", "linears", "sparse_ffn", "unavailable"]
 
 TUNED = pathlib.Path(__file__).with_name("tuned")  # <device>.json, by tune.py
 ROWS = (1, 8, 16, 32, 64)  # numbers of rows that x is padded to, each with its block sizes
+UNROLL = 4  # layers a turn: a turn is a CUDA graph to launch, and has launches of its own
 _TYPES = ("float32", "bfloat16")
 _PROGRAMS = 512  # of `combine`: about four for each of an H200's 132 multiprocessors
+_SHARES = 264  # programs of `attend`: two
 
 
 class Blocks(NamedTuple):
@@ -77,6 +81,67 @@ def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) ->
         return project(x_BK, w, layer, cut=cut)
     # A weighted sum of K rows, like a down projection with a single expert.
     return combine(x_BK[None], w[:, None], layer, cut=cut)
+
+
+def linears(x_BK: jax.Array, ws: Sequence[Weight], layer: jax.Array) -> list[jax.Array]:
+    """x w[layer] of each w, float32 [B, O]; they are stacked [N, K, O]. Three are one launch.
+
+    Raises: as sparse_ffn.
+    """
+    if len(ws) != 3:
+        return [linear(x_BK, w, layer, transposed=False) for w in ws]
+    floats_only(ws)
+    (b, k), widths = x_BK.shape, [w.shape[2] for w in ws]
+    cut = blocks("combine", b, k, sum(widths), x_BK.dtype.name)
+    partial_SBO = _call(
+        "combine_three",
+        (x_BK, *ws, layer),
+        jax.ShapeDtypeStruct((cut.splits, b, sum(widths)), jnp.float32),
+        (sum(-(-o // cut.d) for o in widths), cut.splits),
+        cut,
+        **three_constants(b, k, widths, cut),
+    )
+    return jnp.split(partial_SBO.sum(axis=0), [widths[0], sum(widths[:2])], axis=1)
+
+
+def attend(
+    q_BHC: jax.Array,
+    k_BKC: jax.Array,
+    v_BKC: jax.Array,
+    k_NBTKC: jax.Array,
+    v_NBTKC: jax.Array,
+    visible_BT: jax.Array,
+    layer: jax.Array,
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token per row, [B, H, C], and the caches with it at `layer`, `index`.
+
+    Raises: as sparse_ffn.
+    """
+    (b, h, c), (t, k), dtype = q_BHC.shape, k_NBTKC.shape[2:4], q_BHC.dtype.name
+    if dtype not in _TYPES:
+        raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
+    k_NBTKC, v_NBTKC = put(k_NBTKC, k_BKC, layer, index), put(v_NBTKC, v_BKC, layer, index)
+    constants = attend_constants(b, t, k, h // k, c, dtype)
+    splits = constants["SPLITS"]
+    cut = Blocks(m=constants["BLOCK_T"], d=constants["BLOCK_C"], warps=4, stages=3, splits=splits)
+    shares = _call(
+        "attend",
+        (q_BHC, k_NBTKC, v_NBTKC, visible_BT, layer, index),
+        tuple(jax.ShapeDtypeStruct((splits, b, h, n), jnp.float32) for n in (c, 2)),
+        (b * k, splits),
+        cut,
+        **constants,
+    )
+    y_BHC = _call(
+        "merge",
+        tuple(shares),
+        jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype),
+        (b * h,),
+        cut,
+        **merge_constants(b * h, c, splits),
+    )
+    return y_BHC, k_NBTKC, v_NBTKC
 
 
 def unavailable() -> str | None:
@@ -183,6 +248,35 @@ def combine_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, 
     return lengths | {"E": e, "SPLITS": cut.splits, "H_EXPERT": b * m, "H_ROW": m}
 
 
+def three_constants(b: int, m: int, widths: Sequence[int], cut: Blocks) -> dict[str, int]:
+    """The compile-time constants of `combine_three`."""
+    names = ("B", "M", "ROWS", "BLOCK_M", "BLOCK_D", "SPLITS", "STAGES")
+    one = combine_constants(b, 1, m, sum(widths), cut)
+    outputs = dict(zip(("D_ONE", "D_TWO", "D_THREE"), widths, strict=True))
+    return {name: one[name] for name in names} | outputs
+
+
+def attend_constants(
+    b: int, t: int, k: int, group: int, c: int, dtype: str
+) -> dict[str, int | float]:
+    """The compile-time constants of `attend`, for `group` queries a kv head.
+
+    Two programs a multiprocessor, each with three blocks of keys and of values in flight; no
+    program has less than two blocks of a full cache.
+    """
+    rows, columns = (max(16, 1 << (n - 1).bit_length()) for n in (group, c))  # as tl.dot wants
+    places = max(16, 16384 // (columns * jnp.dtype(dtype).itemsize))  # 16 KiB a block
+    splits = max(1, min(-(-_SHARES // (b * k)), t // (2 * places)))
+    sizes = {"B": b, "T": t, "K": k, "GROUP": group, "C": c, "SCALE": c**-0.5, "ROWS": rows}
+    return sizes | {"BLOCK_T": places, "BLOCK_C": columns, "SPLITS": splits, "STAGES": 3}
+
+
+def merge_constants(heads: int, c: int, splits: int) -> dict[str, int]:
+    """The compile-time constants of `merge`."""
+    power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
+    return {"HEADS": heads, "C": c, "BLOCK_S": power(splits), "BLOCK_C": power(c), "SPLITS": splits}
+
+
 def project_constants(b: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
     """The compile-time constants of `project`."""
     lengths = {"B": b, "M": m, "D": d, "ROWS": padded(b)}
@@ -196,10 +290,10 @@ def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, *
 
     # Fused multiply-add, which later versions of Triton leave off by default.
     fused = {"enable_fp_fusion": True}
-    if tuple(int(part) for part in jax_triton.__version__.split(".")[:2]) < (0, 4):
+    if _is_old(jax_triton):
         by_version = {"out_shape": out, **fused}
     else:
-        by_version = {"out_type": out, "backend_options": fused}
+        by_version = {"out_type": out, "backend_options": {**fused, **_assembly()}}
     return jax_triton.triton_call(
         *arrays,
         kernel=getattr(triton_kernels, kernel),
@@ -221,7 +315,44 @@ def _jax_triton():
         raise Unsupported(
             f"no jax-triton ({str(error).splitlines()[0]}): pip install 'lte-jax[gpu]'"
         ) from error
+    if _is_old(jax_triton):
+        jax_triton.triton_lib.jax = _With(jax, ffi=_With(jax.ffi, ffi_lowering=_typed))
     return jax_triton
+
+
+def _assembly() -> dict[str, int]:
+    """The version of PTX, where it is chosen: that of CUDA 12.5 suffices up to Hopper.
+
+    Triton's own is for the newest assembler, and XLA's may be older.
+    """
+    newer = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 10.0
+    return {} if newer else {"ptx_version": 85}
+
+
+def _is_old(jax_triton) -> bool:
+    return tuple(int(part) for part in jax_triton.__version__.split(".")[:2]) < (0, 4)
+
+
+class _With:
+    """A module with other attributes."""
+
+    def __init__(self, module, **attributes):
+        self._module = module
+        self.__dict__ |= attributes
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+def _typed(name: str, *, backend_config: bytes, operand_output_aliases, **_):
+    """How jax-triton before 0.4 lowers a call, but typed, as later ones do and Pallas does.
+
+    XLA leaves an untyped call, and so nearly each layer, out of CUDA graphs.
+    """
+    del name
+    how = {"api_version": 4, "operand_output_aliases": operand_output_aliases}
+    rule = jax.ffi.ffi_lowering("triton_kernel_call_ffi", **how)
+    return functools.partial(rule, opaque=backend_config)
 
 
 # --------------------------------------------------------------------------------- block sizes

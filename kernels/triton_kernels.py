@@ -152,17 +152,20 @@ def hidden(
 
 @triton.jit
 @no_type_check
-def combine(
-    h,  # element (b, m) of expert e lies at e H_EXPERT + b H_ROW + m
-    w,  # [N, E, M, D]
-    layer,  # [], int32
-    ids,  # [E], int32, and
-    count,  # [1], int32: the experts to sum over; anything without GATHER: all
-    partial,  # out: [SPLITS, B, D], float32
+def _sum_rows(
+    h,
+    w,
+    layer,
+    ids,
+    count,
+    partial,
+    j,
+    D,
+    place,
+    WIDTH: tl.constexpr,
     B: tl.constexpr,
     E: tl.constexpr,
     M: tl.constexpr,
-    D: tl.constexpr,
     H_EXPERT: tl.constexpr,
     H_ROW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -172,13 +175,12 @@ def combine(
     STAGES: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """Program (j, s): columns [j BLOCK_D, (j + 1) BLOCK_D) of the sum of h times rows of w.
+    """Columns [j BLOCK_D, (j + 1) BLOCK_D) of this split's sum of h times rows of w.
 
-    The rows are taken in panels of BLOCK_M that never cross experts; split s sums an equal,
-    contiguous share of the panels, in ascending order.
+    They go to the columns from `place` on of `partial`, which has WIDTH.
     """
     PANELS: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M  # of an expert
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = j * BLOCK_D + tl.arange(0, BLOCK_D)
     s = tl.program_id(1)
     b = tl.arange(0, ROWS)
     if GATHER:
@@ -208,8 +210,84 @@ def combine(
             total = tl.dot(weight, rows, total, input_precision="ieee")
     if ROWS == 1:
         total = tl.sum(total, 0)[None, :]
-    place = partial + (s * B + b[:, None]) * D + d[None, :]
-    tl.store(place, total, mask=(b[:, None] < B) & (d[None, :] < D))
+    out = partial + (s * B + b[:, None]) * WIDTH + place + d[None, :]
+    tl.store(out, total, mask=(b[:, None] < B) & (d[None, :] < D))
+
+
+@triton.jit
+@no_type_check
+def combine(
+    h,  # element (b, m) of expert e lies at e H_EXPERT + b H_ROW + m
+    w,  # [N, E, M, D]
+    layer,  # [], int32
+    ids,  # [E], int32, and
+    count,  # [1], int32: the experts to sum over; anything without GATHER: all
+    partial,  # out: [SPLITS, B, D], float32
+    B: tl.constexpr,
+    E: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    H_EXPERT: tl.constexpr,
+    H_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    """Program (j, s): columns [j BLOCK_D, (j + 1) BLOCK_D) of the sum of h times rows of w.
+
+    The rows are taken in panels of BLOCK_M that never cross experts; split s sums an equal,
+    contiguous share of the panels, in ascending order.
+    """
+    _sum_rows(
+        h, w, layer, ids, count, partial, tl.program_id(0), D, 0, D, B, E, M, H_EXPERT, H_ROW,
+        ROWS, BLOCK_M, BLOCK_D, SPLITS, STAGES, GATHER,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def combine_three(
+    x,  # [B, M]
+    one,  # [N, M, D_ONE]
+    two,  # [N, M, D_TWO]
+    three,  # [N, M, D_THREE]
+    layer,  # [], int32
+    partial,  # out: [SPLITS, B, D_ONE + D_TWO + D_THREE], float32
+    B: tl.constexpr,
+    M: tl.constexpr,
+    D_ONE: tl.constexpr,
+    D_TWO: tl.constexpr,
+    D_THREE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As `combine` with one expert, for three matrices that are multiplied by one x."""
+    FIRST: tl.constexpr = (D_ONE + BLOCK_D - 1) // BLOCK_D
+    SECOND: tl.constexpr = FIRST + (D_TWO + BLOCK_D - 1) // BLOCK_D
+    j = tl.program_id(0)
+    w = one
+    d = D_ONE
+    place = 0
+    if j >= SECOND:
+        w = three
+        d = D_THREE
+        place = D_ONE + D_TWO
+        j -= SECOND
+    elif j >= FIRST:
+        w = two
+        d = D_TWO
+        place = D_ONE
+        j -= FIRST
+    _sum_rows(
+        x, w, layer, layer, layer, partial, j, d, place, D_ONE + D_TWO + D_THREE, B, 1, M, 0, M,
+        ROWS, BLOCK_M, BLOCK_D, SPLITS, STAGES, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -234,3 +312,94 @@ def project(
     z, _ = _project(x, w, w, m, B, M, D, ROWS, BLOCK_M, BLOCK_D, STAGES, False)
     inside = (b[None, :] < B) & (m[:, None] < M)
     tl.store(y + b[None, :] * M + m[:, None], z, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def attend(
+    q,  # [B, K GROUP, C]
+    keys,  # [N, B, T, K, C]
+    values,  # likewise
+    visible,  # [B, T], bool
+    layer,  # [], int32
+    index,  # [], int32: the last place in use
+    partial,  # out: [SPLITS, B, K GROUP, C], float32: not yet divided by their weights' sums
+    sums,  # out: [SPLITS, B, K GROUP, 2], float32: the largest logit, the sum of the weights
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Program (b K + k, s): the queries of row b that share head k, over a share of the places.
+
+    Keys and values at places that the row does not see are not read.
+    """
+    row = tl.program_id(0) // K
+    head = tl.program_id(0) % K
+    s = tl.program_id(1)
+    g = tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_C)
+    own = (row * K + head) * GROUP + g  # of all queries
+    inside = (g[:, None] < GROUP) & (c[None, :] < C)
+    query = tl.load(q + own[:, None] * C + c[None, :], mask=inside, other=0.0)
+    first = ((tl.load(layer).to(tl.int64) * B + row) * T * K + head) * C  # may overflow int32
+    keys += first
+    values += first
+    blocks = tl.load(index) // BLOCK_T + 1
+    best = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for i in tl.range(s * blocks // SPLITS, (s + 1) * blocks // SPLITS, num_stages=STAGES):
+        t = i * BLOCK_T + tl.arange(0, BLOCK_T)
+        seen = tl.load(visible + row * T + t, mask=t < T, other=0) != 0
+        place = t.to(tl.int64) * K * C
+        read = seen[None, :] & (c[:, None] < C)
+        key = tl.load(keys + place[None, :] + c[:, None], mask=read, other=0.0)
+        read = seen[:, None] & (c[None, :] < C)
+        value = tl.load(values + place[:, None] + c[None, :], mask=read, other=0.0)
+        logits = tl.dot(query, key, input_precision="ieee") * SCALE
+        logits = tl.where(seen[None, :], logits, -1e30)
+        larger = tl.maximum(best, tl.max(logits, 1))
+        weight = tl.where(seen[None, :], tl.exp(logits - larger[:, None]), 0.0)
+        fade = tl.exp(best - larger)
+        total = total * fade + tl.sum(weight, 1)
+        weight = weight.to(value.dtype)
+        out = tl.dot(weight, value, out * fade[:, None], input_precision="ieee")
+        best = larger
+    mine = s * B * K * GROUP + own
+    tl.store(partial + mine[:, None] * C + c[None, :], out, mask=inside)
+    tl.store(sums + mine * 2, best, mask=g < GROUP)
+    tl.store(sums + mine * 2 + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+@no_type_check
+def merge(
+    partial,  # as `attend` writes them
+    sums,
+    y,  # out: [HEADS, C], of all rows
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Program h: the shares of one query's attention, added up."""
+    h = tl.program_id(0)
+    s = tl.arange(0, BLOCK_S)
+    c = tl.arange(0, BLOCK_C)
+    here = (s * HEADS + h) * 2
+    best = tl.load(sums + here, mask=s < SPLITS, other=-1e30)
+    total = tl.load(sums + here + 1, mask=s < SPLITS, other=0.0)
+    fade = tl.exp(best - tl.max(best, 0))
+    inside = (s[:, None] < SPLITS) & (c[None, :] < C)
+    part = tl.load(partial + (s * HEADS + h)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    out = tl.sum(part * fade[:, None], 0) / tl.sum(total * fade, 0)
+    tl.store(y + h * C + c, out.to(y.dtype.element_ty), mask=c < C)

@@ -11,7 +11,7 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from .quantized import Quantized, Weight
 from .reference import ACTIVATIONS, compact, embed
 
-__all__ = ["attend", "embed", "linear", "sparse_ffn"]
+__all__ = ["attend", "embed", "linear", "linears", "sparse_ffn"]
 _at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
 
@@ -76,6 +76,11 @@ def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) ->
     )  # fmt: skip
 
 
+def linears(x_BK: jax.Array, ws: Sequence[Weight], layer: jax.Array) -> list[jax.Array]:
+    """x w[layer] of each w, float32 [B, O]; they are stacked [N, K, O]."""
+    return [linear(x_BK, w, layer, transposed=False) for w in ws]
+
+
 def attend(
     q_BHC: jax.Array,
     k_BKC: jax.Array,
@@ -87,11 +92,17 @@ def attend(
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of one new token per row, [B, H, C], and the caches with it at `layer`, `index`."""
-    zero = jnp.zeros((), jnp.int32)  # all indices need one type; under x64, Python's 0 is int64
-    here = (layer, zero, index, zero, zero)
-    k_NBTKC = jax.lax.dynamic_update_slice(k_NBTKC, k_BKC[None, :, None], here)
-    v_NBTKC = jax.lax.dynamic_update_slice(v_NBTKC, v_BKC[None, :, None], here)
+    k_NBTKC, v_NBTKC = put(k_NBTKC, k_BKC, layer, index), put(v_NBTKC, v_BKC, layer, index)
     k_BTKC, v_BTKC = _at(k_NBTKC, layer), _at(v_NBTKC, layer)
     mask_B11T = visible_BT[:, None, None]
     y_B1HC = jax.nn.dot_product_attention(q_BHC[:, None], k_BTKC, v_BTKC, mask=mask_B11T)
     return y_B1HC[:, 0], k_NBTKC, v_NBTKC
+
+
+def put(
+    cache_NBTKC: jax.Array, new_BKC: jax.Array, layer: jax.Array, index: jax.Array
+) -> jax.Array:
+    """The cache with the keys, or values, of one new token per row."""
+    zero = jnp.zeros((), jnp.int32)  # all indices need one type; under x64, Python's 0 is int64
+    here = (layer, zero, index, zero, zero)
+    return jax.lax.dynamic_update_slice(cache_NBTKC, new_BKC[None, :, None], here)

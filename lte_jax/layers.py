@@ -209,7 +209,7 @@ def _norm_of_heads(config: ModelConfig, weights: Weights, x_BLHC: Array) -> Arra
 def attention(config: ModelConfig, w: Slice | Stack, x_BLD, kv, own, context):
     """Grouped-query attention, with rotary positions if any: y [B, L, D], and (k, v) extended."""
     w.tap("qkv_reads", x_BLD)
-    q_BLHC, k_BLKC, v_BLKC = (w.linear(name, x_BLD) for name in "qkv")
+    q_BLHC, k_BLKC, v_BLKC = w.linears("qkv", x_BLD)
     if "q_norm" in w.vectors:
         q_BLHC = norm(config, w.vectors["q_norm"], q_BLHC)
         k_BLKC = norm(config, w.vectors["k_norm"], k_BLKC)

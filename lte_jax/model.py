@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lte_jax import checks, layers, reading
+from lte_jax import checks, kernels, layers, reading
 from lte_jax import params as parameters
 from lte_jax import routing as routings
 from lte_jax.attention import Cache
@@ -268,7 +268,8 @@ def decode(
 
         indices_N = jnp.arange(config.num_layers, dtype=jnp.int32)
         scanned = (vectors["layers"], own_N, indices_N)
-        (x_BLD, kv), outputs = jax.lax.scan(layer, (x_BLD, kv), scanned)
+        unroll = kernels.unroll(implementation)
+        (x_BLD, kv), outputs = jax.lax.scan(layer, (x_BLD, kv), scanned, unroll=unroll)
         return x_BLD, (kv, outputs)
 
     w = reading.Stack(vectors, matrices, 0, live_BL, implementation)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,10 @@ class Slice:
         y = _adapted(self.vectors[name], "kernel", x_BLI, y)
         bias = self.vectors[name].get("bias")
         return y if bias is None else y + as_last(bias, y)
+
+    def linears(self, names: Sequence[str], x_BLI: Array) -> list[Array]:
+        """`linear` of each name."""
+        return [self.linear(name, x_BLI) for name in names]
 
     def attend(self, q_BLHC, k_BLKC, v_BLKC, kv, visible_BLT, index, causal: bool):
         """Attention over these tokens, or over a cache to which they are added at `index`."""
@@ -224,21 +228,38 @@ class Stack:
     def linear(self, name: str, x_BLI: Array, exact: bool = False) -> Array:
         """As that of Slice."""
         kernel = self.matrices[name]["kernel"]
-        inputs = x_BLI.ndim - 2
-        outputs = kernel.shape[1 + inputs :]
+        if not exact or kernel.dtype.itemsize >= x_BLI.dtype.itemsize:
+            return self.linears((name,), x_BLI, exact)[0]
+        x_1RI = x_BLI.reshape(1, math.prod(x_BLI.shape[:2]), -1)
+        near_1RI = x_1RI.astype(kernel.dtype)
+        rest_1RI = (x_1RI - near_1RI.astype(x_1RI.dtype)).astype(kernel.dtype)  # of rounding
+        y_2RO = self._products((name,), jnp.concatenate([near_1RI, rest_1RI]))[0]
+        return self._shaped(name, y_2RO[0] + y_2RO[1], x_BLI, exact)
+
+    def linears(self, names: Sequence[str], x_BLI: Array, exact: bool = False) -> list[Array]:
+        """As that of Slice, in one call where the kernels have one."""
+        products = self._products(names, x_BLI)
+        return [self._shaped(*of, x_BLI, exact) for of in zip(names, products, strict=True)]
+
+    def _products(self, names: Sequence[str], x_BLI: Array) -> list[Array]:
+        """The product with each kernel, float32 [B, L, O], outputs in one row."""
         x_RI = x_BLI.reshape(math.prod(x_BLI.shape[:2]), -1)
-        parts = [x_RI.astype(kernel.dtype)]
-        if exact and kernel.dtype.itemsize < x_RI.dtype.itemsize:  # and what rounding has left
-            parts.append((x_RI - parts[0].astype(x_RI.dtype)).astype(kernel.dtype))
-        y_SO = kernels.linear(
-            jnp.concatenate(parts),
-            kernel.reshape(kernel.shape[0], x_RI.shape[1], math.prod(outputs)),
+        matrices = [self.matrices[name]["kernel"] for name in names]
+        ys_RO = kernels.linears(
+            x_RI.astype(matrices[0].dtype),
+            [
+                w.reshape(w.shape[0], x_RI.shape[1], math.prod(w.shape[x_BLI.ndim - 1 :]))
+                for w in matrices
+            ],
             layer=self.layer,
             implementation=self.implementation,
         )
-        y_RO = y_SO if len(parts) == 1 else jnp.add(*jnp.split(y_SO, 2))
-        y_RO = y_RO.astype(jnp.float32 if exact else x_BLI.dtype)
-        y = y_RO.reshape(*x_BLI.shape[:2], *outputs)
+        return [y_RO.reshape(*x_BLI.shape[:2], -1) for y_RO in ys_RO]
+
+    def _shaped(self, name: str, y_BLO: Array, x_BLI: Array, exact: bool) -> Array:
+        """A product in the shape of the kernel's outputs, with its bias."""
+        outputs = self.matrices[name]["kernel"].shape[1 + x_BLI.ndim - 2 :]
+        y = y_BLO.astype(jnp.float32 if exact else x_BLI.dtype).reshape(*x_BLI.shape[:2], *outputs)
         bias = self.vectors.get(name, {}).get("bias")
         return y if bias is None else y + as_last(bias, y)
 

@@ -63,6 +63,31 @@ def test_what_skipping_gains_in_a_sentence():
 
 
 @pytest.mark.slow
+def test_launches_are_counted_in_the_loop_over_layers():
+    launches = runpy.run_path(str(ROOT / "benchmarks/launches.py"))
+    text = """
+%layers.1 (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %a = f32[2,8]{1,0} custom-call(%p), custom_call_target="triton_kernel_call_ffi"
+  %b = (f32[4]{0}, s32[]) fusion(%a), kind=kLoop, calls=%c
+  ROOT %t = (s32[]) tuple(%b)
+}
+
+%tokens.2 (p: (s32[])) -> (s32[]) {
+  %w = (s32[]) while(%p), condition=%x, body=%layers.1
+  ROOT %d = s32[] copy(%w)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  ROOT %v = (s32[]) while(%p), condition=%y, body=%tokens.2
+}
+"""
+    assert launches["of_a_layer"](text, 2) == {launches["TYPED"]: 0.5, "fusion": 0.5}
+    done = run("launches.py")
+    if done.returncode:  # no plugin for CUDA here
+        assert "error: no jax-cuda12-plugin: expected it in a folder of PYTHONPATH" in done.stderr
+
+
 def test_programs_ahead_of_time():
     """Of a small run, for the devices at hand; without others' compiler a line says what to do."""
     ahead = runpy.run_path(str(ROOT / "benchmarks/ahead.py"))

@@ -237,6 +237,22 @@ def test_linear(implementation, dtype, transposed):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_matrices_at_once(implementation, dtype):
+    """Each product is the one that `linear` has: of q, k and v alike, of shared heads, of two."""
+    rng = np.random.default_rng(0)
+    for rows, k, widths in ((1, 64, (64, 64, 64)), (3, 130, (300, 20, 36)), (2, 20, (8, 24))):
+        x_BK = jnp.asarray(rng.normal(size=(rows, k)), dtype)
+        ws = [jnp.asarray(rng.normal(size=(2, k, o)), dtype) for o in widths]
+        ys = kernels.linears(x_BK, ws, layer=1, implementation=implementation)
+        for y_BO, w in zip(ys, ws, strict=True):
+            assert y_BO.dtype == jnp.float32 and y_BO.shape == (rows, w.shape[2])
+            expected = np.asarray(x_BK, np.float64) @ np.asarray(w[1], np.float64)
+            assert error(y_BO, expected) < TOLERANCE["float32"]
+    with pytest.raises(UserError, match=r"linear: x .* and w .*: expected \[B, K\] and \[K, O\]"):
+        kernels.linears(x_BK[:, 1:], ws, layer=0, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attend(implementation, dtype):
     """Records see different keys, some with gaps; some query heads share a kv head."""
     rng = np.random.default_rng(0)

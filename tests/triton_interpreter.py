@@ -142,6 +142,52 @@ def linear(rows, dtype, k, o, transposed):
     return error(partial.sum(0), expected)
 
 
+def linears(rows, dtype, k, widths):
+    """Three matrices in one launch."""
+    rng = np.random.default_rng(rows)
+    x, layer = normal(rng, dtype, rows, k), torch.tensor(LAYER, dtype=torch.int32)
+    ws = [normal(rng, dtype, N, k, o) for o in widths]
+    for w in ws:
+        w[[i for i in range(N) if i != LAYER]] = math.nan
+    cut = gpu_triton.by_rule("combine", rows, k, sum(widths), dtype)
+    partial = torch.full((cut.splits, rows, sum(widths)), math.nan)
+    grid = sum(-(-o // cut.d) for o in widths), cut.splits
+    constants = gpu_triton.three_constants(rows, k, widths, cut)
+    launch("combine_three", grid, (x, *ws, layer, partial), constants)
+    expected = torch.cat([x.double() @ w[LAYER].double() for w in ws], 1)
+    return error(partial.sum(0), expected)
+
+
+def attend(rows, dtype, heads, kv_heads, c, t, index, hidden=()):
+    """Error of the two kernels; `hidden` places are seen by no row, the first also by only some."""
+    rng = np.random.default_rng(index)
+    q = normal(rng, dtype, rows, heads, c)
+    keys, values = (normal(rng, dtype, N, rows, t, kv_heads, c) for _ in "kv")
+    seen = torch.tensor(rng.random((rows, t)) < 0.8)
+    seen[:, list(hidden)] = False
+    seen[:, index] = True
+    seen[:, index + 1 :] = False
+    for cache in (keys, values):  # what no query may read
+        cache[[i for i in range(N) if i != LAYER]] = math.nan
+        cache[LAYER][~seen] = math.nan
+    constants = gpu_triton.attend_constants(rows, t, kv_heads, heads // kv_heads, c, dtype)
+    splits = constants["SPLITS"]
+    partial = torch.full((splits, rows, heads, c), math.nan)
+    sums, y = torch.full((splits, rows, heads, 2), math.nan), torch.empty_like(q)
+    layer, last = (torch.tensor(i, dtype=torch.int32) for i in (LAYER, index))
+    arrays = (q, keys, values, seen, layer, last, partial, sums)
+    launch("attend", (rows * kv_heads, splits), arrays, constants)
+    constants = gpu_triton.merge_constants(rows * heads, c, splits)
+    launch("merge", (rows * heads,), (partial, sums, y), constants)
+
+    group = heads // kv_heads
+    k, v = (x[LAYER].double().repeat_interleave(group, 2) for x in (keys, values))
+    k, v = (torch.where(seen[..., None, None], x, 0.0) for x in (k, v))
+    logits = torch.einsum("bhc,bthc->bht", q.double(), k) / math.sqrt(c)
+    weights = torch.softmax(torch.where(seen[:, None], logits, -math.inf), 2)
+    return error(y.double(), torch.einsum("bht,bthc->bhc", weights, v))
+
+
 def error(y, expected):
     y, expected = np.asarray(y, np.float64), np.asarray(expected)
     return float(np.abs(y - expected).max() / (np.abs(expected).max() or 1.0))
@@ -168,6 +214,14 @@ def main():
         for transposed, (k, o) in itertools.product((False, True), ((600, 40), (24, 84))):
             name = f"{dtype} rows {rows} linear {k}x{o} transposed={transposed}"
             errors[name] = linear(rows, dtype, k, o, transposed)
+    for dtype, rows in itertools.product(("float32", "bfloat16"), (1, 3)):
+        for k, widths in ((40, (96, 48, 48)), (70, (300, 20, 36))):
+            name = f"{dtype} rows {rows} linears {k}x{widths}"
+            errors[name] = linears(rows, dtype, k, widths)
+        for heads, kv_heads, c in ((2, 2, 16), (6, 2, 24), (4, 1, 80)):
+            for t, index in ((256, 0), (256, 255), (1200, 700)):
+                name = f"{dtype} rows {rows} attend {heads}/{kv_heads} x {c}, {index} of {t}"
+                errors[name] = attend(rows, dtype, heads, kv_heads, c, t, index, range(3, 200))
     json.dump(errors, sys.stdout)
 
 

@@ -14,7 +14,7 @@ import functools
 import importlib
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,13 +91,30 @@ def linear(
     """
     if layer is None:
         w, layer = w[None], 0
-    if x_BK.ndim != 2 or w.ndim != 3 or w.shape[-1 if transposed else 1] != x_BK.shape[1]:
-        expected = "[O, K]" if transposed else "[K, O]"
-        raise UserError(f"linear: x {x_BK.shape} and w {w.shape}: expected [B, K] and {expected}")
-    if w.dtype != x_BK.dtype:
-        raise UserError(f"linear: x is {x_BK.dtype} and w {w.dtype}: expected one type")
+    _check_linear(x_BK, w, transposed)
     operands = (x_BK, w, _place("linear: layer", layer, w.shape[0]))
     return _run("linear", operands, implementation, transposed=transposed)
+
+
+def linears(
+    x_BK: Array, ws: Sequence[Weight], *, layer: Array | int, implementation: str = "auto"
+) -> list[Array]:
+    """x times each of several matrices, float32 [B, O]: in one call where a kernel can.
+
+    Args:
+      x_BK: as in `linear`.
+      ws: stacked [N, K, O], as in `linear`.
+      layer: the layer to use.
+      implementation: as in sparse_ffn.
+
+    Raises: as sparse_ffn.
+    """
+    if not hasattr(_module(resolve(implementation)), "linears"):
+        return [linear(x_BK, w, layer=layer, implementation=implementation) for w in ws]
+    for w in ws:
+        _check_linear(x_BK, w, transposed=False)
+    operands = (x_BK, list(ws), _place("linears: layer", layer, ws[0].shape[0]))
+    return _run("linears", operands, implementation)
 
 
 def attend(
@@ -241,6 +258,11 @@ def reads_prompts(implementation: str, w: Weight) -> bool:
     return hasattr(kernel, "reads_prompts") and kernel.reads_prompts(w)
 
 
+def unroll(implementation: str) -> int:
+    """How many layers each turn of decoding's loop over them has."""
+    return getattr(_module(resolve(implementation)), "UNROLL", 1)
+
+
 @functools.cache
 def _choose() -> str:
     """The implementation for this process's device, logged once."""
@@ -300,6 +322,15 @@ def _place(name: str, value: Array | int, size: int) -> Array:
     if known and not 0 <= int(found) < size:
         raise UserError(f"{name} is {int(found)}, expected 0 to {size - 1}")
     return found.astype(jnp.int32)
+
+
+def _check_linear(x_BK: Array, w: Weight, transposed: bool) -> None:
+    """Raises on what no implementation could run; w is stacked by now."""
+    if x_BK.ndim != 2 or w.ndim != 3 or w.shape[-1 if transposed else 1] != x_BK.shape[1]:
+        expected = "[O, K]" if transposed else "[K, O]"
+        raise UserError(f"linear: x {x_BK.shape} and w {w.shape}: expected [B, K] and {expected}")
+    if w.dtype != x_BK.dtype:
+        raise UserError(f"linear: x is {x_BK.dtype} and w {w.dtype}: expected one type")
 
 
 def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Weight], activation: str) -> None:
