@@ -104,6 +104,24 @@ def attend(
     return tuple(call(q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, layer, index))
 
 
+def attend_many(
+    q_BLHC: jax.Array,
+    k_NBTKC: jax.Array,
+    v_NBTKC: jax.Array,
+    visible_BLT: jax.Array,
+    layer: jax.Array,
+    end: jax.Array,
+) -> jax.Array:
+    """Attention of several tokens per row over the first `end` places of the caches, [B, L, H, C].
+
+    Raises: as sparse_ffn.
+    """
+    _ready(q_BLHC)
+    out = jax.ShapeDtypeStruct(q_BLHC.shape, q_BLHC.dtype)
+    call = jax.ffi.ffi_call("lte_jax_attendmany", out)
+    return call(q_BLHC, k_NBTKC, v_NBTKC, visible_BLT, layer, end)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(
     q_BLHC: jax.Array,
@@ -189,7 +207,7 @@ def _ready(x: jax.Array) -> None:
 
 
 _CALLS = ("Ffn", "ScaledFfn", "Linear", "ScaledLinear", "Attend", "Attention", "AttentionSlopes")
-_CALLS += ("Embed", "Read")
+_CALLS += ("AttendMany", "Embed", "Read")
 
 
 @functools.cache

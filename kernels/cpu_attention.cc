@@ -1,5 +1,6 @@
-// Softmax attention for training on a CPU, forwards and backwards, in float32. XLA's own writes out
-// every score several times and lays q, k and v out anew for each product.
+// Softmax attention of many queries on a CPU: for training, forwards and backwards, in float32, and of
+// a prompt's queries over a cache (at the end). XLA's own writes out every score several times and lays
+// q, k and v out anew for each product.
 //
 // Of a text's keys and one query, scores are s_t = q k_t / sqrt(C), shares p_t = exp(s_t) / sum exp,
 // and y = sum_t p_t v_t over the keys it sees. Backwards, from dy: the shares again, from the logarithm
@@ -249,6 +250,169 @@ ffi::Error AttentionSlopes(ffi::ThreadPool pool, bool causal, Floats q, Floats k
   });
 }
 
+// ---- A prompt's queries over the keys and values of a cache.
+//
+// kAcross queries at a time are compared with kKeys keys at a time, however many there are: the largest
+// score so far, the sum of the shares and y are put right as larger scores come (FlashAttention,
+// appendix B.1). Scores are laid out [key, query], so that what is done for each query is done for a
+// vector of them, and keys and values are read as they lie. Blocks of keys that no query sees are
+// passed over. Letters beside those above: A = kAcross.
+
+constexpr int64_t kKeys = 128, kAcross = 64;
+
+template <class T>
+void ToFloats(const T* in, int64_t in_row, int64_t rows, int64_t columns, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) out[r * columns + c] = Load(in + r * in_row + c);
+}
+
+// Some queries of the G heads of a key head: the heads are C apart, tokens `row`; token r sees place t
+// of them all if visible[r * places + t].
+template <class T>
+struct Queries {
+  const T* at;
+  int64_t row, tokens, G, C;
+  const bool* visible;
+  int64_t places;
+};
+
+// The keys and values of a text and key head, tokens `row` apart.
+template <class T>
+struct Cached {
+  const T *k, *v;
+  int64_t row;
+};
+
+// Which of `keys` keys from `first` on the queries see: none any, all all, or some some: then it is
+// written into seen [keys, A].
+enum class Sees { kNone, kAll, kSome };
+
+template <class T>
+Sees Look(const Queries<T>& q, int64_t first, int64_t keys, uint8_t* seen) {
+  bool any = false, all = true;
+  for (int64_t r = 0; r < q.tokens; ++r) {
+    const bool* row = q.visible + r * q.places + first;
+    any = any || std::memchr(row, 1, keys);
+    all = all && !std::memchr(row, 0, keys);
+  }
+  if (!any || all) return any ? Sees::kAll : Sees::kNone;
+  std::fill_n(seen, keys * kAcross, 0);
+  for (int64_t r = 0; r < q.tokens; ++r)
+    for (int64_t t = 0; t < keys; ++t) seen[t * kAcross + r] = q.visible[r * q.places + first + t];
+  return Sees::kSome;
+}
+
+// What they have found so far. One of a thread: fresh memory costs a page fault every 4 KiB.
+struct Found {
+  std::vector<float> q_GCA, y_GCA, most_GA, sum_GA, k_TC, v_TC, scores_TA;
+  std::vector<uint8_t> seen_TA;
+
+  template <class T>
+  void Begin(const Queries<T>& q) {
+    const int64_t size = q.G * q.C * kAcross;
+    const float scale = 1 / std::sqrt(float(q.C));
+    q_GCA.assign(size, 0), y_GCA.assign(size, 0), sum_GA.assign(q.G * kAcross, 0);
+    most_GA.assign(q.G * kAcross, kUnseen), k_TC.resize(kKeys * q.C), v_TC.resize(kKeys * q.C);
+    scores_TA.resize(kKeys * kAcross), seen_TA.resize(kKeys * kAcross);
+    for (int64_t a = 0; a < q.tokens; ++a)
+      for (int64_t i = 0; i < q.G * q.C; ++i)
+        q_GCA[i * kAcross + a] = Load(q.at + a * q.row + i) * scale;
+  }
+
+  // Scores of `keys` keys become shares of the largest so far; y and the sums so far follow it.
+  void Follow(int64_t g, int64_t keys, int64_t C, const uint8_t* seen) {
+    constexpr int64_t kVecs = kAcross / kLanes;
+    float *scores = scores_TA.data(), *most = &most_GA[g * kAcross], *sum = &sum_GA[g * kAcross];
+    Vec now[kVecs], total[kVecs] = {};
+    for (int64_t a = 0; a < kVecs; ++a) now[a] = LoadVec(most + a * kLanes);
+    for (int64_t i = 0; i < keys * kAcross; i += kAcross)
+      for (int64_t a = 0; a < kVecs; ++a) {
+        float* at = scores + i + a * kLanes;
+        if (seen) StoreVec(at, Scaled(at, seen + i + a * kLanes, 1));
+        const Vec score = LoadVec(at);
+        now[a] = score > now[a] ? score : now[a];
+      }
+    for (int64_t i = 0; i < keys * kAcross; i += kAcross)
+      for (int64_t a = 0; a < kVecs; ++a) {
+        float* at = scores + i + a * kLanes;
+        const Vec score = LoadVec(at), share = score <= kUnseen ? Vec{} : Exp(score - now[a]);
+        StoreVec(at, share);
+        total[a] += share;
+      }
+    for (int64_t a = 0; a < kVecs; ++a) {
+      const Vec before = LoadVec(most + a * kLanes);
+      const Vec fade = before <= kUnseen ? Vec{} : Exp(before - now[a]);
+      StoreVec(most + a * kLanes, now[a]);
+      StoreVec(sum + a * kLanes, LoadVec(sum + a * kLanes) * fade + total[a]);
+      for (int64_t c = 0; c < C; ++c) {
+        float* at = &y_GCA[(g * C + c) * kAcross + a * kLanes];
+        StoreVec(at, LoadVec(at) * fade);
+      }
+    }
+  }
+
+  template <class T>
+  void Compare(const Queries<T>& q, const Cached<T>& cache, int64_t end) {
+    for (int64_t t = 0; t < end; t += kKeys) {
+      const int64_t keys = std::min(kKeys, end - t);
+      const Sees sees = Look(q, t, keys, seen_TA.data());
+      if (sees == Sees::kNone) continue;
+      ToFloats(cache.k + t * cache.row, cache.row, keys, q.C, k_TC.data());
+      ToFloats(cache.v + t * cache.row, cache.row, keys, q.C, v_TC.data());
+      for (int64_t g = 0; g < q.G; ++g) {
+        const int64_t head = g * q.C * kAcross;
+        float *scores = scores_TA.data(), *y_CA = &y_GCA[head];
+        Product(keys, kAcross, q.C, {k_TC.data(), q.C, 1}, &q_GCA[head], kAcross, scores, kAcross);
+        Follow(g, keys, q.C, sees == Sees::kSome ? seen_TA.data() : nullptr);
+        Product(q.C, kAcross, keys, {v_TC.data(), 1, q.C}, scores, kAcross, y_CA, kAcross, true);
+      }
+    }
+  }
+};
+
+template <class T>
+const T* Of(const ffi::AnyBuffer& x) {
+  return static_cast<const T*>(x.untyped_data());
+}
+
+int64_t Within(int64_t i, int64_t size) { return std::min(std::max<int64_t>(i, 0), size - 1); }
+
+template <class T>
+ffi::Error RunMany(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
+                   const ffi::AnyBuffer& v, const bool* visible, int64_t layer, int64_t end,
+                   ffi::Result<ffi::AnyBuffer> y) {
+  const auto sizes = q.dimensions(), cache = k.dimensions();  // [B, L, H, C], [N, B, T, K, C]
+  const int64_t B = sizes[0], L = sizes[1], H = sizes[2], C = sizes[3], places = cache[2], K = cache[3];
+  const int64_t G = H / K, blocks = (L + kAcross - 1) / kAcross;
+  layer = Within(layer, cache[0]), end = Within(end, places + 1);
+  ParallelFor(pool, B * K * blocks, [&](int64_t item) {
+    static thread_local Found found;
+    const int64_t first = item % blocks * kAcross, kv = item / blocks % K, b = item / blocks / K;
+    const int64_t heads = (b * L + first) * H * C + kv * G * C;
+    const Queries<T> queries{Of<T>(q) + heads, H * C, std::min(kAcross, L - first), G, C,
+                             visible + (b * L + first) * places, places};
+    const int64_t keys = (layer * B + b) * places * K * C + kv * C;
+    found.Begin(queries);
+    found.Compare(queries, Cached<T>{Of<T>(k) + keys, Of<T>(v) + keys, K * C}, end);
+    T* out = static_cast<T*>(y->untyped_data()) + heads;
+    for (int64_t a = 0; a < queries.tokens; ++a)
+      for (int64_t i = 0; i < G * C; ++i) {
+        const float total = std::max(found.sum_GA[i / C * kAcross + a], 1e-30f);
+        Store(out + a * H * C + i, found.y_GCA[i * kAcross + a] / total);
+      }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error AttendMany(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                      Mask visible, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> end,
+                      ffi::Result<ffi::AnyBuffer> y) {
+  const int64_t n = layer.typed_data()[0], t = end.typed_data()[0];
+  if (q.element_type() == ffi::F32)
+    return RunMany<float>(pool, q, k, v, visible.typed_data(), n, t, y);
+  return RunMany<BFloat16>(pool, q, k, v, visible.typed_data(), n, t, y);
+}
+
 }  // namespace
 
 extern "C" int LteJaxLanes() { return kLanes; }
@@ -273,3 +437,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttentionSlopes, AttentionSlopes,
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LteJaxAttendMany, AttendMany,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Mask>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());

@@ -11,7 +11,9 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __AVX512F__

@@ -946,33 +946,80 @@ ffi::Error ScaledLinear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi:
 
 // ---- Attention of one new token a row over the keys and values so far.
 
-// One row and one kv head: y [G, C] = softmax(q k^T / sqrt(C)) v for its G query heads. Keys and
-// values of neighbouring tokens are `stride` apart; invisible ones are masked.
-template <class T>
-void AttendHead(const T* q, const T* k, const T* v, const bool* visible, T* y, int64_t G, int64_t C,
-                int64_t stride, int64_t begin, int64_t end) {
-  const int64_t count = end - begin;
-  const OperandRows<T> q_GC(q, G, C);
-  std::vector<float> weights_GT(G * count), y_GC(G * C);
-  std::vector<float*> to;
-  for (int64_t g = 0; g < G; ++g) to.push_back(y_GC.data() + g * C);
-  Dots(k + begin * stride, stride, count, C, q_GC.rows.data(), G, weights_GT.data(), count);
-  const float scale = 1 / std::sqrt(float(C));
-  for (int64_t g = 0; g < G; ++g) {
-    float* weights = weights_GT.data() + g * count;
-    float most = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int64_t t = 0; t < count; ++t)
-      if (visible[begin + t]) most = std::max(most, weights[t] *= scale);
-    for (int64_t t = 0; t < count; t += kLanes) {
-      StoreSome(weights + t, Exp(LoadSome(weights + t, count - t) - most), count - t);
-    }
-    for (int64_t t = 0; t < count; ++t) total += weights[t] = visible[begin + t] ? weights[t] : 0;
-    for (int64_t t = 0; t < count; ++t) weights[t] /= total;
+constexpr float kNothing = -3e38f;  // less than any score
+
+// Scores of `count` places, a multiple of kLanes, as shares of the largest, which is returned, and
+// their sum; those of places that are not seen are 0.
+inline std::pair<float, float> Shares(float* scores, const uint8_t* seen, int64_t count, float scale) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+  Vec most = Vec{} + kNothing, total = {};
+  for (int64_t t = 0; t < count; t += kLanes) {
+    Bytes bytes;
+    std::memcpy(&bytes, seen + t, sizeof bytes);
+    const Ints sees = __builtin_convertvector(bytes, Ints) != 0;
+    const Vec score = sees ? LoadVec(scores + t) * scale : Vec{} + kNothing;
+    StoreVec(scores + t, score);
+    most = score > most ? score : most;
   }
-  Axpys(v + begin * stride, stride, count, C, weights_GT.data(), count, G, to.data());
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t c = 0; c < C; ++c) Store(y + g * C + c, y_GC[g * C + Place(q, c, C)]);
+  float largest = kNothing;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+  for (int64_t t = 0; t < count; t += kLanes) {
+    const Vec score = LoadVec(scores + t), share = score <= kNothing ? Vec{} : Exp(score - largest);
+    StoreVec(scores + t, share);
+    total += share;
+  }
+  return {largest, Sum(total)};
 }
+
+// A share of the places that one row sees, for one kv head with G query heads: their largest scores,
+// the sums of their shares, and y [G, C], not yet divided by them.
+struct Found {
+  float *most, *total, *y_GC;
+
+  Found(float* at, int64_t G) : most(at), total(at + G), y_GC(at + 2 * G) {}
+  static int64_t Size(int64_t G, int64_t C) { return G * (C + 2); }
+};
+
+// Keys and values of neighbouring tokens are `stride` apart; invisible ones are masked.
+template <class T>
+void AttendHead(const T* q, const T* k, const T* v, const bool* visible, int64_t G, int64_t C,
+                int64_t stride, int64_t begin, int64_t end, Found found) {
+  const int64_t count = end - begin, padded = (count + kLanes - 1) / kLanes * kLanes;
+  const OperandRows<T> q_GC(q, G, C);
+  std::vector<float> shares_GT(G * padded), sums_GC(G * C);
+  std::vector<uint8_t> seen(padded);
+  std::vector<float*> to;
+  for (int64_t g = 0; g < G; ++g) to.push_back(sums_GC.data() + g * C);
+  std::memcpy(seen.data(), visible + begin, count);
+  Dots(k + begin * stride, stride, count, C, q_GC.rows.data(), G, shares_GT.data(), padded);
+  for (int64_t g = 0; g < G; ++g)
+    std::tie(found.most[g], found.total[g]) =
+        Shares(shares_GT.data() + g * padded, seen.data(), padded, 1 / std::sqrt(float(C)));
+  Axpys(v + begin * stride, stride, count, C, shares_GT.data(), padded, G, to.data());
+  for (int64_t g = 0; g < G; ++g)
+    for (int64_t c = 0; c < C; ++c) found.y_GC[g * C + c] = sums_GC[g * C + Place(q, c, C)];
+}
+
+// y [G, C] from `count` shares of its places, in order.
+template <class T>
+void Merge(float* parts, int64_t count, int64_t G, int64_t C, T* y) {
+  const auto at = [&](int64_t s) { return Found(parts + s * Found::Size(G, C), G); };
+  std::vector<float> sums(C);
+  for (int64_t g = 0; g < G; ++g) {
+    float most = kNothing, total = 0;
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t s = 0; s < count; ++s) most = std::max(most, at(s).most[g]);
+    for (int64_t s = 0; s < count; ++s) {
+      const float fade = std::exp(at(s).most[g] - most), *y_C = at(s).y_GC + g * C;
+      total += at(s).total[g] * fade;
+      for (int64_t c = 0; c < C; ++c) sums[c] += y_C[c] * fade;
+    }
+    for (int64_t c = 0; c < C; ++c) Store(y + g * C + c, sums[c] / total);
+  }
+}
+
+constexpr int64_t kFewestPlaces = 512;  // that are a chunk of their own
 
 template <class T>
 ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& new_k,
@@ -987,18 +1034,35 @@ ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::
   const auto at = [&](ffi::Result<ffi::AnyBuffer>& cache, int64_t b, int64_t head) {
     return static_cast<T*>(cache->untyped_data()) + ((layer * B + b) * length * K + head) * C;
   };
-  ParallelFor(pool, B * K, [&](int64_t item) {
-    const int64_t b = item / K, head = item % K, row = (b * K + head) * G * C;
+  std::vector<int64_t> begin(B, 0), end(B, length);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    for (auto [cache, added] : {std::pair{k, &new_k}, std::pair{v, &new_v}})
+      std::copy_n(static_cast<const T*>(added->untyped_data()) + b * stride, stride,
+                  at(cache, b, 0) + index * stride);
     const bool* seen = visible + b * length;
-    int64_t begin = 0, end = length;
-    while (begin < length && !seen[begin]) ++begin;
-    while (end > begin && !seen[end - 1]) --end;
-    T *keys = at(k, b, head), *values = at(v, b, head);
-    std::copy_n(static_cast<const T*>(new_k.untyped_data()) + item * C, C, keys + index * stride);
-    std::copy_n(static_cast<const T*>(new_v.untyped_data()) + item * C, C, values + index * stride);
-    AttendHead(static_cast<const T*>(q.untyped_data()) + row, keys, values, seen,
-               static_cast<T*>(y->untyped_data()) + row, G, C, stride, begin, end);
+    while (begin[b] < length && !seen[begin[b]]) ++begin[b];
+    while (end[b] > begin[b] && !seen[end[b] - 1]) --end[b];
+    longest = std::max(longest, end[b] - begin[b]);
+  }
+  // Few heads are too few chunks for many threads: the places of long texts are cut.
+  const int64_t wanted = (4 * pool.num_threads() + B * K - 1) / (B * K);
+  const int64_t cuts = std::max<int64_t>(1, std::min(wanted, longest / kFewestPlaces));
+  const int64_t size = Found::Size(G, C);
+  static thread_local std::vector<float> kept;  // fresh memory costs a page fault every 4 KiB
+  if (int64_t(kept.size()) < B * K * cuts * size) kept.resize(B * K * cuts * size);
+  float* parts = kept.data();
+  T* out = static_cast<T*>(y->untyped_data());
+  ParallelFor(pool, B * K * cuts, [&](int64_t item) {
+    const int64_t b = item / cuts / K, head = item / cuts % K, cut = item % cuts;
+    const int64_t count = end[b] - begin[b];
+    AttendHead(static_cast<const T*>(q.untyped_data()) + (b * K + head) * G * C, at(k, b, head),
+               at(v, b, head), visible + b * length, G, C, stride, begin[b] + count * cut / cuts,
+               begin[b] + count * (cut + 1) / cuts, Found(parts + item * size, G));
+    if (cuts == 1) Merge(parts + item * size, 1, G, C, out + item * G * C);
   });
+  for (int64_t i = 0; cuts > 1 && i < B * K; ++i)
+    Merge(parts + i * cuts * size, cuts, G, C, out + i * G * C);
   return ffi::Error::Success();
 }
 

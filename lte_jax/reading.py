@@ -272,11 +272,15 @@ class Stack:
                 jax.lax.dynamic_update_slice(cache, new[None], here)
                 for cache, new in ((k_NBTKC, k_BLKC), (v_NBTKC, v_BLKC))
             )
+            end = index + q_BLHC.shape[1]
+            if kernels.attends_prompts(self.implementation):
+                how = {"layer": self.layer, "end": end, "implementation": self.implementation}
+                y_BLHC = kernels.attend_many(q_BLHC, k_NBTKC, v_NBTKC, visible_BLT, **how)
+                return y_BLHC, (k_NBTKC, v_NBTKC)
             k_BTKC, v_BTKC = (
                 jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
                 for cache in (k_NBTKC, v_NBTKC)
             )
-            end = index + q_BLHC.shape[1]
             y_BLHC = attention_so_far(q_BLHC, k_BTKC, v_BTKC, visible_BLT, end)
             return y_BLHC, (k_NBTKC, v_NBTKC)
         y_BHC, k_NBTKC, v_NBTKC = kernels.attend(

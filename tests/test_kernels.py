@@ -254,20 +254,26 @@ def test_several_matrices_at_once(implementation, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attend(implementation, dtype):
-    """Records see different keys, some with gaps; some query heads share a kv head."""
+    """Records see different keys, some with gaps; some query heads share a kv head; long texts."""
     rng = np.random.default_rng(0)
-    for rows, h, k, c, length in ((1, 4, 4, 16, 9), (3, 8, 2, 24, 33), (2, 3, 3, 40, 12)):
+    for rows, h, k, c, length, index in (
+        (1, 4, 4, 16, 9, 4),
+        (3, 8, 2, 24, 33, 32),
+        (2, 3, 3, 40, 12, 4),
+        (1, 6, 1, 16, 2100, 2000),
+    ):
         q_BHC, keys, values = (
             jnp.asarray(rng.normal(size=shape), dtype)
             for shape in ((rows, h, c), *[(3, rows, length, k, c)] * 2)
         )
         visible_BT = rng.random((rows, length)) < 0.6
-        visible_BT[:, 4] = True
+        visible_BT[:, index] = True
+        visible_BT[:, index + 1 :] = False
         hidden = ~visible_BT[None, :, :, None, None]
         values = jnp.where(hidden, jnp.asarray(1e3, dtype), values)  # would be noticed
         exact = [np.asarray(a, np.float64) for a in (q_BHC, keys[2], values[2])]
-        new = keys[2, :, 4], values[2, :, 4]
-        empty = (keys.at[2, :, 4].set(0.0), values.at[2, :, 4].set(0.0))
+        new = keys[2, :, index], values[2, :, index]
+        empty = (keys.at[2, :, index].set(0.0), values.at[2, :, index].set(0.0))
         q_BKGC = exact[0].reshape(rows, k, -1, c)
         scores = np.einsum("BKGC,BTKC->BKGT", q_BKGC, exact[1]) / math.sqrt(c)
         weights = np.exp(scores) * visible_BT[:, None, None]
@@ -279,14 +285,50 @@ def test_attend(implementation, dtype):
             *empty,
             jnp.asarray(visible_BT),
             layer=2,
-            index=jnp.int32(4),
+            index=jnp.int32(index),
             implementation=implementation,
         )
         for cache, before, after in zip(caches, empty, (keys, values), strict=True):
             np.testing.assert_array_equal(cache, after)
-            assert not np.asarray(before[2, :, 4]).any()  # what went in is as it was
+            assert not np.asarray(before[2, :, index]).any()  # what went in is as it was
         assert y_BHC.dtype == q_BHC.dtype
         assert error(y_BHC, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attend_many(dtype):
+    """Padding, windows, shared heads, odd widths, queries beyond a block; nothing seen gives 0."""
+    rng = np.random.default_rng(0)
+    for rows, length, h, k, c, t, end, first, window in (
+        (1, 5, 2, 2, 16, 32, 5, 0, 99),
+        (2, 130, 6, 3, 24, 400, 380, 7, 999),
+        (1, 70, 4, 1, 80, 300, 299, 0, 50),
+        (2, 9, 2, 1, 8, 64, 64, 58, 99),
+    ):
+        q_BLHC = jnp.asarray(rng.normal(size=(rows, length, h, c)), dtype)
+        caches = [np.asarray(rng.normal(size=(2, rows, t, k, c))) for _ in "kv"]
+        for cache in caches:
+            cache[:, :, end:] = np.nan  # as nothing may look there
+        place_L1, place_1T = end - length + np.arange(length)[:, None], np.arange(t)[None]
+        seen_LT = (place_1T <= place_L1) & (place_1T >= first) & (place_1T > place_L1 - window)
+        seen_BLT = np.broadcast_to(seen_LT, (rows, length, t))
+        typed = [jnp.asarray(cache, dtype) for cache in caches]
+        how = {"layer": jnp.int32(1), "end": jnp.int32(end), "implementation": "cpu"}
+        y_BLHC = kernels.attend_many(q_BLHC, *typed, jnp.asarray(seen_BLT), **how)
+        keys, values = (
+            np.nan_to_num(np.asarray(x[1], np.float64)).repeat(h // k, 2) for x in typed
+        )
+        scores = np.einsum("blhc,bthc->bhlt", np.asarray(q_BLHC, np.float64), keys) / np.sqrt(c)
+        shares = np.exp(scores) * seen_BLT[:, None]
+        shares /= np.maximum(shares.sum(-1, keepdims=True), 1e-9)
+        expected = np.einsum("bhlt,bthc->blhc", shares, values)
+        assert y_BLHC.dtype == q_BLHC.dtype
+        assert not y_BLHC[:, ~seen_LT.any(1)].any()
+        assert error(y_BLHC, expected) < TOLERANCE[dtype]
+    with pytest.raises(UserError, match=r"attend_many: visible is bool\[2, 9, 63\], expected bool"):
+        kernels.attend_many(q_BLHC, *typed, jnp.asarray(seen_BLT[..., 1:]), **how)
+    with pytest.raises(UserError, match="attend_many: end is 65, expected 0 to 64"):
+        kernels.attend_many(q_BLHC, *typed, jnp.asarray(seen_BLT), **how | {"end": 65})
 
 
 def test_compact():

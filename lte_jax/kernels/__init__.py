@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lte_jax.errors import UserError, nearest
+from lte_jax.errors import UserError
 
 _HERE = pathlib.Path(__file__).resolve().parent
 if not (_HERE / "reference.py").exists():  # a checkout or an editable install
     __path__.append(str(_HERE.parents[1] / "kernels"))
 
+from .operands import check_caches, check_ffn, check_linear, place  # noqa: E402
 from .quantized import Weight  # noqa: E402  found once the path is set
 
 IMPLEMENTATIONS = ("reference", "xla", "cpu", "triton", "pallas")
@@ -64,8 +65,8 @@ def sparse_ffn(
     """
     if layer is None:
         weights, layer = {key: w[None] for key, w in weights.items()}, 0
-    _check(x_BD, active_BE, weights, activation)
-    layer = _place("sparse_ffn: layer", layer, weights["up"].shape[0])
+    check_ffn(x_BD, active_BE, weights, activation)
+    layer = place("sparse_ffn: layer", layer, weights["up"].shape[0])
     operands = (x_BD, active_BE, dict(weights), layer)
     return _run("sparse_ffn", operands, implementation, activation=activation)
 
@@ -91,8 +92,8 @@ def linear(
     """
     if layer is None:
         w, layer = w[None], 0
-    _check_linear(x_BK, w, transposed)
-    operands = (x_BK, w, _place("linear: layer", layer, w.shape[0]))
+    check_linear(x_BK, w, transposed)
+    operands = (x_BK, w, place("linear: layer", layer, w.shape[0]))
     return _run("linear", operands, implementation, transposed=transposed)
 
 
@@ -112,8 +113,8 @@ def linears(
     if not hasattr(_module(resolve(implementation)), "linears"):
         return [linear(x_BK, w, layer=layer, implementation=implementation) for w in ws]
     for w in ws:
-        _check_linear(x_BK, w, transposed=False)
-    operands = (x_BK, list(ws), _place("linears: layer", layer, ws[0].shape[0]))
+        check_linear(x_BK, w, transposed=False)
+    operands = (x_BK, list(ws), place("linears: layer", layer, ws[0].shape[0]))
     return _run("linears", operands, implementation)
 
 
@@ -137,7 +138,7 @@ def attend(
       v_BKC: their values.
       k_NBTKC: the cache of keys, all layers.
       v_NBTKC: the cache of values. All arrays are of one type.
-      visible_BT: bool, the positions each row sees, `index` among them.
+      visible_BT: bool, the positions each row sees: `index` among them, and none beyond it.
       layer: of the cache.
       index: the new tokens' position in the cache; one beyond it is refused where it is known.
       implementation: as in sparse_ffn.
@@ -148,24 +149,46 @@ def attend(
 
     Raises: as sparse_ffn.
     """
-    b, h, c = q_BHC.shape
-    n, _, t, k, _ = k_NBTKC.shape
-    cache = k_NBTKC.shape == v_NBTKC.shape == (n, b, t, k, c)
-    if not cache or not k_BKC.shape == v_BKC.shape == (b, k, c) or h % k:
-        raise UserError(
-            f"attend: q {q_BHC.shape}, k {k_BKC.shape}, v {v_BKC.shape}, caches {k_NBTKC.shape} "
-            f"and {v_NBTKC.shape}: expected [B, H, C], twice [B, K, C] and twice [N, B, T, K, C], "
-            "H a multiple of K"
-        )
-    if len({a.dtype for a in (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC)}) > 1:
-        raise UserError("attend: q, k, v and the caches differ in type: expected one")
-    if visible_BT.shape != (b, t) or visible_BT.dtype != bool:
-        raise UserError(
-            f"attend: visible is {visible_BT.dtype}{list(visible_BT.shape)}, expected bool{[b, t]}"
-        )
-    places = (_place("attend: layer", layer, n), _place("attend: index", index, t))
+    (b, _, c), (n, _, t, k, _) = q_BHC.shape, k_NBTKC.shape
+    check_caches("attend", q_BHC, k_NBTKC, v_NBTKC, visible_BT, (b, t))
+    if not k_BKC.shape == v_BKC.shape == (b, k, c) or not k_BKC.dtype == v_BKC.dtype == q_BHC.dtype:
+        found = " and ".join(f"{a.dtype}{list(a.shape)}" for a in (k_BKC, v_BKC))
+        raise UserError(f"attend: k and v are {found}, expected twice {q_BHC.dtype}{[b, k, c]}")
+    places = (place("attend: layer", layer, n), place("attend: index", index, t))
     operands = (q_BHC, k_BKC, v_BKC, k_NBTKC, v_NBTKC, visible_BT, *places)
     return _run("attend", operands, implementation)
+
+
+def attend_many(
+    q_BLHC: Array,
+    k_NBTKC: Array,
+    v_NBTKC: Array,
+    visible_BLT: Array,
+    *,
+    layer: Array | int,
+    end: Array | int,
+    implementation: str = "auto",
+) -> Array:
+    """Attention of several new tokens per row, which the caches already have: [B, L, H, C].
+
+    It is for where `attends_prompts` says so.
+
+    Args:
+      q_BLHC: queries.
+      k_NBTKC: the cache of keys, all layers; K divides H.
+      v_NBTKC: the cache of values, likewise. All are of one type.
+      visible_BLT: bool, the places each query sees; one that sees none has zeros.
+      layer: of the cache.
+      end: places of the cache in use: none is seen from there on.
+      implementation: as in sparse_ffn.
+
+    Raises: as sparse_ffn.
+    """
+    n, _, t, _, _ = k_NBTKC.shape
+    wanted = (*q_BLHC.shape[:2], t)
+    check_caches("attend_many", q_BLHC, k_NBTKC, v_NBTKC, visible_BLT, wanted)
+    places = place("attend_many: layer", layer, n), place("attend_many: end", end, t + 1)
+    return _run("attend_many", (q_BLHC, k_NBTKC, v_NBTKC, visible_BLT, *places), implementation)
 
 
 def embed(tokens_B: Array, table_VD: Weight, *, implementation: str = "auto") -> Array:
@@ -258,6 +281,11 @@ def reads_prompts(implementation: str, w: Weight) -> bool:
     return hasattr(kernel, "reads_prompts") and kernel.reads_prompts(w)
 
 
+def attends_prompts(implementation: str) -> bool:
+    """Whether it has `attend_many`."""
+    return hasattr(_module(resolve(implementation)), "attend_many")
+
+
 def unroll(implementation: str) -> int:
     """How many layers each turn of decoding's loop over them has."""
     return getattr(_module(resolve(implementation)), "UNROLL", 1)
@@ -311,54 +339,3 @@ def _refuse(function, primals, tangents):
         "the kernels are for inference and have no gradient: train through "
         'lte_jax.apply(model, params, tokens, routing="soft") (or "straight_through", "hard")'
     )
-
-
-def _place(name: str, value: Array | int, size: int) -> Array:
-    """An index as int32 scalar on the device, refused if it is known to be out of range."""
-    found = jnp.asarray(value)
-    if found.ndim or not jnp.issubdtype(found.dtype, jnp.integer):
-        raise UserError(f"{name} is {found.dtype}{list(found.shape)}, expected an integer")
-    known = not isinstance(found, jax.core.Tracer) and found.is_fully_addressable
-    if known and not 0 <= int(found) < size:
-        raise UserError(f"{name} is {int(found)}, expected 0 to {size - 1}")
-    return found.astype(jnp.int32)
-
-
-def _check_linear(x_BK: Array, w: Weight, transposed: bool) -> None:
-    """Raises on what no implementation could run; w is stacked by now."""
-    if x_BK.ndim != 2 or w.ndim != 3 or w.shape[-1 if transposed else 1] != x_BK.shape[1]:
-        expected = "[O, K]" if transposed else "[K, O]"
-        raise UserError(f"linear: x {x_BK.shape} and w {w.shape}: expected [B, K] and {expected}")
-    if w.dtype != x_BK.dtype:
-        raise UserError(f"linear: x is {x_BK.dtype} and w {w.dtype}: expected one type")
-
-
-def _check(x_BD: Array, active_BE: Array, weights: Mapping[str, Weight], activation: str) -> None:
-    """Raises on what no implementation could run; the weights are stacked by now."""
-    from .reference import ACTIVATIONS
-
-    if activation not in ACTIVATIONS:
-        raise UserError(f"activation={activation!r}: {nearest(activation, ACTIVATIONS)}")
-    if x_BD.ndim != 2 or active_BE.shape[:1] != x_BD.shape[:1] or active_BE.ndim != 2:
-        raise UserError(
-            f"sparse_ffn: x has shape {x_BD.shape} and active {active_BE.shape}, expected [B, D] "
-            "and [B, E]: flatten the batch and length axes"
-        )
-    if active_BE.dtype != bool:
-        raise UserError(f"sparse_ffn: active is {active_BE.dtype}, expected bool: scores > tau")
-    known = {"gate", "up", "down", "gate_bias", "up_bias"}
-    orphan = "gate_bias" in weights and "gate" not in weights
-    if orphan or not {"up", "down"} <= set(weights) <= known:
-        raise UserError(
-            f"sparse_ffn: weights are {', '.join(sorted(weights))}; expected up and down, and "
-            "optionally gate, up_bias and (with gate) gate_bias"
-        )
-    n, m = weights["up"].shape[0], weights["up"].shape[-2]
-    e, d = active_BE.shape[1], x_BD.shape[1]
-    for name, w in weights.items():
-        expected = (n, e, m) if name.endswith("_bias") else (n, e, m, d)
-        if w.shape != expected or w.dtype != x_BD.dtype:
-            raise UserError(
-                f"sparse_ffn: {name} is {w.dtype}{list(w.shape)}, expected "
-                f"{x_BD.dtype}{list(expected)} (layers, E, M, D) to go with x and active"
-            )
