@@ -110,7 +110,12 @@ def test_a_completion(server, model, tokenizer):
     assert choice["text"] == expected and choice["index"] == 0
     assert len(expected) > 4 and choice["finish_reason"] == "length"
     assert answer["object"] == "text_completion" and answer["model"] == "small"
-    assert answer["usage"] == {"prompt_tokens": 10, "completion_tokens": 30, "total_tokens": 40}
+    assert answer["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 30,
+        "total_tokens": 40,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     ids = tokenize(["Once upon"], tokenizer)[0].tolist()
     same = server.complete(ids, max_tokens=30, temperature=0, model="small", n=1, user="me")
     assert same["choices"] == answer["choices"]
@@ -366,7 +371,7 @@ def test_metrics(server):
     assert 0 < gained["experts_read_total"] < 10 and after["texts_running"] == 0
 
 
-@pytest.mark.parametrize("where", ["_read", "_step", "_joined"])
+@pytest.mark.parametrize("where", ["_read", "_step", "joined"])
 def test_a_failed_step_ends_its_texts_alone(where, model, tokenizer, monkeypatch):
     """Whether it reads a prompt, lets a text join, or continues some."""
 

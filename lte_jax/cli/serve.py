@@ -66,7 +66,7 @@ def _loaded(flags: argparse.Namespace) -> tuple[Engine, Any]:
     if flags.quantize:
         params = lte_jax.quantize(model, params, flags.quantize)
     tokenizer = lte_jax.load_tokenizer(flags.model)
-    names = ("rows", "places", "routing", "threshold", "sparsity", "implementation")
+    names = ("rows", "places", "kept", "routing", "threshold", "sparsity", "implementation")
     return Engine(model, params, **{name: getattr(flags, name) for name in names}), tokenizer
 
 
@@ -80,6 +80,10 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--rows", type=flag(config.Count), default=8, help="texts continued together, at most")
     places = "tokens that the cache has place for, over all rows (default: 1,024 a row)"
     add("--places", type=flag(config.Count), help=places)
+    kept = (
+        "tokens of ended texts that are kept for prompts that begin alike (default: half of those)"
+    )
+    add("--kept", type=flag(config.Whole), help=kept)
     add("--queue", type=flag(config.Whole), default=64, help="texts that may wait for a row")
     most = "default: what the model reads"
     add("--max-prompt", type=flag(config.Count), help=f"tokens of a prompt; {most}")

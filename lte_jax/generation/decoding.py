@@ -122,10 +122,17 @@ class Decoder:
         return self._choose(DecodeState.start(cache, key), logits_BV, cache)
 
     def read(
-        self, tokens_BT: Array, mask_BT: Array, length: Array | int, cache: Cache, turn: int
+        self,
+        tokens_BT: Array,
+        mask_BT: Array,
+        length: Array | int,
+        cache: Cache,
+        turn: int,
+        known: Array | int = 0,
     ) -> tuple[Array, Cache]:
         """Reads prompts that end at `length`: the logits [B, V] after them, the cache with them.
 
+        The cache has the first `known` places already, less than all.
         They are read in turns of `turn` tokens, of which the second may begin within the first:
         memory grows with their length and not with its square, and one program reads prompts of
         any length. Where the kernels are best at it, they read the active experts alone; else all
@@ -136,7 +143,7 @@ class Decoder:
             by_kernels = reads_prompts(self.implementation, stack[1]["layers"]["ffn"]["up"])
             stack = stack if by_kernels else None
 
-        count = -(-length // turn)
+        count = -(-(length - known) // turn)
 
         def some(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             start = jnp.maximum(0, length - (count - i) * turn).astype(jnp.int32)

@@ -10,7 +10,8 @@ All rows write at one place of the cache, which moves on with every step. So a t
 laid to end there, wherever that makes it begin, and what stands before it is not seen; positions
 count a text's own tokens. Rows and places are powers of two, as few as the texts need: whenever
 they do not fit any more, or leave most of the cache empty, its rows are moved. A text's tokens do
-not depend on the others.
+not depend on the others. What a text leaves behind is kept for a while (prefixes.py): of a prompt
+that begins alike, as a chat's next turn does, only the rest is read.
 
 Dimension key: B rows  T places of the cache  V vocabulary
 """
@@ -32,6 +33,8 @@ from lte_jax import checks
 from lte_jax.attention import Cache
 from lte_jax.errors import Given, UserError
 from lte_jax.generation.decoding import Decoder, DecodeState, laid_out, round_up
+from lte_jax.generation.prefixes import Prefix, Prefixes
+from lte_jax.generation.rows import joined, moved
 from lte_jax.generation.tokens import check, ends_of, prompts_of
 from lte_jax.model import Transformer, init_cache
 from lte_jax.routing import dial
@@ -50,6 +53,7 @@ class Text:
     key: np.ndarray  # data of a key of random numbers
     eos_ids: tuple[int, ...]
     new: list[int] = dataclasses.field(default_factory=list)
+    reused: int = 0  # tokens of the prompt that were not read, as another text had them
     # Why it ended: an end of text, enough tokens, `drop`, logits that are not finite, `give_up`.
     end: Literal["stop", "length", "dropped", "not finite", "failed"] | None = None
 
@@ -85,6 +89,7 @@ class Engine:
         *,
         rows: Given[int] = 8,
         places: Given[int | None] = None,
+        kept: Given[int | None] = None,
         routing: Any = None,
         threshold: Given[float | None] = None,
         sparsity: Given[float | None] = None,
@@ -98,6 +103,8 @@ class Engine:
           rows: texts that are continued together, at most; others wait.
           places: tokens that the cache has place for, over all rows, each of which takes as many as
             the longest text may come to. None: 1,024 a row, or one text as long as the model reads.
+          kept: tokens of texts that have ended whose keys and values are kept beside these, for
+            prompts that begin alike; None: half of `places`.
           routing: as in `lte_jax.generate`.
           threshold: likewise.
           sparsity: likewise.
@@ -114,6 +121,8 @@ class Engine:
         if places is None:
             places = max(1024 * rows, round_up(model.config.max_length))
         checks.integer("places", places, _LEAST_PLACES)
+        kept = places // 2 if kept is None else kept
+        checks.integer("kept", kept, 0)
         threshold = dial(model.lte, routing, threshold, sparsity)
         self.decoder = Decoder.of(
             model, params, routing, threshold, temperature=1.0, implementation=implementation
@@ -124,6 +133,7 @@ class Engine:
         self._table: list[Text | None] = []  # the text of each row
         self._cache: Cache | None = None
         self._index = 0  # where the next token is written
+        self._prefixes = Prefixes(kept)
 
     @property
     def running(self) -> list[Text]:
@@ -200,12 +210,12 @@ class Engine:
         Returns:
           The texts that have more tokens, or have ended; [] if there are none left.
         """
-        joined = self._join()
+        new = self._join()
         stepped = self.running
         if stepped:
             self._advance()
-        if joined is not None and joined not in stepped:  # its first token has ended it
-            stepped.append(joined)
+        if new is not None and new not in stepped:  # its first token has ended it
+            stepped.append(new)
         self._leave()
         return stepped
 
@@ -219,17 +229,37 @@ class Engine:
         if self.running and rows * places > self.places:
             return None
         tokens_1T, mask_1T, length, turn = laid_out([text.prompt], 1, _LEAST_PLACES)
-        logits_1V, cache = _read(self.decoder, tokens_1T, mask_1T, length, turn=turn)
+        text.reused, cache = self._start(text.prompt, int(length), tokens_1T.shape[1])
+        operands = tokens_1T, mask_1T, length, np.int32(text.reused), cache
+        logits_1V, cache = _read(self.decoder, *operands, turn=turn)
         token_1, finite_1 = _chosen(self.decoder, logits_1V, *_settings([text]))
         text.take(int(token_1[0]), bool(finite_1[0]))
+        if text.end in ("stop", "length"):
+            self._keep(text, cache, 0, int(length))
         if text.end is None:
             self._fit([*self.running, text])
             row = self._table.index(None)
             shift = np.int32(self._index - length)
-            self._cache = _joined(self._cache, np.int32(row), cache, shift)
+            self._cache = joined(self._cache, np.int32(row), cache, shift)
             self._table[row] = text
         self.waiting.popleft()  # not before: after an error `give_up` must find it
         return text
+
+    def _start(self, prompt: np.ndarray, length: int, places: int) -> tuple[int, Cache]:
+        """How many tokens of a prompt are known, and a cache that has them."""
+        known, prefix = self._prefixes.of(prompt)
+        if prefix is None or length > len(prompt):  # a short one is laid elsewhere
+            return 0, init_cache(self.decoder.model, 1, places)
+        # What follows them is not seen: the prompt's other tokens, and new ones, are put over it.
+        return known, moved(prefix.cache, np.zeros(1, np.int32), np.int32(0), size=places)
+
+    def _keep(self, text: Text, cache: Cache, row: int, index: int) -> None:
+        """Keeps what a text that ends at `index` has in a row of a cache."""
+        tokens = np.array([*text.prompt, *text.new[:-1]], np.int32)
+        if self._prefixes.wants(places := _places(len(tokens))):
+            shift = np.int32(len(tokens) - index)
+            own = moved(cache, np.array([row], np.int32), shift, size=places)
+            self._prefixes.add(Prefix(tokens, own))
 
     def _advance(self) -> None:
         if self._index == self.shape[1]:
@@ -248,6 +278,9 @@ class Engine:
 
     def _leave(self) -> None:
         """Frees the rows of the texts that have ended, and most of the cache where few are left."""
+        for row, text in enumerate(self._table):
+            if text is not None and text.end in ("stop", "length"):
+                self._keep(text, self._cache, row, self._index)
         self._table = [t if t is not None and t.end is None else None for t in self._table]
         self.waiting = collections.deque(text for text in self.waiting if text.end is None)
         running = self.running
@@ -281,7 +314,7 @@ class Engine:
         order = [row for row, text in enumerate(self._table) if text is not None]
         filled = [*order, *[-1] * (rows - len(order))]
         shift = np.int32(index - self._index)
-        self._cache = _moved(self._cache, np.array(filled, np.int32), shift, size=places)
+        self._cache = moved(self._cache, np.array(filled, np.int32), shift, size=places)
         self._table = [self._table[row] for row in order] + [None] * (rows - len(order))
         self._index = index
 
@@ -299,11 +332,12 @@ def _settings(texts: list[Text | None]) -> tuple[np.ndarray, ...]:
     return tuple(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="turn")
-def _read(decoder: Decoder, tokens_1T, mask_1T, length, *, turn: int) -> tuple[Array, Cache]:
-    """Logits [1, V] after a prompt, and the cache with it."""
-    cache = init_cache(decoder.model, *tokens_1T.shape)
-    return decoder.read(tokens_1T, mask_1T, length, cache, turn)
+@functools.partial(jax.jit, static_argnames="turn", donate_argnames="cache")
+def _read(
+    decoder: Decoder, tokens_1T, mask_1T, length, known, cache: Cache, *, turn: int
+) -> tuple[Array, Cache]:
+    """Logits [1, V] after a prompt, whose first `known` tokens the cache has, and all of it."""
+    return decoder.read(tokens_1T, mask_1T, length, cache, turn, known)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -339,25 +373,3 @@ def _chosen(
     sampled_B = jax.lax.cond(jnp.any(temperature_B > 0), sampled, lambda: likeliest_B)
     tokens_B = jnp.where(temperature_B > 0, sampled_B, likeliest_B)
     return tokens_B, jnp.all(jnp.isfinite(logits_BV), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _moved(cache: Cache, rows_R: Array, shift: Array, *, size: int) -> Cache:
-    """These rows (-1: an empty one) of a cache, `shift` places further right, of `size` places."""
-    old = cache["segments"].shape[1]
-    slots_T = jnp.arange(size) - shift
-    there_RT = (rows_R >= 0)[:, None] & ((slots_T >= 0) & (slots_T < old))[None]
-    rows_R1, slots_1T = jnp.maximum(rows_R, 0)[:, None], jnp.clip(slots_T, 0, old - 1)[None]
-    found = {name: cache[name][:, rows_R1, slots_1T] for name in ("k", "v")}
-    for name in ("segments", "positions"):
-        found[name] = jnp.where(there_RT, cache[name][rows_R1, slots_1T], 0)
-    return found | {"index": cache["index"] + shift}
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _joined(cache: Cache, row: Array, one: Cache, shift: Array) -> Cache:
-    """The cache with another one's only row, `shift` places further right, in place of a row."""
-    moved = _moved(one, jnp.zeros(1, jnp.int32), shift, size=cache["segments"].shape[1])
-    parts = {name: cache[name].at[:, row].set(moved[name][:, 0]) for name in ("k", "v")}
-    parts |= {name: cache[name].at[row].set(moved[name][0]) for name in ("segments", "positions")}
-    return cache | parts

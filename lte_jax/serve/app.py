@@ -215,7 +215,8 @@ class Server:
         spent, engine = self.worker.spent, self.engine
         rows, places = engine.shape
         told = {
-            "prompt_tokens": (spent.prompt_tokens, "Tokens of prompts read."),
+            "prompt_tokens": (spent.prompt_tokens, "Tokens of prompts."),
+            "reused_tokens": (spent.reused_tokens, "Of those, tokens that an earlier text had."),
             "new_tokens": (spent.new_tokens, "Tokens written."),
             "steps": (spent.steps, "Steps, each a token of all texts that are continued."),
             "step_seconds": (spent.seconds, "Seconds of these steps, prompts included."),
@@ -239,8 +240,10 @@ class Server:
         yield answered
 
 
-def _usage(going: list[Continuation]) -> dict[str, int]:
-    return protocol.usage(sum(len(g.text.prompt) for g in going), sum(g.new for g in going))
+def _usage(going: list[Continuation]) -> dict[str, Any]:
+    texts = [one.text for one in going]
+    prompts, reused = sum(len(text.prompt) for text in texts), sum(text.reused for text in texts)
+    return protocol.usage(prompts, reused, sum(one.new for one in going))
 
 
 def _failed(end: str) -> Refused:

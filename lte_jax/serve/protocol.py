@@ -128,7 +128,7 @@ class Answers:
             "model": name,
         }
 
-    def whole(self, texts: list[str], ends: list[str], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, texts: list[str], ends: list[str], usage: dict[str, Any]) -> dict[str, Any]:
         """All texts, and why each ended."""
         choices = []
         for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
@@ -145,7 +145,7 @@ class Answers:
         choice = self._choice(index, {"delta": said} if self.chat else {"text": text}, end)
         return self._chunk([choice])
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last piece of a stream, where it was asked for."""
         return self._chunk([]) | {"usage": usage}
 
@@ -158,9 +158,10 @@ class Answers:
         return {"index": index, **said, "logprobs": None, "finish_reason": end}
 
 
-def usage(prompts: int, new: int) -> dict[str, int]:
-    """The tokens that a request took."""
-    return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+def usage(prompts: int, reused: int, new: int) -> dict[str, Any]:
+    """The tokens that a request took; those of prompts that earlier texts had are "cached"."""
+    counts = {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+    return counts | {"prompt_tokens_details": {"cached_tokens": reused}}
 
 
 def refusal(message: str, param: str | None = None, code: str | None = None, kind: str = ""):

@@ -24,6 +24,7 @@ class Spent:
     steps: int = 0
     seconds: float = 0.0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     dropped: int = 0
 
@@ -94,7 +95,9 @@ class Worker(threading.Thread):
             return
         told = self._told.get(text, 0)
         fresh, self._told[text] = text.new[told:], len(text.new)
-        self.spent.prompt_tokens += len(text.prompt) if fresh and not told else 0
+        if fresh and not told:
+            self.spent.prompt_tokens += len(text.prompt)
+            self.spent.reused_tokens += text.reused
         self.spent.new_tokens += len(fresh)
         if text.end is not None:
             self._forget(text)
