@@ -70,9 +70,6 @@ void Transpose(const float* in, int64_t in_row, int64_t T, int64_t C, float* out
     for (int64_t c = 0; c < C; ++c) out[c * padded + t] = in[t * in_row + c];
 }
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-
 struct Shape {
   int64_t B, L, H, K, C, G, padded;
   float scale;
@@ -92,17 +89,6 @@ struct Block {
         keys(s.causal ? first + rows : s.L),
         wide((keys + kLanes - 1) / kLanes * kLanes) {}
 };
-
-constexpr float kUnseen = -3e38f;
-
-// Scores of what a query sees, times scale; kUnseen elsewhere. `seen` is as wide as the block. What is
-// not a number is not below kUnseen either, so it goes on into y.
-inline Vec Scaled(const float* scores, const uint8_t* seen, float scale) {
-  Bytes bytes;
-  std::memcpy(&bytes, seen, sizeof bytes);
-  const Ints sees = __builtin_convertvector(bytes, Ints) != 0;
-  return sees ? LoadVec(scores) * scale : Vec{} + kUnseen;
-}
 
 // Calls row(r, seen) for each query of the block, `seen` with zeros behind the keys.
 template <class Row>
@@ -140,7 +126,7 @@ void Forwards(const Shape& s, int64_t b, int64_t kv, const float* q, const float
       ForRows(s, block, visible, scratch.seen.data(), [&](int64_t r, const uint8_t* seen) {
         float* row = shares + r * s.padded;
         for (int64_t t = 0; t < block.wide; t += kLanes)
-          StoreVec(row + t, Scaled(row + t, seen + t, s.scale));
+          StoreVec(row + t, Masked(row + t, seen + t, s.scale));
         const float most = *std::max_element(row, row + block.wide);
         Vec sum = {};
         for (int64_t t = 0; t < block.wide; t += kLanes) {
@@ -186,7 +172,7 @@ void Backwards(const Shape& s, int64_t b, int64_t kv, const float* q, const floa
         for (int64_t c = 0; c < s.C; c += kLanes) products += LoadVec(y_C + c) * LoadVec(dy_C + c);
         const float mean = Sum(products), logarithm = sums[first + r];
         for (int64_t t = 0; t < block.wide; t += kLanes) {
-          const Vec score = Scaled(row + t, seen + t, s.scale);
+          const Vec score = Masked(row + t, seen + t, s.scale);
           const Vec share = score <= kUnseen ? Vec{} : Exp(score - logarithm);
           StoreVec(row + t, share);
           StoreVec(slope + t, share * (LoadVec(slope + t) - mean) * s.scale);
@@ -328,7 +314,7 @@ struct Found {
     for (int64_t i = 0; i < keys * kAcross; i += kAcross)
       for (int64_t a = 0; a < kVecs; ++a) {
         float* at = scores + i + a * kLanes;
-        if (seen) StoreVec(at, Scaled(at, seen + i + a * kLanes, 1));
+        if (seen) StoreVec(at, Masked(at, seen + i + a * kLanes, 1));
         const Vec score = LoadVec(at);
         now[a] = score > now[a] ? score : now[a];
       }
@@ -374,8 +360,6 @@ template <class T>
 const T* Of(const ffi::AnyBuffer& x) {
   return static_cast<const T*>(x.untyped_data());
 }
-
-int64_t Within(int64_t i, int64_t size) { return std::min(std::max<int64_t>(i, 0), size - 1); }
 
 template <class T>
 ffi::Error RunMany(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,

@@ -8,7 +8,6 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <tuple>
@@ -112,6 +111,23 @@ inline Vec Exp(Vec x) {
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
   return y * (Vec)(((Bits)shifted << 23) + 0x3f800000u);
+}
+
+// Scores of attention, times scale, where `seen` is not 0; kUnseen elsewhere. What is not a number is
+// not below kUnseen either, so it goes on into the result.
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+constexpr float kUnseen = -3e38f;
+
+inline Vec Masked(const float* scores, const uint8_t* seen, float scale) {
+  Bytes bytes;
+  std::memcpy(&bytes, seen, sizeof bytes);
+  const Ints sees = __builtin_convertvector(bytes, Ints) != 0;
+  return sees ? LoadVec(scores) * scale : Vec{} + kUnseen;
+}
+
+inline int64_t Within(int64_t i, int64_t size) {
+  return std::min(std::max<int64_t>(i, 0), size - 1);
 }
 
 inline float Sum(Vec v) {

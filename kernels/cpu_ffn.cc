@@ -8,8 +8,8 @@
 //   Axpys  y[r][d]  += sum_m h[r][m] weights[m][d]      (down; values; x w)
 //
 // Work is cut into chunks of neighbouring experts (or rows of a matrix), each with its own sum; the
-// sums are added in the order of the chunks, so the same input gives the same bits, whichever thread
-// took which chunk. README.md beside this file is the contract.
+// sums are added in the order of the chunks, so the same input gives the same bits on as many threads,
+// whichever took which chunk. README.md beside this file is the contract.
 //
 // Letters: B rows  D model width  E experts  M neurons per expert  N layers  K, O inputs and outputs;
 // in attention H query heads  K kv heads  G = H/K  C head width  T tokens so far
@@ -946,26 +946,19 @@ ffi::Error ScaledLinear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi:
 
 // ---- Attention of one new token a row over the keys and values so far.
 
-constexpr float kNothing = -3e38f;  // less than any score
-
 // Scores of `count` places, a multiple of kLanes, as shares of the largest, which is returned, and
 // their sum; those of places that are not seen are 0.
 inline std::pair<float, float> Shares(float* scores, const uint8_t* seen, int64_t count, float scale) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-  Vec most = Vec{} + kNothing, total = {};
+  Vec most = Vec{} + kUnseen, total = {};
   for (int64_t t = 0; t < count; t += kLanes) {
-    Bytes bytes;
-    std::memcpy(&bytes, seen + t, sizeof bytes);
-    const Ints sees = __builtin_convertvector(bytes, Ints) != 0;
-    const Vec score = sees ? LoadVec(scores + t) * scale : Vec{} + kNothing;
+    const Vec score = Masked(scores + t, seen + t, scale);
     StoreVec(scores + t, score);
     most = score > most ? score : most;
   }
-  float largest = kNothing;
+  float largest = kUnseen;
   for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
   for (int64_t t = 0; t < count; t += kLanes) {
-    const Vec score = LoadVec(scores + t), share = score <= kNothing ? Vec{} : Exp(score - largest);
+    const Vec score = LoadVec(scores + t), share = score <= kUnseen ? Vec{} : Exp(score - largest);
     StoreVec(scores + t, share);
     total += share;
   }
@@ -1007,7 +1000,7 @@ void Merge(float* parts, int64_t count, int64_t G, int64_t C, T* y) {
   const auto at = [&](int64_t s) { return Found(parts + s * Found::Size(G, C), G); };
   std::vector<float> sums(C);
   for (int64_t g = 0; g < G; ++g) {
-    float most = kNothing, total = 0;
+    float most = kUnseen, total = 0;
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t s = 0; s < count; ++s) most = std::max(most, at(s).most[g]);
     for (int64_t s = 0; s < count; ++s) {
@@ -1029,8 +1022,7 @@ ffi::Error RunAttend(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::
   const auto shape = k->dimensions();  // [N, B, T, K, C]
   const int64_t N = shape[0], B = shape[1], length = shape[2], K = shape[3], C = shape[4];
   const int64_t G = q.dimensions()[1] / K, stride = K * C;
-  layer = std::min(std::max<int64_t>(layer, 0), N - 1);
-  index = std::min(std::max<int64_t>(index, 0), length - 1);
+  layer = Within(layer, N), index = Within(index, length);
   const auto at = [&](ffi::Result<ffi::AnyBuffer>& cache, int64_t b, int64_t head) {
     return static_cast<T*>(cache->untyped_data()) + ((layer * B + b) * length * K + head) * C;
   };

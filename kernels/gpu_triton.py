@@ -25,9 +25,9 @@ import jax.numpy as jnp
 
 from .quantized import Weight
 from .reference import Unsupported, floats_only
-from .xla import embed, put  # a few microseconds of a step
+from .xla import attend_many, embed, put  # a few microseconds of a step
 
-__all__ = ["attend", "embed", "linear", "linears", "sparse_ffn", "unavailable"]
+__all__ = ["attend", "attend_many", "embed", "linear", "linears", "sparse_ffn", "unavailable"]
 
 TUNED = pathlib.Path(__file__).with_name("tuned")  # <device>.json, by tune.py
 ROWS = (1, 8, 16, 32, 64)  # numbers of rows that x is padded to, each with its block sizes
@@ -124,7 +124,8 @@ def attend(
     k_NBTKC, v_NBTKC = put(k_NBTKC, k_BKC, layer, index), put(v_NBTKC, v_BKC, layer, index)
     constants = attend_constants(b, t, k, h // k, c, dtype)
     splits = constants["SPLITS"]
-    cut = Blocks(m=constants["BLOCK_T"], d=constants["BLOCK_C"], warps=4, stages=3, splits=splits)
+    sizes = (constants[name] for name in ("BLOCK_T", "BLOCK_C"))
+    cut = Blocks(*sizes, warps=attend_warps(h // k), stages=3, splits=splits)
     shares = _call(
         "attend",
         (q_BHC, k_NBTKC, v_NBTKC, visible_BT, layer, index),
@@ -265,16 +266,23 @@ def attend_constants(
     program has less than two blocks of a full cache.
     """
     rows, columns = (max(16, 1 << (n - 1).bit_length()) for n in (group, c))  # as tl.dot wants
-    places = max(16, 16384 // (columns * jnp.dtype(dtype).itemsize))  # 16 KiB a block
+    size = jnp.dtype(dtype).itemsize
+    places = 16384 // (columns * size)  # 16 KiB a block
+    places = max(16, min(places, 8192 // (rows * size)))  # scores are in registers
     splits = max(1, min(-(-_SHARES // (b * k)), t // (2 * places)))
     sizes = {"B": b, "T": t, "K": k, "GROUP": group, "C": c, "SCALE": c**-0.5, "ROWS": rows}
     return sizes | {"BLOCK_T": places, "BLOCK_C": columns, "SPLITS": splits, "STAGES": 3}
 
 
+def attend_warps(group: int) -> int:
+    """The warps of a program of `attend`: of many queries, four would run out of registers."""
+    return 4 if group <= 32 else 8
+
+
 def merge_constants(heads: int, c: int, splits: int) -> dict[str, int]:
     """The compile-time constants of `merge`."""
-    power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
-    return {"HEADS": heads, "C": c, "BLOCK_S": power(splits), "BLOCK_C": power(c), "SPLITS": splits}
+    columns = 1 << (c - 1).bit_length()
+    return {"HEADS": heads, "C": c, "BLOCK_S": 16, "BLOCK_C": columns, "SPLITS": splits}
 
 
 def project_constants(b: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
@@ -316,7 +324,9 @@ def _jax_triton():
             f"no jax-triton ({str(error).splitlines()[0]}): pip install 'lte-jax[gpu]'"
         ) from error
     if _is_old(jax_triton):
-        jax_triton.triton_lib.jax = _With(jax, ffi=_With(jax.ffi, ffi_lowering=_typed))
+        library = jax_triton.triton_lib
+        library.jax = _With(jax, ffi=_With(jax.ffi, ffi_lowering=_typed))
+        library.cb = _With(library.cb, CUDABackend=_backend(library.cb.CUDABackend))
     return jax_triton
 
 
@@ -344,12 +354,22 @@ class _With:
         return getattr(self._module, name)
 
 
+def _backend(usual: type) -> type:
+    """Triton's compiler, asked for `_assembly`: jax-triton before 0.4 hands on no such options."""
+
+    class Backend(usual):
+        def parse_options(self, options: dict):
+            return super().parse_options({**_assembly(), **options})
+
+    return Backend
+
+
 def _typed(name: str, *, backend_config: bytes, operand_output_aliases, **_):
-    """How jax-triton before 0.4 lowers a call, but typed, as later ones do and Pallas does.
+    """How jax-triton before 0.4 lowers every call, but typed, as later ones do and Pallas does.
 
     XLA leaves an untyped call, and so nearly each layer, out of CUDA graphs.
     """
-    del name
+    del name  # "triton_kernel_call"
     how = {"api_version": 4, "operand_output_aliases": operand_output_aliases}
     rule = jax.ffi.ffi_lowering("triton_kernel_call_ffi", **how)
     return functools.partial(rule, opaque=backend_config)

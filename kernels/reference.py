@@ -106,6 +106,31 @@ def attend(
     return y_BKGC.reshape(b, h, c).astype(q_BHC.dtype), k_NBTKC, v_NBTKC
 
 
+def attend_many(
+    q_BLHC: jax.Array,
+    k_NBTKC: jax.Array,
+    v_NBTKC: jax.Array,
+    visible_BLT: jax.Array,
+    layer: jax.Array,
+    end: jax.Array,
+) -> jax.Array:
+    """Attention of several tokens per row over the caches, [B, L, H, C]; of nothing seen, zeros."""
+    used_11T = jnp.arange(k_NBTKC.shape[2])[None, None] < end
+    k_BTKC, v_BTKC = (
+        jnp.where(used_11T[0, ..., None, None], cache[layer].astype(jnp.float32), 0.0)
+        for cache in (k_NBTKC, v_NBTKC)
+    )
+    b, length, h, c = q_BLHC.shape
+    q_BLKGC = q_BLHC.astype(jnp.float32).reshape(b, length, k_BTKC.shape[2], -1, c)
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    scores_BKGLT = einsum("BLKGC,BTKC->BKGLT", q_BLKGC, k_BTKC) / c**0.5
+    seen_B11LT = (visible_BLT & used_11T)[:, None, None]
+    shares_BKGLT = jax.nn.softmax(jnp.where(seen_B11LT, scores_BKGLT, -1e30))
+    shares_BKGLT = jnp.where(seen_B11LT, shares_BKGLT, 0.0)
+    y_BLKGC = einsum("BKGLT,BTKC->BLKGC", shares_BKGLT, v_BTKC)
+    return y_BLKGC.reshape(b, length, h, c).astype(q_BLHC.dtype)
+
+
 def embed(tokens_B: jax.Array, table_VD: Weight) -> jax.Array:
     """Rows of the table: [B, D]."""
     return table_VD.rows(tokens_B) if isinstance(table_VD, Quantized) else table_VD[tokens_B]

@@ -23,9 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .quantized import Weight
 from .reference import ACTIVATIONS, Unsupported, compact, floats_only
-from .xla import attend, embed, linear  # good enough on a TPU
+from .xla import attend, attend_many, embed, linear, linears  # good enough on a TPU
 
-__all__ = ["attend", "embed", "linear", "sparse_ffn"]
+__all__ = ["attend", "attend_many", "embed", "linear", "linears", "sparse_ffn"]
 
 # Of VMEM, a TPU's fast memory: for the operands, and in total, with what the compiler adds for
 # float32 products. From v5 on a TPU has 64 MiB or more; a kernel gets 16 unless it asks for more.

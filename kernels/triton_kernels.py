@@ -391,15 +391,22 @@ def merge(
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Program h: the shares of one query's attention, added up."""
+    """Program h: the shares of one query's attention, added up BLOCK_S at a time."""
     h = tl.program_id(0)
-    s = tl.arange(0, BLOCK_S)
     c = tl.arange(0, BLOCK_C)
-    here = (s * HEADS + h) * 2
-    best = tl.load(sums + here, mask=s < SPLITS, other=-1e30)
-    total = tl.load(sums + here + 1, mask=s < SPLITS, other=0.0)
-    fade = tl.exp(best - tl.max(best, 0))
-    inside = (s[:, None] < SPLITS) & (c[None, :] < C)
-    part = tl.load(partial + (s * HEADS + h)[:, None] * C + c[None, :], mask=inside, other=0.0)
-    out = tl.sum(part * fade[:, None], 0) / tl.sum(total * fade, 0)
-    tl.store(y + h * C + c, out.to(y.dtype.element_ty), mask=c < C)
+    most = -1e30
+    total = 0.0
+    out = tl.zeros([BLOCK_C], tl.float32)
+    for start in tl.range(0, SPLITS, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        here = (s * HEADS + h) * 2
+        best = tl.load(sums + here, mask=s < SPLITS, other=-1e30)
+        weights = tl.load(sums + here + 1, mask=s < SPLITS, other=0.0)
+        inside = (s[:, None] < SPLITS) & (c[None, :] < C)
+        part = tl.load(partial + (s * HEADS + h)[:, None] * C + c[None, :], mask=inside, other=0.0)
+        larger = tl.maximum(most, tl.max(best, 0))
+        fade = tl.exp(best - larger)
+        total = total * tl.exp(most - larger) + tl.sum(weights * fade, 0)
+        out = out * tl.exp(most - larger) + tl.sum(part * fade[:, None], 0)
+        most = larger
+    tl.store(y + h * C + c, (out / total).to(y.dtype.element_ty), mask=c < C)

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from .quantized import Quantized, Weight
-from .reference import ACTIVATIONS, compact, embed
+from .reference import ACTIVATIONS, attend_many, compact, embed
 
-__all__ = ["attend", "embed", "linear", "linears", "sparse_ffn"]
+__all__ = ["attend", "attend_many", "embed", "linear", "linears", "sparse_ffn"]
 _at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
 

@@ -82,34 +82,6 @@ def masked_attention(
 
 
 _SCORES_AT_ONCE = 1 << 25
-_FEWEST_KEYS = 256
-
-
-def attention_so_far(
-    q_BLHC: Float[Array, "B L H C"],
-    k_BTKC: Float[Array, "B T K C"],
-    v_BTKC: Float[Array, "B T K C"],
-    visible_BLT: Bool[Array, "B L T"],
-    end: Array,
-) -> Float[Array, "B L H C"]:
-    """`attention_in_turn` where nothing sees a place of the cache from `end` on.
-
-    It looks at the next power of two of places: one program for each, of which one runs.
-    """
-    sizes, length = [], k_BTKC.shape[1]
-    size = max(_FEWEST_KEYS, 1 << (q_BLHC.shape[1] - 1).bit_length())
-    while size < length:
-        sizes.append(size)
-        size *= 2
-
-    def among(size: int):
-        return lambda q, k, v, seen: attention_in_turn(
-            q, k[:, :size], v[:, :size], seen[..., :size]
-        )
-
-    which = sum((end > size).astype(jnp.int32) for size in sizes)
-    branches = [among(size) for size in (*sizes, length)]
-    return jax.lax.switch(which, branches, q_BLHC, k_BTKC, v_BTKC, visible_BLT)
 
 
 def attention_in_turn(

@@ -40,7 +40,7 @@ class Transformer(nn.Module):
     remat: Remat = False  # what the backward pass recomputes, see ComputeConfig
     attention: str = "xla"  # what computes it without a cache, see `kernels.trains_attention`
     unroll: int = 1  # see ComputeConfig, as is the next
-    head_tokens: int | None = None  # of training
+    head_tokens: int | None = None  # of training and evaluation
     # Multiplies matrices in the type that they are held in, into sums of `dtype`: a teacher.
     as_held: bool = False
     # Share of what embedding, attention and FFN put out (and the classifier reads) that is zeroed,

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lte_jax import kernels
-from lte_jax.attention import attention_in_turn, attention_so_far, masked_attention, put
+from lte_jax.attention import attention_in_turn, masked_attention, put
 from lte_jax.config import Activation, ModelConfig
 from lte_jax.kernels.quantized import Quantized
 from lte_jax.kernels.reference import ACTIVATIONS
@@ -229,17 +229,17 @@ class Stack:
         """As that of Slice."""
         kernel = self.matrices[name]["kernel"]
         if not exact or kernel.dtype.itemsize >= x_BLI.dtype.itemsize:
-            return self.linears((name,), x_BLI, exact)[0]
+            return self._shaped(name, self._products((name,), x_BLI)[0], x_BLI, exact)
         x_1RI = x_BLI.reshape(1, math.prod(x_BLI.shape[:2]), -1)
         near_1RI = x_1RI.astype(kernel.dtype)
         rest_1RI = (x_1RI - near_1RI.astype(x_1RI.dtype)).astype(kernel.dtype)  # of rounding
         y_2RO = self._products((name,), jnp.concatenate([near_1RI, rest_1RI]))[0]
         return self._shaped(name, y_2RO[0] + y_2RO[1], x_BLI, exact)
 
-    def linears(self, names: Sequence[str], x_BLI: Array, exact: bool = False) -> list[Array]:
+    def linears(self, names: Sequence[str], x_BLI: Array) -> list[Array]:
         """As that of Slice, in one call where the kernels have one."""
         products = self._products(names, x_BLI)
-        return [self._shaped(*of, x_BLI, exact) for of in zip(names, products, strict=True)]
+        return [self._shaped(*of, x_BLI, exact=False) for of in zip(names, products, strict=True)]
 
     def _products(self, names: Sequence[str], x_BLI: Array) -> list[Array]:
         """The product with each kernel, float32 [B, L, O], outputs in one row."""
@@ -272,16 +272,9 @@ class Stack:
                 jax.lax.dynamic_update_slice(cache, new[None], here)
                 for cache, new in ((k_NBTKC, k_BLKC), (v_NBTKC, v_BLKC))
             )
-            end = index + q_BLHC.shape[1]
-            if kernels.attends_prompts(self.implementation):
-                how = {"layer": self.layer, "end": end, "implementation": self.implementation}
-                y_BLHC = kernels.attend_many(q_BLHC, k_NBTKC, v_NBTKC, visible_BLT, **how)
-                return y_BLHC, (k_NBTKC, v_NBTKC)
-            k_BTKC, v_BTKC = (
-                jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
-                for cache in (k_NBTKC, v_NBTKC)
-            )
-            y_BLHC = attention_so_far(q_BLHC, k_BTKC, v_BTKC, visible_BLT, end)
+            how = {"layer": self.layer, "end": index + q_BLHC.shape[1]}
+            how["implementation"] = self.implementation
+            y_BLHC = kernels.attend_many(q_BLHC, k_NBTKC, v_NBTKC, visible_BLT, **how)
             return y_BLHC, (k_NBTKC, v_NBTKC)
         y_BHC, k_NBTKC, v_NBTKC = kernels.attend(
             q_BLHC[:, 0],

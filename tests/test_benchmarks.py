@@ -62,7 +62,6 @@ def test_what_skipping_gains_in_a_sentence():
     assert "benchmarks/ffn.py --brief" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.slow
 def test_launches_are_counted_in_the_loop_over_layers():
     launches = runpy.run_path(str(ROOT / "benchmarks/launches.py"))
     text = """
@@ -83,11 +82,18 @@ ENTRY %main (p: s32[]) -> s32[] {
 }
 """
     assert launches["of_a_layer"](text, 2) == {launches["TYPED"]: 0.5, "fusion": 0.5}
-    done = run("launches.py")
-    if done.returncode:  # no plugin for CUDA here
-        assert "error: no jax-cuda12-plugin: expected it in a folder of PYTHONPATH" in done.stderr
 
 
+@pytest.mark.slow
+def test_launches_need_a_plugin():
+    if importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("the plugin is here: a 7B would be compiled four times")
+    assert (
+        "no jax-cuda12-plugin: expected it in a folder of PYTHONPATH" in run("launches.py").stderr
+    )
+
+
+@pytest.mark.slow
 def test_programs_ahead_of_time():
     """Of a small run, for the devices at hand; without others' compiler a line says what to do."""
     ahead = runpy.run_path(str(ROOT / "benchmarks/ahead.py"))

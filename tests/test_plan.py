@@ -318,6 +318,18 @@ def test_bytes_of_the_report_are_those_of_compilers_for_devices_not_at_hand(tpu)
     assert sum(needed.values()) == pytest.approx(dense, rel=0.05)
 
 
+@pytest.mark.parametrize("length", [32, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_tpu_holds_no_less_of_attention(length, causal):
+    """Of one block of queries its scores and their softmax, too; of eight the softmax of all."""
+    scratch = dataclasses.replace(tiny.CONFIG, max_length=256, d_ff=8, causal=causal)
+    gpu, tpu = (
+        plan.report.activations(Transformer(scratch), 4, length, tpu)["activations"]
+        for tpu in (False, True)
+    )
+    assert tpu == gpu if not causal or length == 32 else tpu > gpu
+
+
 def test_bad_input_a_report_that_cannot_fit(experiment):
     """Both models lie on one device, however many there are."""
     made = planned(dataclasses.replace(experiment, report=True))

@@ -409,20 +409,6 @@ def test_other_instruction_sets_give_the_same(tmp_path):
             np.testing.assert_allclose(a, b, atol=near * np.abs(a).max())
 
 
-@pytest.mark.parametrize("end", [3, 256, 257, 600, 1024])
-def test_attention_looks_at_the_keys_so_far(end):
-    """As at all of them, and at no place behind the next power of two."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 16)), "float32") for n in (3, 1024, 1024))
-    seen = jnp.broadcast_to(jnp.arange(1024) < end, (2, 3, 1024))
-    expected = attention.attention_in_turn(q, k, v, seen)
-    found = jax.jit(attention.attention_so_far)(q, k, v, seen, jnp.int32(end))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    looked = max(256, 1 << (end - 1).bit_length())
-    v = v.at[:, looked:].set(jnp.nan)
-    assert np.isfinite(jax.jit(attention.attention_so_far)(q, k, v, seen, jnp.int32(end))).all()
-
-
 def test_reading_config_keeps_other_formats_out():
     raw = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     assert hf.scaled.format_of(raw) is None

@@ -117,11 +117,12 @@ def test_compiles(kernel, arch, dtype, rows, record_property):
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize(("b", "t", "k", "group", "c"), [
     (1, 2048, 32, 1, 128), (8, 8192, 32, 1, 128), (1, 2048, 8, 4, 80), (1, 8192, 4, 2, 256),
+    (1, 32768, 1, 8, 256), (1, 2048, 1, 71, 64),
 ])  # fmt: skip
 def test_attention_compiles(arch, dtype, b, t, k, group, c):
     constants = gpu_triton.attend_constants(b, t, k, group, c, dtype)
     assert 1 <= constants["SPLITS"] <= max(1, t // (2 * constants["BLOCK_T"]))
-    made = built("attend", constants, arch, dtype)
+    made = built("attend", constants, arch, dtype, gpu_triton.attend_warps(group))
     assert made["spilled"] == 0 and 2 * made["shared"] <= SHARED[arch]  # two programs at a time
     assert re.search(r"cp\.async\.cg\S* .*0x10", made["ptx"])
     assert "mma" in made["ptx"] or dtype == "float32"

@@ -171,8 +171,6 @@ def attend_many(
 ) -> Array:
     """Attention of several new tokens per row, which the caches already have: [B, L, H, C].
 
-    It is for where `attends_prompts` says so.
-
     Args:
       q_BLHC: queries.
       k_NBTKC: the cache of keys, all layers; K divides H.
@@ -279,11 +277,6 @@ def reads_prompts(implementation: str, w: Weight) -> bool:
     """Whether its kernels are the fastest for as many rows as a prompt has tokens, too."""
     kernel = _module(resolve(implementation))
     return hasattr(kernel, "reads_prompts") and kernel.reads_prompts(w)
-
-
-def attends_prompts(implementation: str) -> bool:
-    """Whether it has `attend_many`."""
-    return hasattr(_module(resolve(implementation)), "attend_many")
 
 
 def unroll(implementation: str) -> int:

@@ -54,7 +54,8 @@ def activations(model: Transformer, rows: int, length: int, tpu: bool = False) -
     x = tokens * config.d_model * width
     neurons = (3 if config.gated else 2) * tokens * config.d_ff * width
     blocks = _scores(model, rows, length)
-    layer = 2 * x + max(neurons, sum(blocks) if tpu else 2 * max(blocks, default=0))
+    scores = max(2 * max(blocks, default=0), sum(blocks) if tpu else 0)
+    layer = 2 * x + max(neurons, scores)
     chunk = rows * chunk_length(model, rows, length)
     head = x + (4 * chunk * config.vocab_size if config.head == "lm" else 0)
     routed = 0

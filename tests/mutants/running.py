@@ -293,10 +293,13 @@ MUTANTS = [
          "x"),
     ),
     *of(
-        "kernels/cpu_attention.cc", "tests/test_training_attention.py",
+        "kernels/cpu_common.h", "tests/test_training_attention.py",
         ("keys of other texts are seen", "test_attention_and_its_slopes",
          "return sees ? LoadVec(scores) * scale : Vec{} + kUnseen;",
          "return LoadVec(scores) * scale;"),
+    ),
+    *of(
+        "kernels/cpu_attention.cc", "tests/test_training_attention.py",
         ("slopes of the last query head alone", "test_attention_and_its_slopes",
          "dk_TC, s.C, true);",
          "dk_TC, s.C);"),
@@ -308,9 +311,17 @@ MUTANTS = [
          "for (; m < M - 1; ++m) ProductTile"),
     ),
     *of(
-        "lte_jax/attention.py", "tests/test_quantization.py",
-        ("the keys so far are a power of two too few", "test_attention_looks_at_the_keys_so_far",
-         "which = sum((end > size)",
-         "which = sum((end > 2 * size)"),
+        "kernels/cpu_attention.cc", "tests/test_kernels.py",
+        ("a prompt sees what the first row sees", "test_attend_many",
+         "visible + (b * L + first) * places, places};", "visible + first * places, places};"),
+        ("a larger score does not put earlier ones right", "test_attend_many",
+         "LoadVec(at) * fade);", "LoadVec(at));"),
+    ),
+    *of(
+        "kernels/cpu_ffn.cc", "tests/test_kernels.py",
+        ("a cut of a long text is another head's", "test_attend",
+         "head = item / cuts % K, cut", "head = item % K, cut"),
+        ("shares of a long text are added as they are", "test_attend",
+         "const float fade = std::exp(at(s).most[g] - most),", "const float fade = 1,"),
     ),
 ]
