@@ -15,8 +15,8 @@ by configs/sweeps/paper.py.
 
 ":rates" is another grid, which chose RATES: every row that trains, at three learning rates, at 75%,
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
-benchmarks/sweeps/rates.json. The table has these rates at 50 and 90%, too, for all methods alike; at
-50% lower ones are better, for ours at least (docs/log.md). Its first 44 runs are in
+benchmarks/sweeps/rates.json. The table has these rates at 50 and 90%, too, for all methods alike;
+at 50% lower ones are better, for ours at least (docs/log.md). Its first 44 runs are in
 benchmarks/sweeps/methods.json: --known=benchmarks/sweeps/methods.json goes on from there (with
 --config.source.path=models/babyllama and a mirror that holds the model there).
 
