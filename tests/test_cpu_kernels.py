@@ -83,6 +83,12 @@ def built(tmp_path_factory, hasty):
 
 
 @needs_compiler
+def test_they_run_here():
+    """Else the tests of kernels skip them, with the compiler's error as the reason."""
+    assert kernels.unavailable("cpu") is None
+
+
+@needs_compiler
 def test_processes_that_build_at_once(built):
     cache, ends = built
     for name, _, err in ends:
