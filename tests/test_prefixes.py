@@ -69,8 +69,21 @@ def test_texts_that_end_otherwise_leave_nothing():
     assert finished(engine, ids).reused == 39  # one of a single token never had a row
     assert finished(engine, ids[:20]).reused == 0  # too short: laid elsewhere
     none = Engine(model, params, rows=4, kept=0)
+    broken = params | {"final_norm": {"scale": params["final_norm"]["scale"] * jnp.nan}}
+    without_numbers = Engine(model, broken, rows=4)
     for _ in range(2):
         assert finished(none, ids).reused == 0
+        text = finished(without_numbers, ids)
+        assert text.end == "not finite" and text.reused == 0
+    stopped = Engine(model, params, rows=4)
+    finished(stopped, ids[:4], count=2)
+    assert len(stopped._prefixes) == 0  # of five tokens, which serve nobody
+    ends = alone(stopped, ids)[2:3]
+    text = stopped.add(ids, max_new_tokens=10, eos_ids=ends)
+    while stopped.step():
+        pass
+    assert text.end == "stop"
+    assert finished(stopped, ids).reused == 39
     with pytest.raises(UserError, match="kept=-1"):
         Engine(model, params, kept=-1)
 
@@ -82,7 +95,8 @@ def test_those_used_longest_ago_go_first():
     def add(tokens, places=64):
         kept.add(Prefix(tokens, {"segments": jnp.zeros((1, places))}))
 
-    assert kept.wants(160) and not kept.wants(161) and not kept.wants(15)
+    assert kept.wants(100, 160) and not kept.wants(100, 161)
+    assert kept.wants(16, 64) and not kept.wants(15, 64)
     add(a)
     add(b)
     assert kept.of(np.append(a, 1))[0] == 40 and kept.of(a)[0] == 39  # the last has to be read

@@ -388,6 +388,20 @@ def test_a_failed_step_ends_its_texts_alone(where, model, tokenizer, monkeypatch
         assert server.ask("/health")[0] == 200
 
 
+def test_what_a_text_leaves_cannot_be_kept(model, tokenizer, monkeypatch):
+    """It has its answer, and the next one, too."""
+
+    def broken(*args, **how):
+        raise MemoryError
+
+    with serving(Engine(*model, rows=2), tokenizer) as server, monkeypatch.context() as patch:
+        patch.setattr(rooms, "Prefix", broken)
+        for _ in range(2):
+            answer = server.complete("a" * 20, max_tokens=5)
+            assert answer["choices"][0]["finish_reason"] == "length"
+        assert server.ask("/health")[0] == 200
+
+
 def test_too_many_texts(model, tokenizer):
     """Beyond the rows and the queue: 429, and nothing of it is computed."""
     limits = dataclasses.replace(LIMITS, queue=2)

@@ -67,6 +67,11 @@ class Text:
         """Its tokens in the cache, which has all but the one chosen last."""
         return len(self.prompt) + len(self.new) - 1
 
+    @property
+    def done(self) -> bool:
+        """Whether it came to an end of its own."""
+        return self.end in ("stop", "length")
+
     def take(self, token: int, finite: bool) -> None:
         """One more token, unless the logits were not finite; ends the text where that is due."""
         if not finite:
@@ -234,9 +239,9 @@ class Engine:
         logits_1V, cache = _read(self.decoder, *operands, turn=turn)
         token_1, finite_1 = _chosen(self.decoder, logits_1V, *_settings([text]))
         text.take(int(token_1[0]), bool(finite_1[0]))
-        if text.end in ("stop", "length"):
+        if text.done:
             self._keep(text, cache, 0, int(length))
-        if text.end is None:
+        elif text.end is None:
             self._fit([*self.running, text])
             row = self._table.index(None)
             shift = np.int32(self._index - length)
@@ -256,7 +261,8 @@ class Engine:
     def _keep(self, text: Text, cache: Cache, row: int, index: int) -> None:
         """Keeps what a text that ends at `index` has in a row of a cache."""
         tokens = np.array([*text.prompt, *text.new[:-1]], np.int32)
-        if self._prefixes.wants(places := _places(len(tokens))):
+        places = _places(len(tokens))
+        if self._prefixes.wants(len(tokens), places):
             shift = np.int32(len(tokens) - index)
             own = moved(cache, np.array([row], np.int32), shift, size=places)
             self._prefixes.add(Prefix(tokens, own))
@@ -275,12 +281,12 @@ class Engine:
         for text, token, finite in zip(self._table, tokens_B, finite_B, strict=True):
             if text is not None:
                 text.take(int(token), bool(finite))
+        for row, text in enumerate(self._table):
+            if text is not None and text.done:
+                self._keep(text, self._cache, row, self._index)
 
     def _leave(self) -> None:
         """Frees the rows of the texts that have ended, and most of the cache where few are left."""
-        for row, text in enumerate(self._table):
-            if text is not None and text.end in ("stop", "length"):
-                self._keep(text, self._cache, row, self._index)
         self._table = [t if t is not None and t.end is None else None for t in self._table]
         self.waiting = collections.deque(text for text in self.waiting if text.end is None)
         running = self.running

@@ -38,9 +38,9 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def wants(self, tokens: int) -> bool:
-        """Whether it would keep so many tokens."""
-        return _LEAST <= tokens <= self.places
+    def wants(self, tokens: int, places: int) -> bool:
+        """Whether it would keep so many tokens, in a cache of so many places."""
+        return tokens >= _LEAST and places <= self.places
 
     def add(self, prefix: Prefix) -> None:
         """Keeps a text, in place of what it begins with, and of what was used longest ago."""
