@@ -14,7 +14,7 @@ import pytest
 
 from lte_jax import kernels
 from lte_jax.config import UserError
-from lte_jax.kernels import gpu_triton, reference
+from lte_jax.kernels import reference, triton_call
 
 E = 10
 # Neurons of an expert and model width: odd ones, where the hardware has no say.
@@ -384,7 +384,7 @@ def test_bad_input_a_gpu_without_its_kernels(monkeypatch, caplog, device, reason
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [fake])
     monkeypatch.setitem(sys.modules, "jax_triton", None)  # as if it were not installed
-    gpu_triton._jax_triton.cache_clear()
+    triton_call.jax_triton.cache_clear()
     kernels._choose.cache_clear()
     with caplog.at_level("WARNING", logger="lte_jax.kernels"):
         assert kernels.resolve("auto") == "xla"

@@ -20,6 +20,7 @@ ORDER = {
     "lte_jax.kernels.xla": 0.2,
     "lte_jax.kernels.cpu": 0.3,
     "lte_jax.kernels.triton_kernels": 0.3,
+    "lte_jax.kernels.triton_call": 0.35,
     "lte_jax.kernels.gpu_triton": 0.4,
     "lte_jax.kernels.tpu_pallas": 0.5,
     "lte_jax.errors": 1,
