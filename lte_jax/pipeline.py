@@ -269,7 +269,7 @@ class _Run:
         return training_step.teacher_of(params, self.experiment.compute)
 
     def report(self, anew: bool = False) -> tuple[Transformer, Any]:
-        """Evaluates the result next to the dense model in process 0, while the others wait.
+        """Evaluates the result, by default next to the dense model, in process 0; others wait.
 
         Returns:
           The last model and, in process 0, its parameters.
@@ -299,7 +299,8 @@ class _Run:
         if results is None:
             work.check_inputs(self.paths, self.parts.inputs)
             _verify(self.paths.dense)
-            baseline = None if last == self.paths.dense else self._result(self.paths.dense)
+            alone = last == self.paths.dense or not self.experiment.report_dense
+            baseline = None if alone else self._result(self.paths.dense)
             results = self._measure(model, params, baseline)
         written = report.write([results], root, figures)
         measured = f"Measured on {report.extent(results)}."

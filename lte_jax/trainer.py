@@ -42,8 +42,8 @@ class Trained:
 
     params: Any
     control: SparsityController
-    validation_loss: float  # nats per predicted token, hard routing
-    validation_sparsity: float
+    validation_loss: float | None = None  # nats per predicted token, hard routing
+    validation_sparsity: float | None = None
 
 
 def fit(
@@ -197,7 +197,7 @@ class _Loop:
         writer.start(stage.name, self.step, stage.config.steps)
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self._stage.config.steps
+        return every > 0 and (self.step % every == 0 or self.step == self._stage.config.steps)
 
     def validate(self) -> None:
         """Measures the validation records if that is due, and writes the metrics of this step.

@@ -29,7 +29,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ from lte_jax.errors import UserError
 
 # Keys of an experiment that do not affect what is trained: they may change on resuming.
 FREE = frozenset(
-    "report sample_prompt sample_tokens sample_temperature latency_rounds log_every eval_every "
-    "checkpoint mesh wandb".split()
+    "report report_dense sample_prompt sample_tokens sample_temperature latency_rounds log_every "
+    "eval_every checkpoint mesh wandb".split()
 )  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _DAMAGED = (
@@ -50,6 +50,12 @@ _DAMAGED = (
     "it: it is then written again"
 )
 log = logging.getLogger(__name__)
+
+
+def affecting(overrides: Iterable[str]) -> list[str]:
+    """Those of "key=value" overrides that affect what is trained and what is measured of it."""
+    keyed = ((word.partition("=")[0], word) for word in overrides)
+    return [word for key, word in keyed if key not in FREE and key.split(".")[0] not in FREE]
 
 
 class Paths:

@@ -297,6 +297,9 @@ def test_bytes_of_the_report_are_those_that_xla_counts(vocab):
     needed = plan.report.of_report(made, scratch, sparse=True)
     assert sum(needed.values()) == models[0] + programs[-1].planned
     assert [needed["dense model"], needed["LTE model"]] == models
+    alone = dataclasses.replace(made, report_dense=False)
+    alone = plan.report.of_report(alone, scratch, sparse=True)
+    assert alone == {name: of for name, of in needed.items() if name != "dense model"}
 
 
 # Operands and work, by libtpu 0.0.42.1 and jax-cuda12-plugin 0.10.2: `python benchmarks/ahead.py

@@ -478,11 +478,13 @@ def test_a_grid_may_grow_but_not_change(made):
         "methods.ours:": {"methods": less},
         "methods.ours.overrides:": {"methods": other},
         "seeds:": {"seeds": (0, 1)},
-        "overrides:": {"overrides": ("log_every=3",)},
+        "overrides:": {"overrides": ("optim.name=sgd", "log_every=3")},
         "config:": {"config": "glue.py"},
     }.items():
         with pytest.raises(UserError, match=f"another grid, which differs in {named}"):
             folder.check(grid(**kept | change), [])
+    free = {"overrides": ("eval_every=0", "checkpoint.keep_last=1")}  # trains the same
+    folder.check(grid(**kept | free), [])
 
 
 def test_runs_of_an_earlier_sweep_are_not_made_again(made, tmp_path):
@@ -492,6 +494,7 @@ def test_runs_of_an_earlier_sweep_are_not_made_again(made, tmp_path):
         finish(run, folder.workdir(run))
     whole = results.collect(sweep, runs, folder)
     whole["runs"][1]["settings"] = ["seed=7"]
+    whole["runs"][2]["settings"] += ["report_dense=False"]  # trains the same
     path = tmp_path / "results.json"
     path.write_text(json.dumps(whole))
     again = Folder(tmp_path / "again")

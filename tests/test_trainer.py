@@ -126,6 +126,17 @@ def test_each_step_is_written_once_with_all_that_was_measured_after_it(tmp_path)
     np.testing.assert_allclose(found, [rate(1), rate(2), rate(3)], rtol=1e-6)
 
 
+def test_a_stage_without_validations(tmp_path):
+    trained, lines = fit(tmp_path, lines=True, log_every=3, eval_every=0)
+    assert [step for step, _ in lines] == [3, 4]  # logged, last
+    assert all("validation_loss" not in values for _, values in lines)
+    assert trained.validation_loss is trained.validation_sparsity is None
+    with_some, _ = fit(tmp_path / "with", lines=True, eval_every=2)
+    assert with_some.validation_loss is not None
+    equal = jax.tree.map(np.array_equal, trained.params, with_some.params)
+    assert jax.tree.all(equal)
+
+
 def test_a_step_whose_validation_was_cut_short_is_written_when_the_run_resumes(
     tmp_path, monkeypatch
 ):

@@ -172,7 +172,7 @@ def test_report_and_logging_may_change_on_the_way(experiment, tmp_path):
     workdir.claim(paths, experiment, {})
     paths.dense.mkdir()
     free = dataclasses.replace(
-        experiment, report=False, sample_prompt="y", log_every=7, eval_every=9
+        experiment, report=False, report_dense=False, sample_prompt="y", log_every=7, eval_every=9
     )
     free = dataclasses.replace(free, checkpoint=dataclasses.replace(free.checkpoint, every=3))
     workdir.check_same(paths, free)
@@ -380,6 +380,18 @@ def test_finished_runs_make_one_table(finished, copy):
     for both, one in zip(together, alone, strict=True):
         assert both["seeds"] == [0, 1] and both["token_ppl"] == one["token_ppl"]
         assert set(both["deviation"].values()) == {0.0}
+
+
+def test_a_report_without_the_dense_model(copy):
+    before = json.loads((copy / "results.json").read_text())["models"]
+    experiment = json.loads((copy / "experiment.json").read_text()) | {"report_dense": False}
+    (copy / "experiment.json").write_text(json.dumps(experiment))
+    (copy / "quality.png").unlink(missing_ok=True)
+    pipeline.report_again(copy)
+    [alone] = json.loads((copy / "results.json").read_text())["models"]
+    assert [model["name"] for model in before] == ["dense", alone["name"]]
+    assert alone["token_ppl"] == before[1]["token_ppl"]
+    assert "| dense |" not in (copy / "table.md").read_text()
 
 
 def evaluate(monkeypatch, *flags):

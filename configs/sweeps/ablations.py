@@ -56,8 +56,7 @@ def get_sweep(arg=""):
     tuned = ("stages.finetune.learning_rate=1e-4", f"stages.finetune.steps={steps}")
     earlier = (f"stages.router.steps={router}", f"stages.adapt.steps={adapt}")
     two_layers = ("lte.router=two_layer", "lte.router_activation=relu", "lte.router_rank=32")
-    spared = ("sample_tokens=0", "latency_rounds=0", "eval_every=1000", "checkpoint.keep_last=1")
-    spared += ("checkpoint.keep_best=0", "checkpoint.keep_finished=False")
+    spared = config.QUALITY_ONLY
     return config.Sweep(
         config=f"configs/tinystories.py:babyllama{',smoke' * smoke}",
         methods={

@@ -55,8 +55,7 @@ def get_sweep(arg=""):
     words = config.variants(arg, "rates", "quick", "smoke")
     smoke, quick, rates = ("smoke" in words, "quick" in words, "rates" in words)
     steps = 8 if smoke else 30 if quick else 300  # of the router stage and of adaptation together
-    spared = ("sample_tokens=0", "latency_rounds=0", "eval_every=1000", "checkpoint.keep_last=1")
-    spared += ("checkpoint.keep_best=0", "checkpoint.keep_finished=False")
+    spared = config.QUALITY_ONLY
     spared += ("data.validation=",) if rates else ()  # validates on a part of the training text
     if not smoke:
         spared += (f"data.max_validation_records={64 if quick else 2000}",)

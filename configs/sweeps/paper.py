@@ -37,8 +37,7 @@ def get_sweep(arg=""):
     words = config.variants(arg, "separability", "smoke")
     smoke, search = "smoke" in words, "separability" not in words
     tuned = ("stages.finetune.learning_rate=1e-4", f"stages.finetune.steps={8 if smoke else 300}")
-    spared = ("sample_tokens=0", "latency_rounds=0", "eval_every=1000", "checkpoint.keep_last=1")
-    spared += ("checkpoint.keep_best=0", "checkpoint.keep_finished=False")
+    spared = config.QUALITY_ONLY
     spared += () if smoke else ("data.max_validation_records=2000",)
     dense = {"dense, untouched": config.Row(NO_EXPERTS, targets=())}
     if not search:

@@ -26,9 +26,6 @@ def get_sweep(arg=""):
     frozen = ("stages.router.steps=0", f"stages.adapt.steps={steps}")
     frozen += ("stages.adapt.learning_rate=1e-3",)
     random = ("lte.router_init=normal", "lte.routing=top_k")
-    # No sample and no timing, little validation on the way, and one checkpoint, which goes.
-    spared = ("sample_tokens=0", "latency_rounds=0", "eval_every=1000", "checkpoint.keep_last=1")
-    spared += ("checkpoint.keep_best=0", "checkpoint.keep_finished=False")
     return config.Sweep(
         config=f"configs/tinystories.py:babyllama{',smoke' * smoke}",
         methods={
@@ -40,6 +37,6 @@ def get_sweep(arg=""):
         },
         targets=(0.5,) if smoke else (0.5, 0.75, 0.9),
         seeds=(0, 1) if smoke else (0, 1, 2),
-        overrides=spared if smoke else (*spared, "data.max_validation_records=2000"),
+        overrides=config.QUALITY_ONLY + (() if smoke else ("data.max_validation_records=2000",)),
         reference="ours",
     )

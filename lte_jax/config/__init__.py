@@ -28,6 +28,7 @@ from lte_jax.config.fields import describe as describe
 from lte_jax.config.fields import from_mapping as from_mapping
 from lte_jax.config.fields import moved as moved
 from lte_jax.config.fields import to_config_dict as to_config_dict
+from lte_jax.config.grid import QUALITY_ONLY as QUALITY_ONLY
 from lte_jax.config.grid import Row as Row
 from lte_jax.config.grid import Sweep as Sweep
 from lte_jax.config.grid import load_sweep as load_sweep

@@ -26,6 +26,17 @@ from lte_jax.config.loading import find, run_file, split
 from lte_jax.errors import UserError, nearest
 
 FOLDER = "sweeps"  # of configs/
+# Overrides of runs that are there for their quality: the report measures only that, of the last
+# model alone (the dense one has a row of its own), and one checkpoint is kept until the run ends.
+QUALITY_ONLY = (
+    "sample_tokens=0",
+    "latency_rounds=0",
+    "eval_every=0",
+    "report_dense=False",
+    "checkpoint.keep_last=1",
+    "checkpoint.keep_best=0",
+    "checkpoint.keep_finished=False",
+)
 
 
 @dataclasses.dataclass(frozen=True)

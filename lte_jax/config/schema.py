@@ -380,12 +380,13 @@ class Experiment(Checked):
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    eval_every: Count = 100  # steps between two validations
+    eval_every: Whole = 100  # steps between two validations, the last step has one; 0: none
     log_every: Count = 10  # steps between two lines of metrics
     # Project of Weights & Biases to send metrics to, "project" or "entity/project" (needs the extra
     # wandb); "": none.
     wandb: str = ""
-    report: bool = True  # whether to evaluate the result at the end, beside the dense baseline
+    report: bool = True  # whether to evaluate the result at the end
+    report_dense: bool = True  # whether the report also measures the dense model it was made from
     sample_prompt: str = "Once upon a time"  # prompt of the sample in the report
     sample_tokens: Whole = 100  # length of that sample in tokens; 0: no sample
     sample_temperature: NotNegative = 0.0  # temperature of that sample; 0: greedy

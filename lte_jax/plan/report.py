@@ -1,6 +1,6 @@
 """What the report at the end takes of the one device that it runs on, see `pipeline`.
 
-Both models lie there whole, in compute.dtype, and one of them reads a batch:
+The models, by default both, lie there whole, in compute.dtype, and one of them reads a batch:
 
     bytes = models + routed + the larger of (layer, head)
     routed  of all layers: the scores of routers, their places in the histogram, which are active
@@ -33,10 +33,11 @@ def of_report(
     Args:
       experiment: to run.
       config: of the dense model.
-      sparse: whether an LTE model is measured beside the dense one.
+      sparse: whether an LTE model is measured.
       tpu: whether the device is one.
     """
-    of = {"dense model": None} | ({"LTE model": experiment.lte} if sparse else {})
+    of = {"dense model": None} if experiment.report_dense or not sparse else {}
+    of |= {"LTE model": experiment.lte} if sparse else {}
     models = {n: Transformer(config, lte, dtype=experiment.compute.dtype) for n, lte in of.items()}
     held = {name: weights(model) for name, model in models.items()}
     last = list(models.values())[-1]

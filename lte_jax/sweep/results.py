@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lte_jax import figures, report
+from lte_jax import figures, report, workdir
 from lte_jax.config import Sweep
 from lte_jax.errors import UserError
 from lte_jax.files import expand, read_json
@@ -80,12 +80,16 @@ def known(path: str | Path, runs: Sequence[Run], folder: Folder) -> dict[str, En
     found = {
         run.name: rows[run.name]
         for run in runs
-        if run.name in rows and rows[run.name]["settings"] == list(run.overrides)
+        if run.name in rows and _same(rows[run.name]["settings"], run.overrides)
     }
     for run in reversed(runs):  # those that others go on from come before these
         if run.name not in found and not folder.made(run):
             found.pop(run.after, None)
     return found
+
+
+def _same(settings: Sequence[str], overrides: Sequence[str]) -> bool:
+    return workdir.affecting(settings) == workdir.affecting(overrides)
 
 
 def _measured(sweep: Sweep, run: Run, folder: Folder) -> Entry:
