@@ -29,10 +29,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 from ffn import bandwidth, listed, publish
+from lte_jax.kernels.quantized import BITS
 from tqdm import tqdm
 
 import lte_jax
-from lte_jax import kernels
+from lte_jax import kernels, quantization
 from lte_jax.config import LTEConfig, load_config
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.generation.decoding import Decoder, DecodeState
@@ -108,21 +109,21 @@ def measure(model, params, flags, batch: int, prompt: int, bytes_per_s: float) -
                 times[key].append(time.perf_counter() - start)
             read[key] = float(after.read) / size
 
-    width = jnp.dtype(model.dtype).itemsize
+    width, widths = jnp.dtype(model.dtype).itemsize, quantization.widths(params, model.dtype)
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * width
     kv *= batch * (prompt + size / 2)
     dense_s = statistics.median(times[None]) / size
-    dense_bytes = bytes_per_token(config, None, 0.0, width) + kv
+    dense_bytes = bytes_per_token(config, None, 0.0, *widths) + kv
     rows = []
     for key, seconds in times.items():
         lte = None if key is None else model.lte
-        needed = bytes_per_token(config, lte, 1.0 - read[key], width) + kv
+        needed = bytes_per_token(config, lte, 1.0 - read[key], *widths) + kv
         step_s = statistics.median(seconds) / size
         rows.append(
             {
                 "implementation": kernels.resolve(flags.implementation),
                 "device": jax.devices()[0].device_kind,
-                "dtype": model.dtype,
+                "dtype": quantization.format_of(params) or model.dtype,
                 "layers": config.num_layers,
                 "batch": batch,
                 "prompt": prompt,
@@ -166,6 +167,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="an LTE folder, in place of random weights")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", choices=[*BITS], help="weights of so many bits")
     parser.add_argument("--batch", type=listed(int), default=(1,))
     parser.add_argument("--prompt", type=listed(int), default=(128,))
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -181,6 +183,8 @@ def main() -> None:
         if model.lte is None:
             raise UserError(f"{flags.model} is a dense model: expected an LTE folder")
         flags.sparsity = flags.sparsity[:1]  # its own
+    if flags.quantize:
+        params = lte_jax.quantize(model, params, flags.quantize)
     bytes_per_s = bandwidth(os.cpu_count() or 1)
     rows = [
         row

@@ -28,7 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src.lib import gpu_triton
+from lte_jax.kernels.quantized import BITS
 
+import lte_jax
 from lte_jax import config
 from lte_jax.errors import UserError, cli_errors
 from lte_jax.generation.decoding import Decoder, DecodeState
@@ -42,8 +44,8 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}  # lau
 TYPED = "triton_kernel_call_ffi"
 
 
-def compiled(model: Transformer, batch: int, length: int, device: Any) -> Any:
-    """The program that decodes up to 32 tokens of each row."""
+def compiled(model: Transformer, batch: int, length: int, form: str | None, device: Any) -> Any:
+    """The program that decodes up to 32 tokens of each row, with weights of a format."""
     here = jax.sharding.SingleDeviceSharding(device)
 
     def put(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
@@ -60,6 +62,9 @@ def compiled(model: Transformer, batch: int, length: int, device: Any) -> Any:
         return Decoder.of(model, params, implementation="triton")._extended(state, limit, 32)  # noqa: SLF001
 
     params = jax.tree.map_with_path(weight, abstract_params(model))
+    if form is not None:
+        rounded = jax.eval_shape(lambda p: lte_jax.quantize(model, p, form), params)
+        params = jax.tree.map(put, rounded)
     operands = params, jax.tree.map(put, jax.eval_shape(start)), put(jnp.int32(0))
     return jax.jit(extend, donate_argnums=1).lower(*operands).compile()
 
@@ -87,6 +92,7 @@ def main() -> None:
     add("--config", default="configs/llama7b.py", help="of an experiment with a source.scratch")
     add("--batch", type=int, nargs="+", default=[1, 8], help="rows")
     add("--length", type=int, nargs="+", default=[2048, 8192], help="of the cache")
+    add("--quantize", choices=[*BITS], help="weights of so many bits")
     flags = parser.parse_args()
     if not hasattr(gpu_triton, "TritonKernel"):
         raise UserError("no jax-cuda12-plugin: expected it in a folder of PYTHONPATH, see --help")
@@ -99,7 +105,7 @@ def main() -> None:
     for batch in flags.batch:
         for length in flags.length:
             begin = time.monotonic()
-            made = compiled(model, batch, length, device)
+            made = compiled(model, batch, length, flags.quantize, device)
             took, memory = time.monotonic() - begin, made.memory_analysis()
             kinds = of_a_layer(made.as_text(), unroll("triton"))
             triton = sum(n for kind, n in kinds.items() if kind.startswith("triton"))

@@ -5,7 +5,8 @@ of idle experts end after one load, the others write hidden activations and, tog
 used experts and its count. `combine` multiplies by the down projection; its programs take equal
 shares of that list, and XLA adds their partial sums in a fixed order. Nothing waits for the host.
 Attention is two as well: shares of the places so far, and their sum. The kernels are in
-triton_kernels.py; `blocks` here chooses their block sizes.
+triton_kernels.py, of weights of 8, 6 and 4 bits in triton_codes.py (launched by gpu_codes.py);
+triton_blocks.py chooses block sizes.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  H heads
                K inputs (of attention: kv heads)  O outputs  C head width  T places of the cache
@@ -14,38 +15,25 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers 
 
 from __future__ import annotations
 
-import functools
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .quantized import Weight
-from .reference import Unsupported, floats_only
+from .gpu_codes import combine as combine_codes
+from .gpu_codes import combine_three as combine_three_codes
+from .gpu_codes import hidden as hidden_codes
+from .gpu_codes import ordered
+from .quantized import GROUP, Quantized, Weight
+from .reference import Unsupported
+from .triton_blocks import TYPES, Blocks, blocks, padded
 from .triton_call import call, jax_triton
 from .xla import attend_many, embed, put  # a few microseconds of a step
 
 __all__ = ["attend", "attend_many", "embed", "linear", "linears", "sparse_ffn", "unavailable"]
 
-TUNED = pathlib.Path(__file__).with_name("tuned")  # <device>.json, by tune.py
-ROWS = (1, 8, 16, 32, 64)  # numbers of rows that x is padded to, each with its block sizes
 UNROLL = 4  # layers a turn: a turn is a CUDA graph to launch, and has launches of its own
-_TYPES = ("float32", "bfloat16")
-_PROGRAMS = 512  # of `combine`: about four for each of an H200's 132 multiprocessors
 _SHARES = 264  # programs of `attend`: two
-
-
-class Blocks(NamedTuple):
-    """Block sizes of one kernel: a tile is `m` rows of the weights by `d` columns."""
-
-    m: int
-    d: int
-    warps: int
-    stages: int  # tiles in flight, plus one in use
-    splits: int = 1  # parts of the sum (`combine`)
 
 
 def sparse_ffn(
@@ -61,9 +49,17 @@ def sparse_ffn(
     Raises:
       Unsupported: on types other than float32 and bfloat16, more than 64 rows, or no jax-triton.
     """
-    floats_only(weights.values())
     e, m, d = weights["up"].shape[1:]
-    b, dtype = x_BD.shape[0], x_BD.dtype.name
+    b, dtype, up = x_BD.shape[0], x_BD.dtype.name, weights["up"]
+    if isinstance(up, Quantized):
+        if m % GROUP:
+            raise Unsupported(f"experts of {m} neurons in {up.format}: multiples of {GROUP}")
+        cut = blocks(f"hidden {up.format}", b, m, d, dtype)
+        how = {"activation": activation, "cut": cut}
+        h_EBM, *used = hidden_codes(x_BD, active_BE, weights, layer, **how)
+        cut = blocks(f"combine {up.format}", b, d, m, dtype, experts=e)
+        y_BD = combine_codes(h_EBM, weights["down"], layer, *used, cut=cut)
+        return y_BD.astype(x_BD.dtype)
     cut = blocks("hidden", b, m, d, dtype)
     h_EBM, ids_E, count = hidden(x_BD, active_BE, weights, layer, activation=activation, cut=cut)
     cut = blocks("combine", b, m, d, dtype, experts=e)
@@ -75,7 +71,9 @@ def linear(x_BK: jax.Array, w: Weight, layer: jax.Array, *, transposed: bool) ->
 
     Raises: as sparse_ffn.
     """
-    floats_only([w])
+    if isinstance(w, Quantized):
+        shape = (f"combine {w.format}", x_BK.shape[0], w.outputs, w.inputs, x_BK.dtype.name)
+        return combine_codes(ordered(x_BK)[None], w, layer, cut=blocks(*shape))
     kernel = "project" if transposed else "combine"
     cut = blocks(kernel, x_BK.shape[0], w.shape[1], w.shape[2], x_BK.dtype.name)
     if transposed:
@@ -89,11 +87,15 @@ def linears(x_BK: jax.Array, ws: Sequence[Weight], layer: jax.Array) -> list[jax
 
     Raises: as sparse_ffn.
     """
-    if len(ws) != 3:
+    formats = {w.format if isinstance(w, Quantized) else "" for w in ws}
+    if len(ws) != 3 or len(formats) > 1:
         return [linear(x_BK, w, layer, transposed=False) for w in ws]
-    floats_only(ws)
-    (b, k), widths = x_BK.shape, [w.shape[2] for w in ws]
-    cut = blocks("combine", b, k, sum(widths), x_BK.dtype.name)
+    (b, k), widths, dtype = x_BK.shape, [w.shape[2] for w in ws], x_BK.dtype.name
+    ends = [widths[0], sum(widths[:2])]
+    if form := formats.pop():
+        cut = blocks(f"combine {form}", b, sum(widths), k, dtype)
+        return jnp.split(combine_three_codes(x_BK, ws, layer, cut=cut), ends, axis=1)
+    cut = blocks("combine", b, k, sum(widths), dtype)
     partial_SBO = _call(
         "combine_three",
         (x_BK, *ws, layer),
@@ -102,7 +104,7 @@ def linears(x_BK: jax.Array, ws: Sequence[Weight], layer: jax.Array) -> list[jax
         cut,
         **three_constants(b, k, widths, cut),
     )
-    return jnp.split(partial_SBO.sum(axis=0), [widths[0], sum(widths[:2])], axis=1)
+    return jnp.split(partial_SBO.sum(axis=0), ends, axis=1)
 
 
 def attend(
@@ -120,8 +122,8 @@ def attend(
     Raises: as sparse_ffn.
     """
     (b, h, c), (t, k), dtype = q_BHC.shape, k_NBTKC.shape[2:4], q_BHC.dtype.name
-    if dtype not in _TYPES:
-        raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
+    if dtype not in TYPES:
+        raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(TYPES)}")
     k_NBTKC, v_NBTKC = put(k_NBTKC, k_BKC, layer, index), put(v_NBTKC, v_BKC, layer, index)
     constants = attend_constants(b, t, k, h // k, c, dtype)
     splits = constants["SPLITS"]
@@ -295,82 +297,3 @@ def project_constants(b: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
 def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, **constants):
     """One launch of a kernel; returns arrays of the shapes `out`."""
     return call(kernel, arrays, out, grid, warps=cut.warps, stages=cut.stages, **constants)
-
-
-# --------------------------------------------------------------------------------- block sizes
-
-
-def padded(b: int) -> int:
-    """The number of rows that b rows are padded to.
-
-    Raises:
-      Unsupported: on more rows than the kernels take.
-    """
-    for rows in ROWS:
-        if b <= rows:
-            return rows
-    raise Unsupported(f"{b} rows: the Triton kernels take up to {ROWS[-1]} at once")
-
-
-def blocks(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
-    """The block sizes tuned for this device, kernel, weight shape, type and rows; else by rule.
-
-    Raises:
-      Unsupported: on a type or number of rows that the kernels do not take, and on a damaged file
-        of tuned blocks.
-    """
-    if dtype not in _TYPES:
-        raise Unsupported(f"type {dtype}: the Triton kernels take {' and '.join(_TYPES)}")
-    shape = (kernel, b, m, d, dtype)
-    tuned = read_tuned(tuned_path()) if jax.default_backend() == "gpu" else {}
-    return tuned.get(key(*shape)) or by_rule(*shape, experts=experts)
-
-
-def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1) -> Blocks:
-    """Block sizes from arithmetic alone.
-
-    A multiprocessor of an H200 gets 36 GB/s, and a load takes up to a microsecond: 36 KB must
-    always be in flight on each. The rules aim at twice that, with tiles of about 8 KiB, several
-    tiles ahead in each program and several programs per multiprocessor, within its registers (some
-    70 a thread) and shared memory (160 KB on an A100). A tile's rows have at least 256 bytes.
-    """
-    rows, size = padded(b), jnp.dtype(dtype).itemsize
-    power = 1 << (m - 1).bit_length()  # no tile needs more rows
-    if kernel == "combine":
-        # With several rows, the list of experts takes every second stage.
-        tall, stages = (min(16, power), 6) if rows == 1 else (min(32, max(16, power)), 7)
-        cut = Blocks(m=tall, d=256 // size, warps=4, stages=stages)
-        panels, columns = experts * -(-m // cut.m), -(-d // cut.d)
-        # With many rows the partial sums would be as large as the weights: use fewer.
-        programs = _PROGRAMS if rows <= 16 else _PROGRAMS // 2
-        return cut._replace(splits=min(panels, -(-programs // columns)))
-    if rows == 1:
-        # `project` reads one matrix, `hidden` two: a deeper pipeline keeps as many bytes in flight.
-        stages = 3 if kernel == "hidden" else 5
-        return Blocks(m=min(4, power), d=1024 // size, warps=4, stages=stages)
-    # x is read again for each tile, so the more rows it has, the taller the tile.
-    tall = 16 if rows <= 8 else 32
-    # float32 does not use tensor cores, and four warps would run out of registers.
-    warps = 8 if dtype == "float32" and rows > 16 else 4
-    return Blocks(m=min(tall, max(16, power)), d=256 // size, warps=warps, stages=5)
-
-
-def key(kernel: str, b: int, m: int, d: int, dtype: str) -> str:
-    """The name of an entry in a file of tuned blocks, such as "hidden 32x4096 bfloat16 rows 8"."""
-    return f"{kernel} {m}x{d} {dtype} rows {padded(b)}"
-
-
-def tuned_path() -> pathlib.Path:
-    """The file for this process's device, such as tuned/nvidia-h200.json."""
-    return TUNED / (jax.devices()[0].device_kind.lower().replace(" ", "-") + ".json")
-
-
-@functools.cache
-def read_tuned(path: pathlib.Path) -> dict[str, Blocks]:
-    """The entries of a file that tune.py wrote, by `key`; none if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        return {name: Blocks(**cut) for name, cut in json.loads(path.read_text())["blocks"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Unsupported(f"{path}: not a file of tuned blocks ({error}): delete it") from error

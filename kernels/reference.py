@@ -28,10 +28,10 @@ class Unsupported(Exception):
 
 
 def floats_only(weights: Iterable[Any]) -> None:
-    """Raises for weights that only kernels for CPUs and those of XLA read."""
+    """Raises for weights that these kernels do not read."""
     for w in weights:
         if isinstance(w, Quantized):
-            raise Unsupported(f"weights in {w.format}: only the kernels for CPUs and XLA take them")
+            raise Unsupported(f"weights in {w.format}: these kernels take floats")
 
 
 ACTIVATIONS = {

@@ -22,7 +22,7 @@ def call(
       Unsupported: if there is no jax-triton.
     """
     library = jax_triton()
-    from . import triton_kernels
+    from . import triton_codes, triton_kernels
 
     # Fused multiply-add, which later versions of Triton leave off by default.
     fused = {"enable_fp_fusion": True}
@@ -32,7 +32,7 @@ def call(
         by_version = {"out_type": out, "backend_options": {**fused, **_assembly()}}
     return library.triton_call(
         *arrays,
-        kernel=getattr(triton_kernels, kernel),
+        kernel=getattr(triton_kernels, kernel, None) or getattr(triton_codes, kernel),
         grid=grid,
         name=f"lte_jax_{kernel}",
         num_warps=warps,

@@ -19,7 +19,8 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def _activate(z, ACTIVATION: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr):
+    """The activation of float32 values."""
     if ACTIVATION == "silu":
         return z * tl.sigmoid(z)
     elif ACTIVATION == "gelu":
@@ -29,6 +30,37 @@ def _activate(z, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "relu")
         return tl.maximum(z, 0.0)
+
+
+@triton.jit
+@no_type_check
+def list_used(
+    active,
+    ids,
+    count,
+    e,
+    busy,
+    B: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Writes expert e, if it is `busy`, to the list, at the number of used experts before it.
+
+    That of expert 0 also writes the count.
+    """
+    if busy | (e == 0):
+        expert = tl.arange(0, BLOCK_E)
+        used = tl.zeros([BLOCK_E], tl.int32)
+        for start in tl.range(0, B, 8):  # eight rows at once; more would cost registers
+            row = start + tl.arange(0, min(8, ROWS))
+            inside = (row[:, None] < B) & (expert[None, :] < E)
+            flags = tl.load(active + row[:, None] * E + expert[None, :], mask=inside, other=0)
+            used |= tl.max(flags.to(tl.int32), 0)
+        if busy:
+            tl.store(ids + tl.sum(tl.where(expert < e, used, 0)), e)
+        if e == 0:
+            tl.store(count, tl.sum(used))
 
 
 @triton.jit
@@ -111,7 +143,7 @@ def hidden(
     """Program (e, i): neurons [i BLOCK_M, (i + 1) BLOCK_M) of expert e, if a row uses it.
 
     An idle program ends after one load. The first program of each used expert also writes it to the
-    list for `combine`, at the number of used experts before it.
+    list for `combine`.
     """
     e = tl.program_id(0)
     i = tl.program_id(1)
@@ -119,18 +151,7 @@ def hidden(
     own = tl.load(active + b * E + e, mask=b < B, other=0)
     busy = tl.max(own.to(tl.int32), 0) > 0
     if i == 0:
-        if busy | (e == 0):
-            expert = tl.arange(0, BLOCK_E)
-            used = tl.zeros([BLOCK_E], tl.int32)
-            for start in tl.range(0, B, 8):  # eight rows at once; more would cost registers
-                row = start + tl.arange(0, min(8, ROWS))
-                inside = (row[:, None] < B) & (expert[None, :] < E)
-                flags = tl.load(active + row[:, None] * E + expert[None, :], mask=inside, other=0)
-                used |= tl.max(flags.to(tl.int32), 0)
-            if busy:
-                tl.store(ids + tl.sum(tl.where(expert < e, used, 0)), e)
-            if e == 0:
-                tl.store(count, tl.sum(used))
+        list_used(active, ids, count, e, busy, B, E, ROWS, BLOCK_E)
     if busy:
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
         first = (tl.load(layer).to(tl.int64) * E + e) * M  # row of the weights; 7B overflows int32
@@ -142,9 +163,9 @@ def hidden(
         if GATE_BIAS:
             g += tl.load(gate_bias + first + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
         if GATED:
-            z = _activate(g, ACTIVATION) * z
+            z = activate(g, ACTIVATION) * z
         else:
-            z = _activate(z, ACTIVATION)
+            z = activate(z, ACTIVATION)
         z = tl.where(own[None, :], z, 0.0)
         place = h + (e * B + b[None, :]) * M + m[:, None]
         tl.store(place, z.to(h.dtype.element_ty), mask=(b[None, :] < B) & (m[:, None] < M))

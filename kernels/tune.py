@@ -25,8 +25,13 @@ import jax.numpy as jnp
 from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.files import atomic_write
 
-from . import gpu_triton
-from .gpu_triton import Blocks
+from . import gpu_triton, triton_blocks
+from .gpu_codes import combine as combine_codes
+from .gpu_codes import hidden as hidden_codes
+from .gpu_codes import ordered
+from .quantized import BITS, Quantized, Weight, quantize
+from .reference import Unsupported
+from .triton_blocks import Blocks
 
 ROUNDS = 3  # at most, of varying each number
 LAYERS, INPUTS = 8, 4  # distinct calls in a measurement: XLA would compute equal ones only once
@@ -51,18 +56,19 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="B")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of idle experts per row")
+    parser.add_argument("--quantize", choices=[*BITS], help="weights of so many bits")
     parser.add_argument("--no-gate", action="store_true", help="an FFN of two matrices")
     parser.add_argument("--out", type=Path, help="the file to write (default: tuned/<device>.json)")
     flags = parser.parse_args()
     if reason := gpu_triton.unavailable():
         raise UserError(f"no block sizes can be timed here: {reason}")
-    path = flags.out or gpu_triton.tuned_path()
+    path = flags.out or triton_blocks.tuned_path()
     try:
-        gpu_triton.read_tuned(path)  # raises before the work if it is damaged
+        triton_blocks.read_tuned(path)  # raises before the work if it is damaged
         for rows in flags.rows:
             for name, cut, measured in tune(flags, rows):
                 _add(path, name, cut, measured)
-    except gpu_triton.Unsupported as reason:
+    except Unsupported as reason:
         raise UserError(str(reason)) from None
     print(path)
 
@@ -78,30 +84,44 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape, dtype) / math.sqrt(shape[-1])
 
+    def weight(*shape: int, inputs_first: bool) -> Weight:
+        w = normal(*shape)
+        if flags.quantize is None:
+            return w
+        return quantize(w, flags.quantize, inputs_first=inputs_first, dtype=dtype)
+
     names = ("up", "down") if flags.no_gate else ("up", "down", "gate")
-    weights = {name: normal(LAYERS, e, m, d) for name in names}
+    weights = {name: weight(LAYERS, e, m, d, inputs_first=name == "down") for name in names}
     x = [normal(b, d) for _ in range(INPUTS)]
     active = [jax.random.uniform(next(keys), (b, e)) >= flags.sparsity for _ in range(INPUTS)]
     used = sum(float(a.any(axis=0).mean()) for a in active) / INPUTS  # of the experts, by some row
-    size = used * e * m * d * dtype.itemsize
+    form = flags.quantize and f" {flags.quantize}" or ""
+    size = used * _bytes(weights["down"])
     arrays = (x, active, weights)
-    yield best("hidden", b, m, d, dtype.name, 1, _hidden, arrays, size * (len(names) - 1))
+    yield best(f"hidden{form}", b, m, d, dtype.name, 1, _hidden, arrays, size * (len(names) - 1))
 
-    rule = gpu_triton.by_rule("hidden", b, m, d, dtype.name)
+    rule = triton_blocks.by_rule(f"hidden{form}", b, m, d, dtype.name)
     lists = [
         jax.jit(_hidden, static_argnums=(1, 2))(arrays, i * LAYERS, rule) for i in range(INPUTS)
     ]
-    yield best("combine", b, m, d, dtype.name, e, _combine, (lists, weights["down"]), size)
+    sizes = (d, m) if form else (m, d)
+    arrays = (lists, weights["down"])
+    yield best(f"combine{form}", b, *sizes, dtype.name, e, _combine, arrays, size)
 
     for k, o, transposed in flags.linear:
-        size = k * o * dtype.itemsize
-        x = [normal(b, k) for _ in range(INPUTS)]
-        if transposed:
-            arrays = (x, normal(LAYERS, o, k))
-            yield best("project", b, o, k, dtype.name, 1, _project, arrays, size)
+        shape = (o, k) if transposed else (k, o)
+        w = weight(LAYERS, *shape, inputs_first=not transposed)
+        arrays = ([normal(b, k) for _ in range(INPUTS)], w)
+        if form:
+            yield best(f"combine{form}", b, o, k, dtype.name, 1, _linear, arrays, _bytes(w))
         else:
-            arrays = (x, normal(LAYERS, k, o))
-            yield best("combine", b, k, o, dtype.name, 1, _linear, arrays, size)
+            kernel, run = ("project", _project) if transposed else ("combine", _linear)
+            yield best(kernel, b, *shape, dtype.name, 1, run, arrays, _bytes(w))
+
+
+def _bytes(w: Weight) -> float:
+    """Of one of the layers."""
+    return sum(part.nbytes for part in jax.tree.leaves(w)) / LAYERS
 
 
 def _matrix(text: str) -> tuple[int, int, bool]:
@@ -116,17 +136,21 @@ def _matrix(text: str) -> tuple[int, int, bool]:
 def _hidden(arrays: tuple, i: int, cut: Blocks):
     x, active, weights = arrays
     layer, case = jnp.int32(i % LAYERS), i // LAYERS
-    return gpu_triton.hidden(x[case], active[case], weights, layer, activation="silu", cut=cut)
+    run = hidden_codes if isinstance(weights["up"], Quantized) else gpu_triton.hidden
+    return run(x[case], active[case], weights, layer, activation="silu", cut=cut)
 
 
 def _combine(arrays: tuple, i: int, cut: Blocks):
     lists, down = arrays
     h_EBM, ids_E, count = lists[i // LAYERS]
-    return gpu_triton.combine(h_EBM, down, jnp.int32(i % LAYERS), ids_E, count, cut=cut)
+    run = combine_codes if isinstance(down, Quantized) else gpu_triton.combine
+    return run(h_EBM, down, jnp.int32(i % LAYERS), ids_E, count, cut=cut)
 
 
 def _linear(arrays: tuple, i: int, cut: Blocks):
     x, w = arrays
+    if isinstance(w, Quantized):
+        return combine_codes(ordered(x[i // LAYERS])[None], w, jnp.int32(i % LAYERS), cut=cut)
     return gpu_triton.combine(x[i // LAYERS][None], w[:, None], jnp.int32(i % LAYERS), cut=cut)
 
 
@@ -149,8 +173,8 @@ def best(
     """The fastest blocks found for a kernel that reads `size` bytes of weights in a call."""
     from tqdm import tqdm
 
-    rule = gpu_triton.by_rule(kernel, b, m, d, dtype, experts=experts)
-    name = gpu_triton.key(kernel, b, m, d, dtype)
+    rule = triton_blocks.by_rule(kernel, b, m, d, dtype, experts=experts)
+    name = triton_blocks.key(kernel, b, m, d, dtype)
     times = {rule: milliseconds(run, arrays, rule)}
     bar = tqdm(desc=name, unit=" variants", initial=1)
     for _ in range(ROUNDS):
@@ -176,6 +200,14 @@ def variants(kernel: str, b: int, dtype: str, rule: Blocks) -> dict[str, list[in
     """Values to try for each number; a tensor core needs at least 16 rows of weights."""
     size = jnp.dtype(dtype).itemsize
     low = 1 if b == 1 else 16
+    if " " in kernel:  # tiles of codes are cut from blocks of 16 outputs by 32 inputs
+        return {
+            "m": [m for m in (16, 32, 64, 128) if rule.m / 4 <= m <= rule.m * 4],
+            "d": [n for n in (128, 256, 512, 1024, 2048) if rule.d / 4 <= n <= rule.d * 4],
+            "stages": [1, 2, 3, 4, 5, 7],
+            "warps": [1, 2, 4, 8],
+            "splits": _splits(rule),
+        }
     found = {
         "m": [m for m in (1, 2, 4, 8, 16, 32, 64) if low <= m and rule.m / 4 <= m <= rule.m * 4],
         "d": [n // size for n in (128, 256, 512, 1024, 2048, 4096)],
@@ -183,10 +215,12 @@ def variants(kernel: str, b: int, dtype: str, rule: Blocks) -> dict[str, list[in
         "warps": [1, 2, 4, 8],
     }
     if kernel == "combine":
-        found["splits"] = sorted(
-            {max(1, round(rule.splits * f)) for f in (0.25, 0.5, 1, 1.5, 2, 4)}
-        )
+        found["splits"] = _splits(rule)
     return found
+
+
+def _splits(rule: Blocks) -> list[int]:
+    return sorted({max(1, round(rule.splits * f)) for f in (0.25, 0.5, 1, 1.5, 2, 4)})
 
 
 def milliseconds(run: Run, arrays: tuple, cut: Blocks) -> float:

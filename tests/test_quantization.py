@@ -157,12 +157,39 @@ def test_what_is_not_finite_stays_so(wrong):
     assert np.isfinite(kernels.linear(tiny, w, transposed=True, implementation="cpu")).all()
 
 
-@pytest.mark.parametrize("name", ["triton", "pallas"])
-def test_kernels_of_floats_say_so(name):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+@pytest.mark.parametrize("name", ["xla", "triton"])
+def test_kernels_that_do_not_round_x(name, rows, format, dtype):
+    """Experts, one matrix in either order, three at once."""
+    needs(name)
+    weights, x_BD = expert_weights(format, dtype), normal(rows, 96, seed=3, dtype=dtype)
+    active_BE = jnp.asarray(np.random.default_rng(4).random((rows, 5)) < 0.6)
+    draws = [normal(2, 96, outputs, seed=outputs) for outputs in (64, 20, 36)]
+    how = {"format": format, "dtype": jnp.dtype(dtype)}
+    ws = [quantized.quantize(w, inputs_first=True, **how) for w in draws]
+    turned = quantized.quantize(draws[1].swapaxes(1, 2), inputs_first=False, **how)
+
+    def run(name):
+        how = {"layer": 1, "implementation": name}
+        yield kernels.sparse_ffn(x_BD, active_BE, weights, activation="silu", **how)
+        yield kernels.linear(x_BD, ws[1], **how)
+        yield kernels.linear(x_BD, turned, transposed=True, **how)
+        yield from kernels.linears(x_BD, ws, **how)
+
+    rounding = 2e-6 if dtype == "float32" else 2e-2
+    for got, expected in zip(run(name), run("reference"), strict=True):
+        got, expected = (np.asarray(y, np.float32) for y in (got, expected))
+        assert np.abs(got - expected).max() < rounding * np.abs(expected).max()
+
+
+def test_kernels_of_floats_say_so():
     weights, x_BD = expert_weights("int8", "float32"), normal(1, 96)
     with pytest.raises(UserError, match="int8|cannot run"):
         kernels.sparse_ffn(
-            x_BD, jnp.ones((1, 5), bool), weights, activation="silu", layer=0, implementation=name
+            *(x_BD, jnp.ones((1, 5), bool), weights),
+            **{"activation": "silu", "layer": 0, "implementation": "pallas"},
         )
 
 

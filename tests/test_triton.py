@@ -15,7 +15,7 @@ import jax
 import pytest
 from lte_jax.kernels.reference import Unsupported
 
-from lte_jax.kernels import gpu_triton
+from lte_jax.kernels import gpu_codes, gpu_triton, triton_blocks
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'lte-jax[gpu]'")
 if triton.knobs.runtime.interpret:
@@ -38,7 +38,7 @@ def compiled(kernel, arch, dtype, rows, e=E, m=M, d=D, activation="silu", flags=
     """Block sizes by rule, and the compiler's account of the kernel: a dict of figures."""
     if kernel == "project":
         m = V if m == M else m
-    cut = gpu_triton.by_rule(kernel, rows, m, d, dtype, experts=e)
+    cut = triton_blocks.by_rule(kernel, rows, m, d, dtype, experts=e)
     gated, bias = flags
     constants = {
         "hidden": lambda: (
@@ -58,14 +58,18 @@ def compiled(kernel, arch, dtype, rows, e=E, m=M, d=D, activation="silu", flags=
 
 def built(kernel, constants, arch, dtype, warps=4, stages=3):
     """The compiler's account of a kernel with these constants."""
-    from lte_jax.kernels import triton_kernels
+    from lte_jax.kernels import triton_codes, triton_kernels
 
-    function = getattr(triton_kernels, kernel)
+    function = getattr(triton_codes if kernel.endswith("_codes") else triton_kernels, kernel)
     element = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
     pointers = dict.fromkeys(("layer", "ids", "count", "index"), "*i32")
     pointers |= dict.fromkeys(("active", "visible"), "*i1") | {"partial": "*fp32", "sums": "*fp32"}
     pointers |= {"y": "*fp32"} if kernel == "project" else {}
     names = function.arg_names
+    if kernel.endswith("_codes"):
+        pointers |= {f"{name}_scales": "*bf16" for name in ("up", "gate", "one", "two", "three")}
+        pointers |= dict.fromkeys(("up", "gate", "one", "two", "three", "codes"), "*u8")
+        pointers["scales"] = "*bf16"
     source = triton.compiler.ASTSource(
         fn=function,
         signature={n: "constexpr" if n in constants else pointers.get(n, element) for n in names},
@@ -113,6 +117,37 @@ def test_compiles(kernel, arch, dtype, rows, record_property):
     assert not re.search(r"\b(atom|red)\.", made["ptx"])
 
 
+def compiled_codes(kernel, arch, dtype, rows, form, k=D, o=D, e=E, m=M):
+    """As `compiled`, of codes; "three" are of o outputs each."""
+    if kernel == "hidden":
+        cut = triton_blocks.by_rule(f"hidden {form}", rows, m, k, dtype)
+        constants = gpu_codes.hidden_constants(rows, e, m, k, form, cut)
+        constants |= {"ACTIVATION": "silu", "GATED": True, "UP_BIAS": False, "GATE_BIAS": False}
+    elif kernel == "three":
+        cut = triton_blocks.by_rule(f"combine {form}", rows, 3 * o, k, dtype)
+        constants = gpu_codes.three_constants(rows, k, [o] * 3, form, cut)
+    else:  # the down projection of experts, or one matrix
+        e, k = (e, m) if kernel == "combine" else (1, k)
+        cut = triton_blocks.by_rule(f"combine {form}", rows, o, k, dtype, experts=e)
+        constants = gpu_codes.combine_constants(rows, e, k, o, form, cut)
+        constants |= {"GATHER": kernel == "combine"}
+    function = {"hidden": "hidden_codes", "three": "combine_three_codes"}.get(kernel)
+    return cut, built(function or "combine_codes", constants, arch, dtype, cut.warps, cut.stages)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "int6"])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("kernel", ["hidden", "combine", "linear", "three"])
+def test_codes_compile(kernel, arch, rows, form):
+    _, made = compiled_codes(kernel, arch, "bfloat16", rows, form)
+    assert made["spilled"] == 0
+    assert made["shared"] <= SHARED[arch]
+    assert re.search(r"cp\.async\.cg\S* .*0x10", made["ptx"])
+    assert (re.search(r"\bw?g?mma\.", made["ptx"]) is not None) == (rows > 1)
+    assert not re.search(r"\b(atom|red)\.", made["ptx"])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize(("b", "t", "k", "group", "c"), [
@@ -135,7 +170,7 @@ def test_attention_compiles(arch, dtype, b, t, k, group, c):
 @pytest.mark.parametrize("widths", [(4096, 4096, 4096), (4096, 1024, 1024), (576, 192, 192)])
 def test_three_matrices_compile_as_one_does(arch, rows, widths):
     """Which of them a program reads is not known to the compiler; its loads are as wide."""
-    cut = gpu_triton.by_rule("combine", rows, D, sum(widths), "bfloat16")
+    cut = triton_blocks.by_rule("combine", rows, D, sum(widths), "bfloat16")
     one = gpu_triton.combine_constants(rows, 1, D, sum(widths), cut) | {"GATHER": False}
     three = gpu_triton.three_constants(rows, D, widths, cut)
     how = arch, "bfloat16", cut.warps, cut.stages
@@ -172,19 +207,21 @@ def interpreted():
 def test_against_float64(interpreted):
     """One row to 33; every mask, kind of FFN and odd size that tests/triton_interpreter.py lists.
 
-    bfloat16: hidden activations are rounded to it, and nothing else is: a product of two such
-    numbers is exact in float32.
+    bfloat16: hidden activations are rounded to it, and, for tensor cores, the weights that codes
+    stand for (which the interpreter cuts off). Nothing else is: a product of two such numbers is
+    exact in float32.
     """
     tolerance = {"float32": 2e-6, "bfloat16": 1e-2}
-    wrong = {n: e for n, e in interpreted.items() if not e < tolerance[n.split()[0]]}
-    assert len(interpreted) > 130 and not wrong
+    allowed = {n: (2 if " int" in n else 1) * tolerance[n.split()[0]] for n in interpreted}
+    wrong = {n: e for n, e in interpreted.items() if not e < allowed[n]}
+    assert len(interpreted) > 290 and not wrong
 
 
 def test_rules_stay_within_what_is_there():
     for kernel in ("hidden", "combine", "project"):
         for b in (1, 2, 8, 9, 64):
             for m, d in ((1, 16), (4, 128), (32, 4096), (43, 20), (11008, 4096)):
-                cut = gpu_triton.by_rule(kernel, b, m, d, "bfloat16", experts=3)
+                cut = triton_blocks.by_rule(kernel, b, m, d, "bfloat16", experts=3)
                 assert all(n >= 1 and n & (n - 1) == 0 for n in cut[:3])
                 assert 1 <= cut.splits <= 3 * -(-m // cut.m)
 
@@ -195,33 +232,33 @@ def test_refusals_in_one_line():
         ("float16.*float32 and bfloat16", "combine", 1, "float16"),
     ):
         with pytest.raises(Unsupported, match=match):
-            gpu_triton.blocks(kernel, b, M, D, dtype)
+            triton_blocks.blocks(kernel, b, M, D, dtype)
     if jax.default_backend() == "cpu":
         assert "jax runs on cpu" in gpu_triton.unavailable()
 
 
 def test_tuned_blocks_are_read(tmp_path, monkeypatch):
     path = tmp_path / "nvidia-h200.json"
-    monkeypatch.setattr(gpu_triton, "tuned_path", lambda: path)
+    monkeypatch.setattr(triton_blocks, "tuned_path", lambda: path)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    by_rule = gpu_triton.by_rule("hidden", 5, M, D, "bfloat16")
-    assert gpu_triton.blocks("hidden", 5, M, D, "bfloat16") == by_rule
+    by_rule = triton_blocks.by_rule("hidden", 5, M, D, "bfloat16")
+    assert triton_blocks.blocks("hidden", 5, M, D, "bfloat16") == by_rule
     cut = by_rule._replace(stages=9)
-    name = gpu_triton.key("hidden", 8, M, D, "bfloat16")
+    name = triton_blocks.key("hidden", 8, M, D, "bfloat16")
     path.write_text(json.dumps({"blocks": {name: cut._asdict()}}))
-    gpu_triton.read_tuned.cache_clear()
-    assert gpu_triton.blocks("hidden", 5, M, D, "bfloat16") == cut
-    assert gpu_triton.blocks("hidden", 9, M, D, "bfloat16") != cut
+    triton_blocks.read_tuned.cache_clear()
+    assert triton_blocks.blocks("hidden", 5, M, D, "bfloat16") == cut
+    assert triton_blocks.blocks("hidden", 9, M, D, "bfloat16") != cut
     path.write_text('{"blocks": {"hidden": {"m": 1}}}')
-    gpu_triton.read_tuned.cache_clear()
+    triton_blocks.read_tuned.cache_clear()
     with pytest.raises(Unsupported, match="nvidia-h200.json.*delete it"):
-        gpu_triton.blocks("hidden", 1, M, D, "bfloat16")
-    gpu_triton.read_tuned.cache_clear()
+        triton_blocks.blocks("hidden", 1, M, D, "bfloat16")
+    triton_blocks.read_tuned.cache_clear()
 
 
 def table():
     """The compile proofs, as docs/kernels.md shows them."""
-    yield "| kernel | type | rows | tile, warps, stages | sm_80 | sm_90 |"
+    yield "| kernel | weights | rows | tile, warps, stages | sm_80 | sm_90 |"
     yield "| --- | --- | ---: | --- | ---: | ---: |"
     for kernel in ("hidden", "combine", "project"):
         for dtype in ("bfloat16", "float32"):
@@ -230,8 +267,20 @@ def table():
                 for arch in SHARED:
                     cut, made = compiled(kernel, arch, dtype, rows)
                     cells.append("{registers} / {shared:,} / {spilled}".format(**made))
-                tile = f"{cut.m} × {cut.d}, {cut.warps}, {cut.stages}"
-                yield f"| {kernel} | {dtype} | {rows} | {tile} | {' | '.join(cells)} |"
+                yield _line(kernel, dtype, rows, cut, cells)
+    for form in ("int8", "int4"):
+        for kernel in ("hidden", "combine", "linear"):
+            for rows in (1, 8, 64):
+                cells = []
+                for arch in SHARED:
+                    cut, made = compiled_codes(kernel, arch, "bfloat16", rows, form)
+                    cells.append("{registers} / {shared:,} / {spilled}".format(**made))
+                yield _line(kernel, form, rows, cut, cells)
+
+
+def _line(kernel, weights, rows, cut, cells):
+    tile = f"{cut.m} × {cut.d}, {cut.warps}, {cut.stages}"
+    return f"| {kernel} | {weights} | {rows} | {tile} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -12,12 +12,20 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from lte_jax.kernels import gpu_triton, triton_kernels
+from lte_jax.kernels import (
+    gpu_codes,
+    gpu_triton,
+    quantized,
+    triton_blocks,
+    triton_codes,
+    triton_kernels,
+)
 
 E, N, LAYER = 5, 3, 1
 ERF = np.vectorize(math.erf)
@@ -47,7 +55,8 @@ def repair_dot():
 
 
 def launch(kernel, grid, arrays, constants):
-    getattr(triton_kernels, kernel)[grid](*arrays, **constants)
+    module = triton_codes if kernel.endswith("_codes") else triton_kernels
+    getattr(module, kernel)[grid](*arrays, **constants)
 
 
 def normal(rng, dtype, *shape):
@@ -83,8 +92,8 @@ def ffn(rows, dtype, kind, m, d, activation="silu", gated=True, bias=False):
         weights[[i for i in range(N) if i != LAYER]] = math.nan
 
     shape = (rows, m, d, dtype)
-    first = gpu_triton.by_rule("hidden", *shape)
-    second = gpu_triton.by_rule("combine", *shape, experts=E)
+    first = triton_blocks.by_rule("hidden", *shape)
+    second = triton_blocks.by_rule("combine", *shape, experts=E)
     layer = torch.tensor(LAYER, dtype=torch.int32)
     h = torch.full((E, rows, m), math.nan, dtype=x.dtype)
     ids, count = torch.full((E,), 10**6, dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)
@@ -129,12 +138,12 @@ def linear(rows, dtype, k, o, transposed):
     expected = x.double() @ (w[LAYER].double().T if transposed else w[LAYER].double())
     shape = (rows, *w.shape[1:], dtype)
     if transposed:
-        cut = gpu_triton.by_rule("project", *shape)
+        cut = triton_blocks.by_rule("project", *shape)
         y = torch.full((rows, o), math.nan)
         constants = gpu_triton.project_constants(rows, o, k, cut)
         launch("project", (-(-o // cut.m),), (x, w, layer, y), constants)
         return error(y, expected)
-    cut = gpu_triton.by_rule("combine", *shape)
+    cut = triton_blocks.by_rule("combine", *shape)
     partial = torch.full((cut.splits, rows, o), math.nan)
     constants = gpu_triton.combine_constants(rows, 1, k, o, cut) | {"GATHER": False}
     arrays = (x, w, layer, layer, layer, partial)
@@ -149,13 +158,95 @@ def linears(rows, dtype, k, widths):
     ws = [normal(rng, dtype, N, k, o) for o in widths]
     for w in ws:
         w[[i for i in range(N) if i != LAYER]] = math.nan
-    cut = gpu_triton.by_rule("combine", rows, k, sum(widths), dtype)
+    cut = triton_blocks.by_rule("combine", rows, k, sum(widths), dtype)
     partial = torch.full((cut.splits, rows, sum(widths)), math.nan)
     grid = sum(-(-o // cut.d) for o in widths), cut.splits
     constants = gpu_triton.three_constants(rows, k, widths, cut)
     launch("combine_three", grid, (x, *ws, layer, partial), constants)
     expected = torch.cat([x.double() @ w[LAYER].double() for w in ws], 1)
     return error(partial.sum(0), expected)
+
+
+def quantised(rng, dtype, form, *shape, inputs_first):
+    """Matrices of a format and the floats that they stand for; of LAYER alone, the rest are NaN."""
+    w = rng.normal(size=shape, scale=0.5).astype(np.float32)
+    w = quantized.quantize(jnp.asarray(w), form, inputs_first=inputs_first, dtype=dtype)
+    codes = torch.tensor(np.asarray(w.codes))
+    scales = torch.tensor(np.asarray(w.scales, np.float32)).bfloat16()
+    scales[[i for i in range(N) if i != LAYER]] = math.nan
+    return codes, scales, np.asarray(w[LAYER].astype("float32"), np.float64)
+
+
+def ordered(x):
+    """Inputs in the order of words, as a torch tensor."""
+    return torch.tensor(np.asarray(gpu_codes.ordered(jnp.asarray(x.float().numpy())))).to(x.dtype)
+
+
+def ffn_codes(rows, dtype, form, kind, m, d, activation="silu", gated=True, bias=False):
+    """Error of the two kernels of quantised experts, launched as gpu_codes launches them."""
+    rng = np.random.default_rng(rows)
+    x, active = normal(rng, dtype, rows, d), torch.tensor(mask(rng, rows, kind))
+    names = ("up", "down", "gate")[: 3 if gated else 2]
+    w = {n: quantised(rng, dtype, form, N, E, m, d, inputs_first=n == "down") for n in names}
+    biases = {n: normal(rng, dtype, N, E, m) for n in ("up", "gate") if bias and n in w}
+    for _, scales, _ in w.values():
+        scales[LAYER, ~active.any(0)] = math.nan
+    first = triton_blocks.by_rule(f"hidden {form}", rows, m, d, dtype)
+    second = triton_blocks.by_rule(f"combine {form}", rows, d, m, dtype, experts=E)
+    layer = torch.tensor(LAYER, dtype=torch.int32)
+    h = torch.full((E, rows, m), math.nan, dtype=x.dtype)
+    ids, count = torch.full((E,), 10**6, dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)
+    optional = [biases.get(name, h) for name in ("up", "gate")]
+    launch(
+        "hidden_codes",
+        (E, -(-m // first.m)),
+        (ordered(x), active, layer, *w["up"][:2], *w.get("gate", w["up"])[:2], *optional)
+        + (h, ids, count),
+        gpu_codes.hidden_constants(rows, E, m, d, form, first)
+        | {"ACTIVATION": activation, "GATED": gated}
+        | {"UP_BIAS": bias, "GATE_BIAS": bias and gated},
+    )
+    used = np.flatnonzero(active.numpy().any(0))
+    assert count.item() == used.size and (ids[: used.size].numpy() == used).all(), (ids, count)
+    partial = torch.full((second.splits, rows, d), math.nan)
+    launch(
+        "combine_codes",
+        (-(-d // second.m), second.splits),
+        (h, *w["down"][:2], layer, ids, count, partial),
+        gpu_codes.combine_constants(rows, E, m, d, form, second) | {"GATHER": True},
+    )
+
+    x, active = x.double().numpy(), active.numpy()
+    bias = {n: b[LAYER].double().numpy()[None] for n, b in biases.items()}
+
+    def project(name):
+        return np.einsum("bd,emd->bem", x, w[name][2]) + bias.get(name, 0.0)
+
+    act = ACTIVATIONS[activation]
+    hidden = act(project("gate")) * project("up") if gated else act(project("up"))
+    hidden = np.where(active[..., None], hidden, 0.0)
+    down = np.where(active.any(0)[:, None, None], w["down"][2], 0.0)
+    return error(partial.sum(0), np.einsum("bem,emd->bd", hidden, down))
+
+
+def linear_codes(rows, dtype, form, k, widths):
+    """One matrix, [O, K], or three, [K, O], in one launch."""
+    rng = np.random.default_rng(rows)
+    x, layer = normal(rng, dtype, rows, k), torch.tensor(LAYER, dtype=torch.int32)
+    cut = triton_blocks.by_rule(f"combine {form}", rows, sum(widths), k, dtype)
+    partial = torch.full((cut.splits, rows, sum(widths)), math.nan)
+    grid = sum(-(-o // cut.m) for o in widths), cut.splits
+    if len(widths) == 1:
+        codes, scales, w = quantised(rng, dtype, form, N, *widths, k, inputs_first=False)
+        arrays = (ordered(x), codes, scales, layer, layer, layer, partial)
+        constants = gpu_codes.combine_constants(rows, 1, k, *widths, form, cut) | {"GATHER": False}
+        launch("combine_codes", grid, arrays, constants)
+        return error(partial.sum(0), x.double().numpy() @ w.T)
+    ws = [quantised(rng, dtype, form, N, k, o, inputs_first=True) for o in widths]
+    constants = gpu_codes.three_constants(rows, k, widths, form, cut)
+    arrays = (ordered(x), *(part for w in ws for part in w[:2]), layer, partial)
+    launch("combine_three_codes", grid, arrays, constants)
+    return error(partial.sum(0), x.double().numpy() @ np.concatenate([w for *_, w in ws], 1))
 
 
 def attend(rows, dtype, heads, kv_heads, c, t, index, hidden=()):
@@ -222,6 +313,17 @@ def main():
             for t, index in ((256, 0), (256, 255), (1200, 700)):
                 name = f"{dtype} rows {rows} attend {heads}/{kv_heads} x {c}, {index} of {t}"
                 errors[name] = attend(rows, dtype, heads, kv_heads, c, t, index, range(3, 200))
+    for form, dtype, rows in itertools.product(quantized.BITS, ("float32", "bfloat16"), (1, 3, 9)):
+        for kind, (m, d) in (("some", (32, 96)), ("one", (64, 544)), ("none", (32, 32))):
+            name = f"{dtype} rows {rows} {form} {m}x{d} {kind}"
+            errors[name] = ffn_codes(rows, dtype, form, kind, m, d)
+        for k, widths in ((64, (40,)), (672, (84,)), (32, (96, 48, 48)), (352, (300, 20, 36))):
+            name = f"{dtype} rows {rows} {form} linear {k}x{widths}"
+            errors[name] = linear_codes(rows, dtype, form, k, widths)
+        name = f"{dtype} rows {rows} {form} gelu gated=False bias=True"
+        errors[name] = ffn_codes(rows, dtype, form, "disjoint", 32, 64, "gelu", False, True)
+        name = f"{dtype} rows {rows} {form} relu gated=True bias=True"
+        errors[name] = ffn_codes(rows, dtype, form, "all", 32, 64, "relu", True, True)
     json.dump(errors, sys.stdout)
 
 
