@@ -586,6 +586,24 @@ def test_differences_are_of_the_same_seed():
     assert alone["loss"] is None and alone["quality"]["error"] is None
 
 
+def test_a_difference_at_as_many_flops():
+    """Between targets of the reference, beyond its last one, of few seeds, not of oracles."""
+    made = [row("dense", s, 2.0, gflops_per_token=4.0) for s in (0, 1)]
+    for target, flops, value in ((0.5, 3.0, 2.2), (0.9, 2.0, 2.6)):
+        made += [row("ours", s, value, target, gflops_per_token=flops) for s in (0, 1)]
+    other = {"between": (2.75, 2.5), "dearer": (5.0, 2.1), "beyond": (1.95, 2.7), "far": (1.8, 3.0)}
+    made += [
+        row(name, 0, value, 0.9, gflops_per_token=flops) for name, (flops, value) in other.items()
+    ]
+    made.append(row("oracle", 0, 2.1, 0.9, gflops_per_token=2.75) | {"oracle": True})
+    made.append(row("unknown", 0, 2.1, 0.9, gflops_per_token=None))
+    of = {e["method"]: e["difference_at_cost"] for e in results.summary(made, "dense", "ours")}
+    assert of["between"] == {"mean": pytest.approx(25 - 15), "deviation": None, "error": None}
+    assert of["beyond"]["mean"] == pytest.approx(35 - 31)
+    none = ("dense", "ours", "dearer", "far", "oracle", "unknown")
+    assert all(of[name] is None for name in none) and len(of) == 8
+
+
 def test_the_best_dense_row_is_of_seeds_that_all_have():
     rows = [row("a", 0, 2.0), row("a", 1, 9.0), row("b", 0, 3.0), row("ours", 0, 1.0, 0.5)]
     assert results.best_dense(rows) == "a"  # 5.5 over both seeds

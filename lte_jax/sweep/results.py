@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lte_jax import figures, report, workdir
 from lte_jax.config import Sweep
 from lte_jax.errors import UserError
@@ -22,6 +24,7 @@ from lte_jax.sweep.expansion import Run
 from lte_jax.sweep.folder import Folder, plain
 
 Entry = dict[str, Any]  # of a run, or of a method at a target
+_FLOPS = "gflops_per_token"
 _KEPT = ("token_ppl", "metrics", "sparsity", "gflops_per_token", "sparsity_per_layer")
 
 
@@ -33,9 +36,9 @@ def collect(sweep: Sweep, runs: Sequence[Run], folder: Folder) -> dict[str, Any]
       dense row (None: there is none), "missing" are the runs that are not finished. An entry of
       "summary" is a method at a target: "quality", "sparsity", "gflops_per_token" and "seconds"
       over its seeds; "loss" is what it loses to the best dense row (percent of perplexity, or
-      points of a metric), "difference" likewise to the reference at its target. Of each
-      there are mean, deviation (of a single run) and error (standard error of the mean; None of
-      one seed).
+      points of a metric), "difference" likewise to the reference at its target, and
+      "difference_at_cost" at its FLOPs, see `losses_at_cost`. Of each there are mean, deviation
+      (of a single run) and error (standard error of the mean; None of one seed).
 
     Raises:
       UserError: if no run is finished.
@@ -151,6 +154,7 @@ def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> lis
     """The methods at their targets, in the order of their runs: see `collect`."""
     groups = by_method(rows)
     dense = groups.get((best, None), {}) if best is not None else {}
+    curve = [seeds for (method, _), seeds in groups.items() if method == reference]
     made = []
     for (method, target), seeds in groups.items():
         mine = [seeds[seed] for seed in sorted(seeds)]
@@ -161,6 +165,9 @@ def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> lis
         entry["loss"] = spread(losses(seeds, dense))
         others = groups.get((reference, target), {})
         entry["difference"] = spread(losses(seeds, dense, others)) if others else None
+        served = entry["experts"] and not entry["oracle"] and method != reference
+        alike = losses_at_cost(seeds, dense, curve) if served else []
+        entry["difference_at_cost"] = spread(alike)
         if all(row.get("sparsity_per_layer") for row in mine):
             layers = zip(*(row["sparsity_per_layer"] for row in mine), strict=True)
             entry["sparsity_per_layer"] = [statistics.fmean(layer) for layer in layers]
@@ -179,6 +186,31 @@ def losses(
             lost.append(loss)
         elif seed in others:
             lost.append(loss - figures.loss_of_quality(others[seed], dense[seed]))
+    return lost
+
+
+def losses_at_cost(
+    mine: Mapping[int, Entry], dense: Mapping[int, Entry], curve: Sequence[Mapping[int, Entry]]
+) -> list[float]:
+    """What each run loses beyond the reference at as many FLOPs per token.
+
+    Between the reference's targets and the dense run of the same seed, straight lines count, which
+    lie above a curve that bends as these do; the last one goes on for a twentieth.
+    """
+    lost = []
+    for seed in sorted(mine.keys() & dense.keys()):
+        known = [dense[seed], *(others[seed] for others in curve if seed in others)]
+        if len(known) < 2 or any(row.get(_FLOPS) is None for row in (mine[seed], *known)):
+            continue
+        points = sorted((row[_FLOPS], figures.loss_of_quality(row, dense[seed])) for row in known)
+        flops, losses = np.array(points).T
+        at = mine[seed][_FLOPS]
+        if not 0.95 * flops[0] <= at <= flops[-1]:
+            continue
+        theirs = np.interp(at, flops, losses)
+        if at < flops[0] < flops[1]:
+            theirs += (at - flops[0]) * (losses[1] - losses[0]) / (flops[1] - flops[0])
+        lost.append(float(figures.loss_of_quality(mine[seed], dense[seed]) - theirs))
     return lost
 
 

@@ -18,13 +18,17 @@ def table(results: Mapping[str, Any]) -> str:
     """The summary as Markdown, in the order of the grid."""
     points, best = _in_points(results), results["dense"]
     heads = ["method", "target", "seeds", "FFN sparsity", results["metric"], "against best dense"]
-    heads.append("GFLOPs / token")
+    known = [numbers["mean"] for e in results["summary"] if (numbers := e["gflops_per_token"])]
+    across = figures.GFLOPS if max(known, default=1.0) >= 0.1 else figures.MFLOPS
+    heads.append(across.label.replace(" per ", " / "))
+    at_cost = any(entry.get("difference_at_cost") for entry in results["summary"])
+    if at_cost:
+        heads.append(f"against {results['grid']['reference']} at its FLOPs")
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for entry in results["summary"]:
-        against, flops = "", entry["gflops_per_token"] or {"mean": None}
+        against, flops = "", entry["gflops_per_token"]
         if gap := entry["loss"]:
-            how = (-gap["mean"], gap["error"], "+.2f") if points else (*_both(gap), "+.1f", "%")
-            against = with_spread(*how)
+            against = _lost(gap, points)
         share = {k: 100 * v if v is not None else v for k, v in entry["sparsity"].items()}
         cells = [
             _name(entry),
@@ -33,8 +37,11 @@ def table(results: Mapping[str, Any]) -> str:
             with_spread(*_both(share), ".1f", "%"),
             with_spread(*_both(entry["quality"]), ".3f"),
             "best dense" if entry["method"] == best else against,
-            with_spread(flops["mean"], None, ".3g"),
+            with_spread(flops and flops["mean"] * across.unit, None, ".3g"),
         ]
+        if at_cost:
+            gap = entry.get("difference_at_cost")
+            cells.append(_lost(gap, points) if gap else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -50,11 +57,24 @@ def notes(results: Mapping[str, Any]) -> str:
             f'"Against best dense" is the mean difference, in {unit}, to the run of the same seed '
             f"of the best dense row: {results['dense']}."
         )
+    if any(entry.get("difference_at_cost") for entry in results["summary"]):
+        name = results["grid"]["reference"]
+        text += (
+            f' "Against {name} at its FLOPs" is what a method loses beyond what {name} loses at as '
+            "many FLOPs, by straight lines between its sparsities and the best dense row."
+        )
     if any(entry["oracle"] for entry in results["summary"]):
         text += " An oracle looks at what a served model would have to compute first."
     if results["missing"]:
         text += f"\n\nNot finished: {', '.join(results['missing'])}."
     return text + "\n"
+
+
+def _lost(gap: Mapping[str, Any], points: bool) -> str:
+    """More perplexity, or less of a metric."""
+    if points:
+        return with_spread(-gap["mean"], gap["error"], "+.2f")
+    return with_spread(*_both(gap), "+.1f", "%")
 
 
 def _both(numbers: Mapping[str, Any]) -> tuple[float, float | None]:
