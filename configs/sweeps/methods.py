@@ -16,16 +16,17 @@ by configs/sweeps/paper.py.
 ":rates" is another grid, which chose RATES: every row that trains, at three learning rates, at 75%,
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
 benchmarks/sweeps/rates.json. The table has these rates at 50 and 90%, too, for all methods alike;
-at 50% lower ones are better, for ours at least (docs/log.md). Its first 44 runs are in
+at 50% lower ones are better, for ours at least (docs/log.md). Its first 234 runs are in
 benchmarks/sweeps/methods.json: --known=benchmarks/sweeps/methods.json goes on from there (with
 --config.source.path=models/babyllama and a mirror that holds the model there).
 
-Cost:   309 runs, of two minutes on one core if they train, of half a minute if not: six to seven
-        hours of one core. ":rates": 63 runs, two hours.
+Cost:   309 runs, of two to four minutes on one core if they train, of half a minute if not: some
+        ten hours of one core. ":rates": 63 runs, two hours.
 Expect: ":rates": ours 2.575, Deja Vu 2.577, CATS 2.475, static removal 2.711, random routers 2.782
-        at 75% (dense, fine-tuned: 2.308). The table, one seed: dense 2.180; ours 2.319, 2.418 and
-        2.569 at 50, 75 and 90%; Deja Vu 2.342, 2.417 and 2.520 at 1.12 to 1.22 times the FLOPs;
-        static removal 2.370, 2.544 and 2.849; the rest is not finished.
+        at 75% (dense, fine-tuned: 2.308). The table, of two or three seeds: dense 2.180; ours
+        2.318, 2.415 and 2.561 at 50, 75 and 90%; at its FLOPs Deja Vu loses 2.1 to 2.8% more, CATS
+        0.4% less at 50%, as much at 75% and 1.8% more at 90%, Wanda's pruned weights 2.1 to 3.2%
+        less at 50%, 1.3 and 21% more at 75 and 90%; all others 2.5% and more.
 
 Variants: ":rates"; ":quick" (`make comparison`), all methods at one target with one seed, 30 steps
 in place of 300 and 64 records of validation text: shows what is far apart, the rest is noise.
