@@ -1,7 +1,7 @@
 """The kernels for NVIDIA GPUs, of weights of 8, 6 or 4 bits: the launches of triton_codes.py.
 
 They are those of gpu_triton.py, but for the order of inputs, in which words have them. x is not
-rounded, as the kernels for CPUs do.
+rounded; the kernels for CPUs round it.
 
 Dimension key: B rows  D model width  E experts  M neurons per expert  N layers  K inputs
                O outputs  S splits

@@ -100,11 +100,12 @@ def _of_codes(kernel: str, rows: int, m: int, d: int, experts: int) -> Blocks:
     total = experts * d // GROUP
     # Several rows are multiplied by tensor cores, at least 16 outputs a warp; x is read again for
     # each tile, so the more rows it has, the taller the tile.
-    tall = LANES if rows == 1 else min(64 if rows <= 16 else 128, _power(m))
+    tall = LANES if rows == 1 else max(LANES, min(64 if rows <= 16 else 128, _power(m)))
     groups = 8192 // (size * tall // LANES) // (2 if name == "hidden" else 1)
     # A quarter of a block's inputs come at a time, and tensor cores take 16 at least.
     groups = max(min(_power(groups + 1) // 2, _power(total)), 4)
-    cut = Blocks(m=tall, d=groups * GROUP, warps=4, stages=4 if rows <= 16 else 3)
+    warps = 8 if rows > 32 and tall > 64 else 4  # four would run out of registers
+    cut = Blocks(m=tall, d=groups * GROUP, warps=warps, stages=4 if rows <= 16 else 3)
     if name == "hidden":
         return cut
     programs, columns = _PROGRAMS if rows <= 16 else _PROGRAMS // 2, -(-m // tall)

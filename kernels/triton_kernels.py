@@ -6,7 +6,7 @@ loop that the compiler pipelines over STAGES. One row of x is multiplied on ordi
 rows, padded to ROWS, on tensor cores. Sums are float32 and never atomic: the same input gives the
 same bits.
 
-gpu_triton.py launches them from jax and chooses block sizes.
+gpu_triton.py launches them from jax, triton_blocks.py chooses block sizes.
 
 Dimension key: B rows of x  D model width  E experts  M neurons per expert  N layers
 """

@@ -1,6 +1,6 @@
 """Finds the Triton kernels' fastest block sizes on this machine's GPU.
 
-`python -m lte_jax.kernels.tune` writes tuned/<device>.json beside this file, which gpu_triton.py
+`python -m lte_jax.kernels.tune` writes tuned/<device>.json beside this file, which triton_blocks.py
 reads; entries of other shapes stay in it. The search starts from the rule for the shape and varies
 one number at a time until a round gains nothing: some thirty variants per kernel, a second or two
 each, nearly all of it compilation.
@@ -29,7 +29,7 @@ from . import gpu_triton, triton_blocks
 from .gpu_codes import combine as combine_codes
 from .gpu_codes import hidden as hidden_codes
 from .gpu_codes import ordered
-from .quantized import BITS, Quantized, Weight, quantize
+from .quantized import BITS, GROUP, Quantized, Weight, quantize
 from .reference import Unsupported
 from .triton_blocks import Blocks
 
@@ -56,7 +56,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="B")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of idle experts per row")
-    parser.add_argument("--quantize", choices=[*BITS], help="weights of so many bits")
+    parser.add_argument(
+        "--quantize",
+        choices=[*BITS],
+        help="weights of so many bits (heads beside int4 have int6: tune those apart)",
+    )
     parser.add_argument("--no-gate", action="store_true", help="an FFN of two matrices")
     parser.add_argument("--out", type=Path, help="the file to write (default: tuned/<device>.json)")
     flags = parser.parse_args()
@@ -78,6 +82,8 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     d, m, dtype = flags.d_model, flags.expert_size, jnp.dtype(flags.dtype)
     if m < 1 or flags.d_ff % m:
         raise UserError(f"--d-ff {flags.d_ff} is not a multiple of --expert-size {m}")
+    if flags.quantize and (bad := [k for k in (m, d, *(k for k, *_ in flags.linear)) if k % GROUP]):
+        raise UserError(f"--quantize: {bad[0]} inputs: expected a multiple of {GROUP}")
     e = flags.d_ff // m
     keys = iter(jax.random.split(jax.random.key(0), 100 + 10 * len(flags.linear)))
 
@@ -206,8 +212,7 @@ def variants(kernel: str, b: int, dtype: str, rule: Blocks) -> dict[str, list[in
             "d": [n for n in (128, 256, 512, 1024, 2048) if rule.d / 4 <= n <= rule.d * 4],
             "stages": [1, 2, 3, 4, 5, 7],
             "warps": [1, 2, 4, 8],
-            "splits": _splits(rule),
-        }
+        } | ({"splits": _splits(rule)} if kernel.startswith("combine") else {})
     found = {
         "m": [m for m in (1, 2, 4, 8, 16, 32, 64) if low <= m and rule.m / 4 <= m <= rule.m * 4],
         "d": [n // size for n in (128, 256, 512, 1024, 2048, 4096)],

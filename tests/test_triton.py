@@ -148,6 +148,13 @@ def test_codes_compile(kernel, arch, rows, form):
     assert not re.search(r"\b(atom|red)\.", made["ptx"])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "m"), [("linear", "float32", M), ("hidden", "bfloat16", 128)]
+)
+def test_codes_of_many_rows_do_not_spill(kernel, dtype, m):
+    assert compiled_codes(kernel, 90, dtype, 64, "int8", m=m)[1]["spilled"] == 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize(("b", "t", "k", "group", "c"), [

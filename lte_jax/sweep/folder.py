@@ -108,7 +108,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if last in _FREE or any(key.startswith(f"methods.{name}.") for name in gone):
             continue
         now = flat_new.get(key)
-        if last == "overrides" or ".at." in key:
+        both = [*value, *(now or ())] if isinstance(value, list) else []
+        if both and all(isinstance(word, str) for word in both):  # overrides
             value, now = (workdir.affecting(words or ()) for words in (value, now))
         lists = last in _SETS and isinstance(value, list) and isinstance(now, list)
         grown = lists and value and set(value) <= set(now)

@@ -167,7 +167,8 @@ def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> lis
         entry["difference"] = spread(losses(seeds, dense, others)) if others else None
         served = entry["experts"] and not entry["oracle"] and method != reference
         alike = losses_at_cost(seeds, dense, curve) if served else []
-        entry["difference_at_cost"] = spread(alike)
+        whole = len(alike) == len(seeds.keys() & dense.keys())  # of all, or nothing is said
+        entry["difference_at_cost"] = spread(alike) if whole else None
         if all(row.get("sparsity_per_layer") for row in mine):
             layers = zip(*(row["sparsity_per_layer"] for row in mine), strict=True)
             entry["sparsity_per_layer"] = [statistics.fmean(layer) for layer in layers]
