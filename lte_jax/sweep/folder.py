@@ -107,7 +107,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         last = key.rpartition(".")[2]
         if last in _FREE or any(key.startswith(f"methods.{name}.") for name in gone):
             continue
-        now = flat_new.get(key)
+        value: Any = value  # flax has a type of its own for empty dictionaries
+        now: Any = flat_new.get(key)
         both = [*value, *(now or ())] if isinstance(value, list) else []
         if both and all(isinstance(word, str) for word in both):  # overrides
             value, now = (workdir.affecting(words or ()) for words in (value, now))

@@ -149,8 +149,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "13 keys of the report may not change",
         _WORKDIR,
-        '"report sample_prompt sample_tokens',
-        '"report sample_tokens',
+        '"report report_dense sample_prompt sample_tokens',
+        '"report report_dense sample_tokens',
         "tests/test_workdir.py::test_report_and_logging_may_change_on_the_way",
     ),
     Mutant(
