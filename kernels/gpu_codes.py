@@ -10,12 +10,13 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .quantized import GROUP, Quantized
-from .triton_blocks import Blocks, padded
+from .quantized import GROUP, LANES, Quantized, packed_shapes
+from .triton_blocks import Blocks, padded, power
 from .triton_call import call
 
 
@@ -32,20 +33,14 @@ def hidden(
     b, up = x_BD.shape[0], weights["up"]
     e, m = up.shape[1:3]
     gate = weights.get("gate", up)
-    out = (
-        jax.ShapeDtypeStruct((e, b, m), x_BD.dtype),
-        jax.ShapeDtypeStruct((e,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
     return call(
         "hidden_codes",
         (ordered(x_BD), active_BE, layer, up.codes, up.scales, gate.codes, gate.scales)
         # A kernel takes a fixed number of arrays: scales stand in for absent ones, unread.
         + tuple(weights.get(name, up.scales) for name in ("up_bias", "gate_bias")),
-        out,
+        hidden_shapes(b, e, m, x_BD.dtype),
         (e, -(-m // cut.m)),
-        warps=cut.warps,
-        stages=cut.stages,
+        cut,
         **hidden_constants(b, e, m, up.inputs, up.format, cut),
         ACTIVATION=activation,
         GATED="gate" in weights,
@@ -70,8 +65,7 @@ def combine(
         (x_EBK, w.codes, w.scales, layer) + ((ids_E, count) if listed else (layer, layer)),
         jax.ShapeDtypeStruct((cut.splits, b, w.outputs), jnp.float32),
         (-(-w.outputs // cut.m), cut.splits),
-        warps=cut.warps,
-        stages=cut.stages,
+        cut,
         **combine_constants(b, e, w.inputs, w.outputs, w.format, cut),
         GATHER=listed,
     )
@@ -88,11 +82,16 @@ def combine_three(
         (ordered(x_BK), *(part for w in ws for part in (w.codes, w.scales)), layer),
         jax.ShapeDtypeStruct((cut.splits, b, sum(widths)), jnp.float32),
         (sum(-(-o // cut.m) for o in widths), cut.splits),
-        warps=cut.warps,
-        stages=cut.stages,
+        cut,
         **three_constants(b, ws[0].inputs, widths, ws[0].format, cut),
     )
     return partial_SBO.sum(axis=0)
+
+
+def hidden_shapes(b: int, e: int, m: int, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What both kinds of `hidden` return: h_EBM, ids_E and count."""
+    sizes = ((e, b, m), dtype), ((e,), jnp.int32), ((1,), jnp.int32)
+    return tuple(jax.ShapeDtypeStruct(*size) for size in sizes)
 
 
 def ordered(x_BK: jax.Array) -> jax.Array:
@@ -103,13 +102,13 @@ def ordered(x_BK: jax.Array) -> jax.Array:
 
 def _constants(b: int, k: int, form: str, cut: Blocks) -> dict[str, int | str]:
     sizes = {"B": b, "G": k // GROUP, "ROWS": padded(b), "STAGES": cut.stages, "FORMAT": form}
-    return sizes | {"BLOCK_O": cut.m, "BLOCK_G": cut.d // GROUP}
+    tile = packed_shapes(GROUP, LANES, form)[0][-1]  # bytes of a block of 16 outputs by 32 inputs
+    return sizes | {"BLOCK_O": cut.m, "BLOCK_G": cut.d // GROUP, "TILE": tile}
 
 
 def hidden_constants(b: int, e: int, m: int, k: int, form: str, cut: Blocks) -> dict:
     """The compile-time constants of `hidden_codes`, except the flags that describe the FFN."""
-    experts = 1 << (e - 1).bit_length()
-    return {"E": e, "M": m, "BLOCK_E": experts} | _constants(b, k, form, cut)
+    return {"E": e, "M": m, "BLOCK_E": power(e)} | _constants(b, k, form, cut)
 
 
 def combine_constants(b: int, e: int, k: int, o: int, form: str, cut: Blocks) -> dict:

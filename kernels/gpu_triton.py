@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from .gpu_codes import combine as combine_codes
 from .gpu_codes import combine_three as combine_three_codes
 from .gpu_codes import hidden as hidden_codes
-from .gpu_codes import ordered
+from .gpu_codes import hidden_shapes, ordered
 from .quantized import GROUP, Quantized, Weight
 from .reference import Unsupported
-from .triton_blocks import TYPES, Blocks, blocks, padded
+from .triton_blocks import TYPES, Blocks, blocks, padded, power
 from .triton_call import call, jax_triton
 from .xla import attend_many, embed, put  # a few microseconds of a step
 
@@ -96,7 +96,7 @@ def linears(x_BK: jax.Array, ws: Sequence[Weight], layer: jax.Array) -> list[jax
         cut = blocks(f"combine {form}", b, sum(widths), k, dtype)
         return jnp.split(combine_three_codes(x_BK, ws, layer, cut=cut), ends, axis=1)
     cut = blocks("combine", b, k, sum(widths), dtype)
-    partial_SBO = _call(
+    partial_SBO = call(
         "combine_three",
         (x_BK, *ws, layer),
         jax.ShapeDtypeStruct((cut.splits, b, sum(widths)), jnp.float32),
@@ -129,7 +129,7 @@ def attend(
     splits = constants["SPLITS"]
     sizes = (constants[name] for name in ("BLOCK_T", "BLOCK_C"))
     cut = Blocks(*sizes, warps=attend_warps(h // k), stages=3, splits=splits)
-    shares = _call(
+    shares = call(
         "attend",
         (q_BHC, k_NBTKC, v_NBTKC, visible_BT, layer, index),
         tuple(jax.ShapeDtypeStruct((splits, b, h, n), jnp.float32) for n in (c, 2)),
@@ -137,7 +137,7 @@ def attend(
         cut,
         **constants,
     )
-    y_BHC = _call(
+    y_BHC = call(
         "merge",
         tuple(shares),
         jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype),
@@ -186,17 +186,12 @@ def hidden(
     b, d = x_BD.shape
     e, m = weights["up"].shape[1:3]
     up = weights["up"]
-    out = (
-        jax.ShapeDtypeStruct((e, b, m), x_BD.dtype),
-        jax.ShapeDtypeStruct((e,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
-    return _call(
+    return call(
         "hidden",
         (x_BD, active_BE, layer, up)
         # A kernel takes a fixed number of arrays: `up` stands in for absent ones and is not read.
         + tuple(weights.get(name, up) for name in ("gate", "up_bias", "gate_bias")),
-        out,
+        hidden_shapes(b, e, m, x_BD.dtype),
         (e, -(-m // cut.m)),
         cut,
         **hidden_constants(b, e, m, d, cut),
@@ -219,7 +214,7 @@ def combine(
     """Sum of h w[layer] over the listed experts (without a list, all): float32 [B, D]."""
     (e, b, m), d = h_EBM.shape, w.shape[-1]
     listed = ids_E is not None
-    partial_SBD = _call(
+    partial_SBD = call(
         "combine",
         (h_EBM, w, layer) + ((ids_E, count) if listed else (layer, layer)),
         jax.ShapeDtypeStruct((cut.splits, b, d), jnp.float32),
@@ -236,13 +231,12 @@ def project(x_BK: jax.Array, w: jax.Array, layer: jax.Array, *, cut: Blocks) -> 
     (b, k), o = x_BK.shape, w.shape[1]
     out = jax.ShapeDtypeStruct((b, o), jnp.float32)
     grid = (-(-o // cut.m),)
-    return _call("project", (x_BK, w, layer), out, grid, cut, **project_constants(b, o, k, cut))
+    return call("project", (x_BK, w, layer), out, grid, cut, **project_constants(b, o, k, cut))
 
 
 def hidden_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
     """The compile-time constants of `hidden`, except the flags that describe the FFN."""
-    experts = 1 << (e - 1).bit_length()
-    return {"E": e, "BLOCK_E": experts} | project_constants(b, m, d, cut)
+    return {"E": e, "BLOCK_E": power(e)} | project_constants(b, m, d, cut)
 
 
 def combine_constants(b: int, e: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
@@ -268,7 +262,7 @@ def attend_constants(
     Two programs a multiprocessor, each with three blocks of keys and of values in flight; no
     program has less than two blocks of a full cache.
     """
-    rows, columns = (max(16, 1 << (n - 1).bit_length()) for n in (group, c))  # as tl.dot wants
+    rows, columns = (max(16, power(n)) for n in (group, c))  # as tl.dot wants
     size = jnp.dtype(dtype).itemsize
     places = 16384 // (columns * size)  # 16 KiB a block
     places = max(16, min(places, 8192 // (rows * size)))  # scores are in registers
@@ -284,16 +278,10 @@ def attend_warps(group: int) -> int:
 
 def merge_constants(heads: int, c: int, splits: int) -> dict[str, int]:
     """The compile-time constants of `merge`."""
-    columns = 1 << (c - 1).bit_length()
-    return {"HEADS": heads, "C": c, "BLOCK_S": 16, "BLOCK_C": columns, "SPLITS": splits}
+    return {"HEADS": heads, "C": c, "BLOCK_S": 16, "BLOCK_C": power(c), "SPLITS": splits}
 
 
 def project_constants(b: int, m: int, d: int, cut: Blocks) -> dict[str, int]:
     """The compile-time constants of `project`."""
     lengths = {"B": b, "M": m, "D": d, "ROWS": padded(b)}
     return lengths | {"BLOCK_M": cut.m, "BLOCK_D": cut.d, "STAGES": cut.stages}
-
-
-def _call(kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, **constants):
-    """One launch of a kernel; returns arrays of the shapes `out`."""
-    return call(kernel, arrays, out, grid, warps=cut.warps, stages=cut.stages, **constants)

@@ -14,8 +14,7 @@ Dimension key: B rows  D model width  E experts  M neurons per expert  N layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +24,6 @@ from .quantized import Quantized, Weight
 
 class Unsupported(Exception):
     """Raised for what an implementation cannot run, with the reason in one line."""
-
-
-def floats_only(weights: Iterable[Any]) -> None:
-    """Raises for weights that these kernels do not read."""
-    for w in weights:
-        if isinstance(w, Quantized):
-            raise Unsupported(f"weights in {w.format}: these kernels take floats")
 
 
 ACTIVATIONS = {

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .quantized import Weight
-from .reference import ACTIVATIONS, Unsupported, compact, floats_only
+from .quantized import Quantized, Weight
+from .reference import ACTIVATIONS, Unsupported, compact
 from .xla import attend, attend_many, embed, linear, linears  # good enough on a TPU
 
 __all__ = ["attend", "attend_many", "embed", "linear", "linears", "sparse_ffn"]
@@ -52,7 +52,9 @@ def sparse_ffn(
     Raises:
       Unsupported: on a type or shape that a TPU does not take, in interpret mode too.
     """
-    floats_only(weights.values())
+    for w in weights.values():
+        if isinstance(w, Quantized):
+            raise Unsupported(f"weights in {w.format}: the kernel for TPUs takes floats")
     _check(x_BD, active_BE, weights)
     if interpret is None:
         interpret = jax.default_backend() != "tpu"

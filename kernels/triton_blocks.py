@@ -73,10 +73,10 @@ def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1
     rows, size = padded(b), jnp.dtype(dtype).itemsize
     if kernel.partition(" ")[2]:
         return _of_codes(kernel, rows, m, d, experts)
-    power = _power(m)  # no tile needs more rows
+    most = power(m)  # no tile needs more rows
     if kernel == "combine":
         # With several rows, the list of experts takes every second stage.
-        tall, stages = (min(16, power), 6) if rows == 1 else (min(32, max(16, power)), 7)
+        tall, stages = (min(16, most), 6) if rows == 1 else (min(32, max(16, most)), 7)
         cut = Blocks(m=tall, d=256 // size, warps=4, stages=stages)
         panels, columns = experts * -(-m // cut.m), -(-d // cut.d)
         # With many rows the partial sums would be as large as the weights: use fewer.
@@ -85,12 +85,12 @@ def by_rule(kernel: str, b: int, m: int, d: int, dtype: str, *, experts: int = 1
     if rows == 1:
         # `project` reads one matrix, `hidden` two: a deeper pipeline keeps as many bytes in flight.
         stages = 3 if kernel == "hidden" else 5
-        return Blocks(m=min(4, power), d=1024 // size, warps=4, stages=stages)
+        return Blocks(m=min(4, most), d=1024 // size, warps=4, stages=stages)
     # x is read again for each tile, so the more rows it has, the taller the tile.
     tall = 16 if rows <= 8 else 32
     # float32 does not use tensor cores, and four warps would run out of registers.
     warps = 8 if dtype == "float32" and rows > 16 else 4
-    return Blocks(m=min(tall, max(16, power)), d=256 // size, warps=warps, stages=5)
+    return Blocks(m=min(tall, max(16, most)), d=256 // size, warps=warps, stages=5)
 
 
 def _of_codes(kernel: str, rows: int, m: int, d: int, experts: int) -> Blocks:
@@ -100,10 +100,10 @@ def _of_codes(kernel: str, rows: int, m: int, d: int, experts: int) -> Blocks:
     total = experts * d // GROUP
     # Several rows are multiplied by tensor cores, at least 16 outputs a warp; x is read again for
     # each tile, so the more rows it has, the taller the tile.
-    tall = LANES if rows == 1 else max(LANES, min(64 if rows <= 16 else 128, _power(m)))
+    tall = LANES if rows == 1 else max(LANES, min(64 if rows <= 16 else 128, power(m)))
     groups = 8192 // (size * tall // LANES) // (2 if name == "hidden" else 1)
     # A quarter of a block's inputs come at a time, and tensor cores take 16 at least.
-    groups = max(min(_power(groups + 1) // 2, _power(total)), 4)
+    groups = max(min(power(groups + 1) // 2, power(total)), 4)
     warps = 8 if rows > 32 and tall > 64 else 4  # four would run out of registers
     cut = Blocks(m=tall, d=groups * GROUP, warps=warps, stages=4 if rows <= 16 else 3)
     if name == "hidden":
@@ -112,7 +112,7 @@ def _of_codes(kernel: str, rows: int, m: int, d: int, experts: int) -> Blocks:
     return cut._replace(splits=min(-(-total // groups), -(-programs // columns)))
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     """The next power of two."""
     return 1 << (n - 1).bit_length()
 

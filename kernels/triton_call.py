@@ -7,15 +7,17 @@ asked for PTX that XLA's assembler knows.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 
 from .reference import Unsupported
+from .triton_blocks import Blocks
 
 
 def call(
-    kernel: str, arrays: tuple, out, grid: tuple[int, ...], *, warps: int, stages: int, **constants
-):
+    kernel: str, arrays: tuple, out, grid: tuple[int, ...], cut: Blocks, **constants: Any
+) -> Any:
     """One launch of a kernel; returns arrays of the shapes `out`.
 
     Raises:
@@ -35,8 +37,8 @@ def call(
         kernel=getattr(triton_kernels, kernel, None) or getattr(triton_codes, kernel),
         grid=grid,
         name=f"lte_jax_{kernel}",
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
         **by_version,
         **constants,
     )

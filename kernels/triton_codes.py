@@ -72,6 +72,7 @@ def _sum_groups(
     BLOCK_O: tl.constexpr,
     BLOCK_G: tl.constexpr,
     STAGES: tl.constexpr,
+    TILE: tl.constexpr,
     FORMAT: tl.constexpr,
     GATHER: tl.constexpr,
     BOTH: tl.constexpr,
@@ -81,7 +82,7 @@ def _sum_groups(
     Groups are counted through all experts; with GATHER, the i-th of these is ids[i].
     """
     LOADS: tl.constexpr = 4
-    WORDS: tl.constexpr = 128 if FORMAT == "int8" else 96 if FORMAT == "int6" else 64
+    WORDS: tl.constexpr = TILE // 4
     INPUTS: tl.constexpr = BLOCK_G * LOADS  # at one place of the words
     codes = codes.to(tl.pointer_type(tl.int32))
     second_codes = second_codes.to(tl.pointer_type(tl.int32))
@@ -168,6 +169,7 @@ def hidden_codes(
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    TILE: tl.constexpr,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -184,13 +186,12 @@ def hidden_codes(
         list_used(active, ids, count, e, busy, B, E, ROWS, BLOCK_E)
     if busy:
         T: tl.constexpr = M // 16
-        TILE: tl.constexpr = 512 if FORMAT == "int8" else 384 if FORMAT == "int6" else 256
         expert = tl.load(layer).to(tl.int64) * E + e
         first = expert * T * G
         z, g = _sum_groups(
             x, up + first * TILE, up_scales + first * 16, gate + first * TILE,
             gate_scales + first * 16, layer, i, 0, G, T, B, G, 0, ROWS, BLOCK_O, BLOCK_G, STAGES,
-            FORMAT, False, GATED,
+            TILE, FORMAT, False, GATED,
         )  # fmt: skip
         m = i * BLOCK_O + tl.arange(0, BLOCK_O)
         if UP_BIAS:
@@ -208,7 +209,7 @@ def hidden_codes(
 
 @triton.jit
 @no_type_check
-def _share(
+def _sum_share(
     x,
     codes,
     scales,
@@ -229,6 +230,7 @@ def _share(
     BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    TILE: tl.constexpr,
     FORMAT: tl.constexpr,
     GATHER: tl.constexpr,
 ):
@@ -237,7 +239,6 @@ def _share(
     They go to the columns from `place` on of `partial`, which has WIDTH.
     """
     tiles = (outputs + 15) // 16
-    TILE: tl.constexpr = 512 if FORMAT == "int8" else 384 if FORMAT == "int6" else 256
     s = tl.program_id(1)
     if GATHER:
         groups = tl.load(count) * G
@@ -251,7 +252,7 @@ def _share(
     scales += first * 16
     total, _ = _sum_groups(
         x, codes, scales, codes, scales, ids, t, begin, end, tiles, B, G, X_EXPERT, ROWS,
-        BLOCK_O, BLOCK_G, STAGES, FORMAT, GATHER, False,
+        BLOCK_O, BLOCK_G, STAGES, TILE, FORMAT, GATHER, False,
     )  # fmt: skip
     b = tl.arange(0, ROWS)
     o = t * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -279,13 +280,14 @@ def combine_codes(
     BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    TILE: tl.constexpr,
     FORMAT: tl.constexpr,
     GATHER: tl.constexpr,
 ):
     """Program (t, s): outputs [t BLOCK_O, (t + 1) BLOCK_O), summed over share s of all groups."""
-    _share(
+    _sum_share(
         x, codes, scales, layer, ids, count, partial, tl.program_id(0), OUTPUTS, 0, OUTPUTS, B, E,
-        G, X_EXPERT, ROWS, BLOCK_O, BLOCK_G, SPLITS, STAGES, FORMAT, GATHER,
+        G, X_EXPERT, ROWS, BLOCK_O, BLOCK_G, SPLITS, STAGES, TILE, FORMAT, GATHER,
     )  # fmt: skip
 
 
@@ -311,6 +313,7 @@ def combine_three_codes(
     BLOCK_G: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """As `combine_codes` with one expert, for three matrices that are multiplied by one x."""
@@ -333,7 +336,7 @@ def combine_three_codes(
         outputs = O_TWO
         place = O_ONE
         t -= FIRST
-    _share(
+    _sum_share(
         x, codes, scales, layer, layer, layer, partial, t, outputs, place, O_ONE + O_TWO + O_THREE,
-        B, 1, G, 0, ROWS, BLOCK_O, BLOCK_G, SPLITS, STAGES, FORMAT, False,
+        B, 1, G, 0, ROWS, BLOCK_O, BLOCK_G, SPLITS, STAGES, TILE, FORMAT, False,
     )  # fmt: skip

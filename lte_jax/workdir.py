@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 def affecting(overrides: Iterable[str]) -> list[str]:
     """Those of "key=value" overrides that affect what is trained and what is measured of it."""
     keyed = ((word.partition("=")[0], word) for word in overrides)
-    return [word for key, word in keyed if key not in FREE and key.split(".")[0] not in FREE]
+    return [word for key, word in keyed if key.split(".")[0] not in FREE]
 
 
 class Paths:

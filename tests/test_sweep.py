@@ -595,13 +595,15 @@ def test_a_difference_at_as_many_flops():
     made += [
         row(name, 0, value, 0.9, gflops_per_token=flops) for name, (flops, value) in other.items()
     ]
+    for seed, flops in enumerate((2.75, 1.8)):  # of one seed there would be a number
+        made.append(row("half", seed, 2.5, 0.9, gflops_per_token=flops))
     made.append(row("oracle", 0, 2.1, 0.9, gflops_per_token=2.75) | {"oracle": True})
     made.append(row("unknown", 0, 2.1, 0.9, gflops_per_token=None))
     of = {e["method"]: e["difference_at_cost"] for e in results.summary(made, "dense", "ours")}
     assert of["between"] == {"mean": pytest.approx(25 - 15), "deviation": None, "error": None}
     assert of["beyond"]["mean"] == pytest.approx(35 - 31)
-    none = ("dense", "ours", "dearer", "far", "oracle", "unknown")
-    assert all(of[name] is None for name in none) and len(of) == 8
+    none = ("dense", "ours", "dearer", "far", "half", "oracle", "unknown")
+    assert all(of[name] is None for name in none) and len(of) == 9
 
 
 def test_the_best_dense_row_is_of_seeds_that_all_have():

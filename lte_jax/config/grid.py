@@ -71,7 +71,7 @@ class Sweep(Checked):
     targets: tuple[Target, ...] = ()  # of the methods that name none of their own
     seeds: tuple[Whole, ...] = (0,)  # the same for all methods, which are compared seed by seed
     overrides: tuple[str, ...] = ()  # of all runs; those of a method go before
-    reference: str = ""  # the method that the figure of differences compares with; "": no figure
+    reference: str = ""  # the method that others are compared with; "": none
 
     def _check_together(self):
         if not self.methods:

@@ -25,7 +25,7 @@ from lte_jax.sweep.folder import Folder, plain
 
 Entry = dict[str, Any]  # of a run, or of a method at a target
 _FLOPS = "gflops_per_token"
-_KEPT = ("token_ppl", "metrics", "sparsity", "gflops_per_token", "sparsity_per_layer")
+_KEPT = ("token_ppl", "metrics", "sparsity", _FLOPS, "sparsity_per_layer")
 
 
 def collect(sweep: Sweep, runs: Sequence[Run], folder: Folder) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def summary(rows: Sequence[Entry], best: str | None, reference: str = "") -> lis
         mine = [seeds[seed] for seed in sorted(seeds)]
         entry: Entry = {"method": method, "target": target, "seeds": sorted(seeds)}
         entry |= {key: mine[0][key] for key in ("oracle", "experts")}
-        for key in ("quality", "sparsity", "gflops_per_token", "seconds"):
+        for key in ("quality", "sparsity", _FLOPS, "seconds"):
             entry[key] = spread([row[key] for row in mine if row.get(key) is not None])
         entry["loss"] = spread(losses(seeds, dense))
         others = groups.get((reference, target), {})
@@ -200,17 +200,17 @@ def losses_at_cost(
     """
     lost = []
     for seed in sorted(mine.keys() & dense.keys()):
-        known = [dense[seed], *(others[seed] for others in curve if seed in others)]
-        if len(known) < 2 or any(row.get(_FLOPS) is None for row in (mine[seed], *known)):
+        rows = [dense[seed], *(others[seed] for others in curve if seed in others)]
+        if len(rows) < 2 or any(row.get(_FLOPS) is None for row in (mine[seed], *rows)):
             continue
-        points = sorted((row[_FLOPS], figures.loss_of_quality(row, dense[seed])) for row in known)
-        flops, losses = np.array(points).T
+        points = sorted((row[_FLOPS], figures.loss_of_quality(row, dense[seed])) for row in rows)
+        flops, heights = np.array(points).T
         at = mine[seed][_FLOPS]
         if not 0.95 * flops[0] <= at <= flops[-1]:
             continue
-        theirs = np.interp(at, flops, losses)
+        theirs = np.interp(at, flops, heights)
         if at < flops[0] < flops[1]:
-            theirs += (at - flops[0]) * (losses[1] - losses[0]) / (flops[1] - flops[0])
+            theirs += (at - flops[0]) * (heights[1] - heights[0]) / (flops[1] - flops[0])
         lost.append(float(figures.loss_of_quality(mine[seed], dense[seed]) - theirs))
     return lost
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ def table(results: Mapping[str, Any]) -> str:
     """The summary as Markdown, in the order of the grid."""
     points, best = _in_points(results), results["dense"]
     heads = ["method", "target", "seeds", "FFN sparsity", results["metric"], "against best dense"]
-    known = [numbers["mean"] for e in results["summary"] if (numbers := e["gflops_per_token"])]
-    across = figures.GFLOPS if max(known, default=1.0) >= 0.1 else figures.MFLOPS
+    known = (e["gflops_per_token"] for e in results["summary"])
+    across = _unit(flops["mean"] for flops in known if flops)
     heads.append(across.label.replace(" per ", " / "))
     at_cost = any(entry.get("difference_at_cost") for entry in results["summary"])
     if at_cost:
@@ -60,14 +60,20 @@ def notes(results: Mapping[str, Any]) -> str:
     if any(entry.get("difference_at_cost") for entry in results["summary"]):
         name = results["grid"]["reference"]
         text += (
-            f' "Against {name} at its FLOPs" is what a method loses beyond what {name} loses at as '
-            "many FLOPs, by straight lines between its sparsities and the best dense row."
+            f' "Against {name} at its FLOPs" is the mean difference, likewise, to what {name} has '
+            "at as many FLOPs by straight lines between its sparsities and the best dense row. The "
+            "lines favour the other methods; oracles and what lies beyond them have no number."
         )
     if any(entry["oracle"] for entry in results["summary"]):
         text += " An oracle looks at what a served model would have to compute first."
     if results["missing"]:
         text += f"\n\nNot finished: {', '.join(results['missing'])}."
     return text + "\n"
+
+
+def _unit(gflops: Iterable[float]) -> figures.Across:
+    """In which FLOPs per token are told."""
+    return figures.GFLOPS if max(gflops, default=1.0) >= 0.1 else figures.MFLOPS
 
 
 def _lost(gap: Mapping[str, Any], points: bool) -> str:
@@ -106,8 +112,7 @@ def draw(results: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]:
             title = "What sparsity costs"
             made["quality.png"] = figures.quality_panels({title: models}, large)
         if sparse and all("gflops_per_token" in model for model in models[0]["models"]):
-            most = max(model["gflops_per_token"] for model in models[0]["models"])
-            across = figures.GFLOPS if most >= 0.1 else figures.MFLOPS
+            across = _unit(model["gflops_per_token"] for model in models[0]["models"])
             title = "What sparsity costs, and saves"
             made["cost.png"] = figures.quality_panels({title: models}, large, across)
         if any("sparsity_per_layer" in model for model in sparse):
