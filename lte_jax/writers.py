@@ -210,28 +210,39 @@ class TensorBoardWriter(Writer):
 
     def __init__(self, folder: str | Path) -> None:
         try:
-            import tensorboardX
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
         except ImportError:
             raise UserError(
                 "TensorBoard metrics need tensorboardX: pip install 'lte-jax[tensorboard]'"
             ) from None
-        self._make, self._folder = tensorboardX.SummaryWriter, Path(folder)
+        # Not its SummaryWriter: a full disk ends that one's thread, for which it then waits forever.
+        self._open, self._scalar = event_file_writer.EventsWriter, summary.scalar
+        self._protos, self._folder = event_pb2, Path(folder)
         self._events: Any = None
 
     def start(self, stage: str, step: int, steps: int) -> None:
         """See `Writer`."""
         self.close()
+        folder = self._folder / stage
         with explained(self._folder):
-            # From the purge step on, TensorBoard hides what an earlier process wrote.
+            folder.mkdir(parents=True, exist_ok=True)
             # The suffix: a file's name has its second, in which another process may have begun.
-            settings = {"purge_step": step + 1, "filename_suffix": f".from-{step}"}
-            self._events = self._make(str(self._folder / stage), **settings)
+            self._events = self._open(str(folder / "events"), f".from-{step}")
+        # From this step on, TensorBoard hides what an earlier process wrote.
+        starts = self._protos.SessionLog(status=self._protos.SessionLog.START)
+        self._add(step=step + 1, session_log=starts)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
+        for name, value in values.items():
+            self._add(step=step, summary=self._scalar(name, float(value)))
         with explained(self._folder):
-            for name, value in values.items():
-                self._events.add_scalar(name, float(value), step)
+            self._events.flush()
+
+    def _add(self, **event: Any) -> None:
+        with explained(self._folder):
+            self._events.write_event(self._protos.Event(wall_time=time.time(), **event))
 
     def close(self) -> None:
         """See `Writer`."""

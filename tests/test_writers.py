@@ -143,6 +143,35 @@ def test_tensorboard_shows_what_was_written(tmp_path):
     assert found == {1: 0.125, 2: 0.25, 3: 2.375, 4: 2.5}
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from lte_jax.errors import UserError
+from lte_jax.writers import TensorBoardWriter
+
+writer = TensorBoardWriter(sys.argv[1])
+writer.start("adapt", 0, 10000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+values = {f"sparsity_per_layer/{i:02}": 0.5 for i in range(40)}
+for step in range(1, 10000):
+    size = sum(file.stat().st_size for file in Path(sys.argv[1]).rglob("events*"))
+    try:
+        writer.write("adapt", step, values)
+    except UserError as error:
+        sys.exit(f"{size} {error}")
+"""
+
+
+def test_tensorboard_on_a_full_disk_is_an_error_at_that_step(tmp_path):
+    """In a process of its own: what waits for a thread that a full disk has ended waits forever."""
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    size, said = run.stderr.split(" ", 1)
+    assert run.returncode == 1 and f"{tmp_path} cannot be written (File too large)" in said
+    assert 16_000 < int(size) <= 20_000  # what came before is in the file
+
+
 class FakeRun:
     """Takes what W&B's run would."""
 
