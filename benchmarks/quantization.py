@@ -4,8 +4,9 @@
         --calibration=texts.jsonl
     python benchmarks/quantization.py --model=owner/name --data=FILE --length=2048 --join=""
 
-Each format is rounded to the nearest codes and, with --calibration, by GPTQ on those texts. All are
-computed in float32, so that what they cost is rounding of weights alone. "Decisions" is the share
+Each format is rounded to the nearest codes and, with --calibration, by GPTQ on those texts, and
+then, with --scale-steps, with scales learnt on them. All are computed in float32, so that what they
+cost is rounding of weights alone. "Decisions" is the share
 of (token, layer, expert) that run in one of the two models and not in the other.
 """
 
@@ -31,6 +32,8 @@ def main() -> None:
     add("--data", required=True, help="texts to measure on")
     add("--calibration", help="texts for GPTQ")
     add("--calibration-tokens", type=count, default=16_384)
+    add("--scale-steps", type=count, help="of training for the scales, on the texts for GPTQ")
+    add("--formats", nargs="+", choices=list(BITS), default=list(BITS), help="default: all")
     add("--length", type=count, default=256, help="tokens of a record")
     add("--records", type=count, help="to measure on; default: all")
     add("--newline", default="\n", help="replaces newlines in the texts")
@@ -45,14 +48,20 @@ def main() -> None:
         print(f"{len(records)} records, {records.num_tokens} tokens of {flags.data}\n")
         print("| weights | perplexity | over float32 | decisions |\n|---|--:|--:|--:|", flush=True)
         print(f"| float32 | {measure.float:.4f} | | |", flush=True)
-        for format in BITS:
-            ways: dict[str, tuple] = {format: ()}
-            if flags.calibration:
-                chosen = _records(flags.calibration, "train", flags)
-                chosen = _first(chosen, max(1, flags.calibration_tokens // flags.length))
-                ways[f"{format}, GPTQ"] = chosen.tokens_RL, chosen.segments_RL
-            for name, calibration in ways.items():
-                print(measure.row(name, lte_jax.quantize(model, params, format, *calibration)))
+        ways: dict[str, dict] = {"": {}}
+        if flags.calibration:
+            chosen = _records(flags.calibration, "train", flags)
+            chosen = _first(chosen, max(1, flags.calibration_tokens // flags.length))
+            texts = {"calibration": chosen.tokens_RL, "mask": chosen.segments_RL}
+            ways[", GPTQ"] = texts
+            if flags.scale_steps:
+                ways[", GPTQ, scales learnt"] = texts | {"scale_steps": flags.scale_steps}
+        elif flags.scale_steps:
+            parser.error("--scale-steps are on --calibration: give both")
+        for format in flags.formats:
+            for name, how in ways.items():
+                rounded = lte_jax.quantize(model, params, format, **how)
+                print(measure.row(format + name, rounded), flush=True)
 
 
 def _records(source: str, split: str, flags) -> data.Records:

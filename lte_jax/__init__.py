@@ -211,11 +211,14 @@ def quantize(
     format: Given[Literal["int8", "int6", "int4"]],
     calibration: Given[Tokens | None] = None,
     mask: Given[Mask | None] = None,
+    *,
+    scale_steps: Given[int] = 0,
 ) -> dict[str, Any]:
     """The parameters with weights of 8, 6 or 4 bits, for inference.
 
         params = lte_jax.quantize(model, params, "int8")
         params = lte_jax.quantize(model, params, "int4", calibration=tokens)    # GPTQ
+        params = lte_jax.quantize(model, params, "int4", calibration=tokens, scale_steps=200)
         lte_jax.generate(model, params, tokens, max_new_tokens=50)
 
     Matrices of attention, experts, embedding and head are rounded, in groups of 32 inputs that
@@ -231,20 +234,31 @@ def quantize(
       calibration: token ids [R, L] of typical text, some thousands: weights are rounded so that
         what the model computes on it changes little (gptq.py). None: each to what is nearest.
       mask: True (or > 0) where `calibration` is not padding; None: no padding.
+      scale_steps: of training for the scales afterwards, each on 8 rows of `calibration`, so that
+        what the head reads stays what it was (scales.py); a step costs four passes over its rows.
 
     Raises:
       UserError: if the format is unknown, the parameters are not the model's, or a matrix has a
-        number of inputs that is no multiple of 32; and on bad calibration data.
+        number of inputs that is no multiple of 32; on bad calibration data, and if there is none
+        for `scale_steps`.
     """
     _checks.model(model, params)
     if found := _quantization.format_of(params):
         raise UserError(f"quantize: params are {found} already: pass those that load returns")
+    _checks.integer("scale_steps", scale_steps, 0)
     if calibration is None:
+        if scale_steps:
+            raise UserError(f"quantize: scale_steps={scale_steps} needs calibration: pass tokens")
         return _quantization.quantize(model.config, model.lte, params, format, model.dtype)
     from lte_jax import gptq, router_init
 
-    records = _calibration(model, calibration, mask)
-    return gptq.quantize(model, params, format, router_init.rows(records[:]))
+    batches = router_init.rows(_calibration(model, calibration, mask)[:])
+    rounded = gptq.quantize(model, params, format, batches)
+    if not scale_steps:
+        return rounded
+    from lte_jax import scales  # imports Optax
+
+    return scales.learn(model, params, rounded, batches, scale_steps)
 
 
 def _calibration(model: Transformer, calibration: Any, mask: Any) -> Any:

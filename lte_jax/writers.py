@@ -216,7 +216,7 @@ class TensorBoardWriter(Writer):
             raise UserError(
                 "TensorBoard metrics need tensorboardX: pip install 'lte-jax[tensorboard]'"
             ) from None
-        # Not its SummaryWriter: a full disk ends that one's thread, for which it then waits forever.
+        # Not its SummaryWriter: a full disk ends that one's thread, and it waits for it forever.
         self._open, self._scalar = event_file_writer.EventsWriter, summary.scalar
         self._protos, self._folder = event_pb2, Path(folder)
         self._events: Any = None

@@ -54,6 +54,7 @@ ORDER = {
     "lte_jax.router_init": 14,
     "lte_jax.refit": 14.2,
     "lte_jax.gptq": 14.3,
+    "lte_jax.scales": 14.4,
     "lte_jax.clustering": 14.5,
     "lte_jax.moefication": 15,
     "lte_jax.sparsity": 16,

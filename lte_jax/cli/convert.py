@@ -3,6 +3,8 @@
     lte-jax convert owner/name my-model --dtype=bfloat16
     lte-jax convert runs/demo/lte runs/demo/lte-int8 --quantize=int8
     lte-jax convert runs/demo/lte runs/demo/lte-int4 --quantize=int4 --calibration=texts.jsonl
+    lte-jax convert runs/demo/lte runs/demo/lte-int4 --quantize=int4 --calibration=texts.jsonl \
+        --scale-steps=200
     lte-jax convert runs/demo/lte my-dense --dense
 With --dense, the weights are those of the LTE model, its neurons back in the order of the dense
 model it was made from; routers are left out. That computes what the LTE model does with all its
@@ -20,7 +22,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lte_jax import config, data, gptq, hf, interrupt, moefication, quantization, router_init
+import lte_jax
+from lte_jax import config, data, hf, interrupt, moefication, quantization
 from lte_jax.errors import Parser, UserError, cli_errors
 from lte_jax.files import Mirror, expand
 from lte_jax.kernels.quantized import BITS, Quantized
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             parser.error("nothing to convert: give --dtype, --quantize or --dense")
         if flags.calibration and not flags.quantize:
             parser.error("--calibration is of --quantize: give both")
+        if flags.scale_steps and not flags.calibration:
+            parser.error("--scale-steps are on --calibration: give both")
         out, folder = expand(flags.out, "OUT"), hf.resolve(flags.model)
         if out.exists() and os.path.samefile(out, folder):
             raise UserError(f"{out} is the model itself: expected another folder to write to")
@@ -68,20 +73,24 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     texts = "texts, as data.train of a config, on which rounding is to change little (GPTQ)"
     add("--calibration", metavar="TEXTS", help=texts)
     add("--calibration-tokens", type=config.flag(config.Count), default=16_384, help="to read")
+    steps = "of training for the scales of rounded weights, afterwards; default: none"
+    add("--scale-steps", type=config.flag(config.Count), default=0, help=steps)
     add("--dense", action="store_true", help="an LTE model as a dense one")
     return Mirror.add_to(parser)
 
 
 def _rounded(model: Transformer, params, folder: Path, flags: argparse.Namespace):
     """The parameters in weights of 8, 6 or 4 bits; on texts, if there are any."""
-    if not flags.calibration:
-        return quantization.quantize(model.config, model.lte, params, flags.quantize, model.dtype)
-    texts, wanted = data.read_texts(flags.calibration, split="train"), flags.calibration_tokens
-    length = min(_LENGTH, model.config.max_length, wanted)
-    records = data.pack(data.tokenize(texts, hf.load_tokenizer(folder)), length)
-    batches = router_init.rows(records[: max(1, wanted // length)])
+    known = {}
+    if flags.calibration:
+        texts, wanted = data.read_texts(flags.calibration, split="train"), flags.calibration_tokens
+        length = min(_LENGTH, model.config.max_length, wanted)
+        records = data.pack(data.tokenize(texts, hf.load_tokenizer(folder)), length)
+        some = records[: max(1, wanted // length)]
+        known = {"calibration": some["tokens"], "mask": some["segments"]}
+        known["scale_steps"] = flags.scale_steps
     with interrupt.handled("nothing has been written"):
-        return gptq.quantize(model, params, flags.quantize, batches)
+        return lte_jax.quantize(model, params, flags.quantize, **known)
 
 
 def _dense(model: Transformer, params, order_NEM, folder: Path) -> tuple[Transformer, dict]:
