@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,8 @@ def layer_panels(results: Sequence[Results]) -> Any:
         _label_right(axes, means)
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="x", visible=False)
-        axes.set_title(f"Sparsity of each layer: {name}" if len(panels) == 1 else name)
+        title = f"Sparsity of each layer: {name}" if len(panels) == 1 else textwrap.fill(name, 22)
+        axes.set_title(title)
     style.labels(figure, "layer", "experts skipped, %")
     return figure
 

@@ -631,7 +631,51 @@ def test_the_table(gathered):
     assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
     said = tables.notes(found)
     assert "of the best dense row: fine-tuned." in said and "An oracle looks" in said
-    assert "Not finished: x." in tables.notes(found | {"missing": ["x"]})
+    runs = len(found["runs"])
+    assert f"Not finished: 1 of {runs + 1} runs: x." in tables.notes(found | {"missing": ["x"]})
+    many = tables.notes(found | {"missing": list("abcdefg")})
+    assert f"Not finished: 7 of {runs + 7} runs, a the first." in many
+
+
+def test_the_overview_has_a_line_for_each_method(gathered):
+    found, _ = gathered
+    lines = tables.overview(found).splitlines()
+    by = {(e["method"], e["target"]): e for e in found["summary"]}
+    assert lines[0] == "| method | seeds | as it is | 50% | 90% |"
+    best = by["fine-tuned", None]["quality"]["mean"]
+    assert f"| fine-tuned | 3 | {best:.3f} |  |  |" in lines
+    for method, name in ("ours", "ours"), ("largest", "largest (oracle)"):
+        told = [by[method, target]["loss"] for target in (0.5, 0.9)]
+        cells = [f"{gap['mean']:+.1f} ± {gap['error']:.1f}%" for gap in told]
+        assert f"| {name} | 3 |  | {' | '.join(cells)} |" in lines
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def far_off():
+    """Rows of which one has a figure's whole room, and one none of it."""
+    rows = [row("dense", 0, 2.0), row("ours", 0, 2.2, 0.5), row("far", 0, 3.2, 0.5)]
+    rows += [row("gone", 0, 3000.0, 0.5)]
+    found = {"metric": "perplexity per token", "dense": "dense", "runs": rows, "missing": []}
+    found["grid"] = {"reference": "ours"}
+    return found | {"summary": results.summary(rows, "dense", "ours")}
+
+
+def test_what_is_far_off_is_in_tables_alone():
+    found = far_off()
+    assert "| far | 1 |  | +60.0% |" in tables.overview(found)
+    assert "| gone | 1 |  | 1,500 times |" in tables.overview(found)
+    assert [entry["method"] for entry in tables._with_room(found)] == ["dense", "ours"]
+    assert "Figures leave out" in tables.notes(found)
+    assert "| gone | 50% | 1 | 50.0% | 3,000 | 1,500 times |" in tables.table(found)
+
+
+def test_what_is_far_off_is_in_no_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
+    tables.draw(far_off(), tmp_path)
+    names = [line.get_label() for figure in drawn for axes in figure.axes for line in axes.lines]
+    assert "ours" in names and not {"far", "gone"} & {*names}
 
 
 def test_metrics_are_points_and_more_is_better():

@@ -10,7 +10,7 @@ import pytest
 
 from lte_jax import config
 from lte_jax.errors import UserError
-from lte_jax.sweep import claims, page, results, search
+from lte_jax.sweep import claims, page, results, search, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -194,8 +194,10 @@ def test_a_section_of_a_page(place):
     before, after = text.split("<!-- BEGIN made-up -->")[0], text.split("<!-- END made-up -->")[1]
     assert (before, after) == ("# Results\n\nBefore.\n\n", "\n\nAfter.\n") and "\nold\n" not in text
     assert "12 runs of `configs/demo.py`, 6.0 hours of training on cpu; commit 01234567" in text
-    assert "| ours | 75% | 2 | 75.0% | 3.450 ± 1.150 | +15.0% | 1 |" in text
-    assert "Not finished: late-0." in text and "as in the paper" in text
+    assert "| ours | 2 |  | +10.0% | +15.0% |" in text
+    details = (folder / "kept/made-up/table.md").read_text()
+    assert "| ours | 75% | 2 | 75.0% | 3.450 ± 1.150 | +15.0% | 1 |" in details
+    assert "Not finished: 1 of 13 runs: late-0." in text and "as in the paper" in text
     assert "Of the paper, not run here: noisy top-k softmax" in text
     kept = json.loads((folder / "kept/made-up/results.json").read_text())
     assert len(kept["runs"]) == 12 and "settings" not in kept["runs"][0]
@@ -260,6 +262,8 @@ def test_the_sections_of_the_documentation_are_those_of_what_was_kept():
         )
         assert all((ROOT / f"docs/{name}-{figure}").is_file() for figure in told["figures"])
         assert file.read_text() == page.stored(told)
+        details = tables.table(page.whole(told)) + "\n" + tables.notes(page.whole(told))
+        assert file.with_name("table.md").read_text() == details
 
 
 def test_a_best_dense_row_is_found_again():

@@ -15,6 +15,7 @@ from lte_jax.runs import with_spread
 from lte_jax.sweep import results as gathering
 from lte_jax.sweep.results import Entry
 
+_BEYOND = 1000  # percent, or points: of more the number says nothing
 ERRORS = 2  # standard errors that a difference has to exceed
 SEARCHED = "LTE of the paper"  # the row with etas that configs/sweeps/paper.py finds
 LTE = (SEARCHED, "paper's losses, our controller", "ours")
@@ -115,6 +116,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _number(difference: Mapping[str, Any], unit: str) -> str:
+    if difference["mean"] > _BEYOND:
+        return f"over {_BEYOND:,}{unit}"
     return with_spread(difference["mean"], difference["error"], "+.1f", unit)
 
 

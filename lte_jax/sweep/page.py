@@ -5,7 +5,8 @@
 
 The section of the page (docs/results.md) is what stands between <!-- BEGIN babyllama --> and
 <!-- END babyllama -->. What it is made of is kept in benchmarks/results/babyllama/results.json:
-the runs of all sweeps, without their settings, so that page and numbers can be compared.
+the runs of all sweeps, without their settings, so that page and numbers can be compared; table.md
+beside it has a line for each method and target.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ def section(name: str, kept: Mapping[str, Any]) -> str:
     origin += f", {hours:.1f} hours of training on {kept['device'].partition(' ')[2]}"
     parts = [
         f"By `python -m lte_jax.sweep.page {name}`, from `benchmarks/results/{name}/results.json`: "
-        f"{origin}{commit}.\n",
-        tables.table(results),
+        f"{origin}{commit}. Below is what each method loses against the best dense row; "
+        f"[a table](../benchmarks/results/{name}/table.md) has quality, sparsity and FLOPs.\n",
+        tables.overview(results),
         tables.notes(results),
         *(f"![{_CAPTIONS[figure]}]({name}-{figure})\n" for figure in kept["figures"]),
     ]
@@ -159,8 +161,10 @@ def write(name: str, kept: dict[str, Any], page: Path, folder: Path, figures: bo
     with files.explained(place):
         place.parent.mkdir(parents=True, exist_ok=True)
     files.atomic_write(place, stored(kept))
+    details = place.with_name("table.md")
+    files.atomic_write(details, tables.table(whole(kept)) + "\n" + tables.notes(whole(kept)))
     files.atomic_write(page, put(name, section(name, kept), text))
-    return [place, *made, page]
+    return [place, details, *made, page]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

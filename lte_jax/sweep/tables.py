@@ -13,6 +13,43 @@ from lte_jax.files import atomic_write
 from lte_jax.runs import with_spread
 from lte_jax.sweep.results import Entry
 
+_EVEN = 0.01  # methods whose layers' sparsities differ by less have no panel in layers.png
+_ROOM = 50.0  # percent of the best dense row's perplexity: what loses more is in no figure
+_NAMED = 5  # runs that are missing; of more, only how many
+_TIMES = 1000.0  # percent from which a loss is told as times the best dense row's perplexity
+
+
+def overview(results: Mapping[str, Any]) -> str:
+    """What each method loses, as Markdown: a line for each, a column for each target."""
+    points, best = _in_points(results), results["dense"]
+    rows: dict[str, dict[float | None, Entry]] = {}
+    for entry in results["summary"]:
+        rows.setdefault(_name(entry), {})[entry["target"]] = entry
+    targets = sorted(
+        {t for row in rows.values() for t in row}, key=lambda t: -1 if t is None else t
+    )
+    labels = ["as it is" if target is None else f"{target:.0%}" for target in targets]
+    heads = ["method", "seeds", *labels]
+    sought = [t for t in targets if any(_at_cost(row.get(t)) for row in rows.values())]
+    heads += [f"at its FLOPs, {target:.0%}" for target in sought if target is not None]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for name, row in rows.items():
+        seeds = sorted({len(entry["seeds"]) for entry in row.values()})
+        cells = [name, "-".join(str(count) for count in seeds)]
+        for target in targets:
+            entry = row.get(target)
+            gap = entry and entry["loss"]
+            is_best = entry is not None and entry["method"] == best
+            own = f"{entry['quality']['mean']:.3f}" if entry is not None and is_best else ""
+            cells.append(own or (_lost(gap, points) if gap else ""))
+        cells += [_lost(gap, points) if (gap := _at_cost(row.get(t))) else "" for t in sought]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _at_cost(entry: Entry | None) -> Mapping[str, Any] | None:
+    return entry.get("difference_at_cost") if entry else None
+
 
 def table(results: Mapping[str, Any]) -> str:
     """The summary as Markdown, in the order of the grid."""
@@ -35,7 +72,9 @@ def table(results: Mapping[str, Any]) -> str:
             "" if entry["target"] is None else f"{entry['target']:.0%}",
             str(len(entry["seeds"])),
             with_spread(*_both(share), ".1f", "%"),
-            with_spread(*_both(entry["quality"]), ".3f"),
+            with_spread(
+                *_both(entry["quality"]), ".3f" if entry["quality"]["mean"] < 1000 else ",.0f"
+            ),
             "best dense" if entry["method"] == best else against,
             with_spread(flops and flops["mean"] * across.unit, None, ".3g"),
         ]
@@ -66,9 +105,20 @@ def notes(results: Mapping[str, Any]) -> str:
         )
     if any(entry["oracle"] for entry in results["summary"]):
         text += " An oracle looks at what a served model would have to compute first."
-    if results["missing"]:
-        text += f"\n\nNot finished: {', '.join(results['missing'])}."
+    if len(_with_room(results)) < len(results["summary"]):
+        text += f" Figures leave out what loses more than {_ROOM:.0f}%."
+    if missing := results["missing"]:
+        named = f": {', '.join(missing)}" if len(missing) <= _NAMED else f", {missing[0]} the first"
+        count = len(missing) + len(results["runs"])
+        text += f"\n\nNot finished: {len(missing)} of {count} runs{named}."
     return text + "\n"
+
+
+def _with_room(results: Mapping[str, Any]) -> list[Entry]:
+    """The summary but for what would leave no room in a figure for the rest."""
+    if _in_points(results):
+        return results["summary"]
+    return [e for e in results["summary"] if not e["loss"] or e["loss"]["mean"] <= _ROOM]
 
 
 def _unit(gflops: Iterable[float]) -> figures.Across:
@@ -80,6 +130,8 @@ def _lost(gap: Mapping[str, Any], points: bool) -> str:
     """More perplexity, or less of a metric."""
     if points:
         return with_spread(-gap["mean"], gap["error"], "+.2f")
+    if gap["mean"] >= _TIMES:
+        return f"{1 + gap['mean'] / 100:,.0f} times"
     return with_spread(*_both(gap), "+.1f", "%")
 
 
@@ -102,7 +154,9 @@ def draw(results: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]:
 
     quality.png and cost.png: quality against sparsity and GFLOPs, layers.png: sparsity of each
     layer, ablation.png: differences to the reference; after `prefix`. Bars are standard errors.
+    What loses more than _ROOM is left out, and of layers those methods that treat all alike.
     """
+    results = {**results, "summary": _with_room(results)}
     models = [{"models": _models(results)}]
     sparse = [model for model in models[0]["models"] if model["sparsity"]]
     large = not _in_points(results) and any(m.get("loss_of_quality", 0) > 100 for m in sparse)
@@ -115,8 +169,9 @@ def draw(results: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]:
             across = _unit(model["gflops_per_token"] for model in models[0]["models"])
             title = "What sparsity costs, and saves"
             made["cost.png"] = figures.quality_panels({title: models}, large, across)
-        if any("sparsity_per_layer" in model for model in sparse):
-            made["layers.png"] = figures.layer_panels(models)
+        uneven = {model["name"] for model in sparse if _spread(model) > _EVEN}
+        if told := [model for model in sparse if model["name"] in uneven]:
+            made["layers.png"] = figures.layer_panels([{"models": told}])
         if panels := _differences(results):
             unit = "points" if _in_points(results) else "% of the best dense row's perplexity"
             label = f"loses more than {results['grid']['reference']}, {unit}"
@@ -124,6 +179,12 @@ def draw(results: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]:
         for name, figure in made.items():
             style.save(figure, out / f"{prefix}{name}")
     return [out / f"{prefix}{name}" for name in made]
+
+
+def _spread(model: Entry) -> float:
+    """By how much the sparsities of its layers differ."""
+    share = model.get("sparsity_per_layer", (0.0,))
+    return max(share) - min(share)
 
 
 def _models(results: Mapping[str, Any]) -> list[Entry]:
