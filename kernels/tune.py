@@ -49,9 +49,10 @@ def main() -> None:
         "--linear",
         type=_matrix,
         nargs="*",
-        default=[_matrix("4096x4096"), _matrix("4096x32000")],
         metavar="KxO",
-        help="other matrices of the model, inputs by outputs; KxOt: stored [O, K]",
+        help="other matrices of the model, inputs by outputs; KxOt: stored [O, K]; KxO:int6: of so "
+        "many bits. Default: LLaMA2-7B's projections, those of q, k and v together, and its head "
+        "(of int6 beside int4, as lte_jax.quantize has it)",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="B")
@@ -59,11 +60,14 @@ def main() -> None:
     parser.add_argument(
         "--quantize",
         choices=[*BITS],
-        help="weights of so many bits (heads beside int4 have int6: tune those apart)",
+        help="weights of so many bits, but where --linear says another number",
     )
     parser.add_argument("--no-gate", action="store_true", help="an FFN of two matrices")
     parser.add_argument("--out", type=Path, help="the file to write (default: tuned/<device>.json)")
     flags = parser.parse_args()
+    if flags.linear is None:
+        head = "4096x32000" + ":int6" * (flags.quantize == "int4")
+        flags.linear = [*map(_matrix, ("4096x12288", "4096x4096", head))]
     if reason := gpu_triton.unavailable():
         raise UserError(f"no block sizes can be timed here: {reason}")
     path = flags.out or triton_blocks.tuned_path()
@@ -82,7 +86,9 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     d, m, dtype = flags.d_model, flags.expert_size, jnp.dtype(flags.dtype)
     if m < 1 or flags.d_ff % m:
         raise UserError(f"--d-ff {flags.d_ff} is not a multiple of --expert-size {m}")
-    if flags.quantize and (bad := [k for k in (m, d, *(k for k, *_ in flags.linear)) if k % GROUP]):
+    inputs = {m: flags.quantize, d: flags.quantize}
+    inputs |= {k: kind or flags.quantize for k, _, _, kind in flags.linear}
+    if bad := [k for k, kind in inputs.items() if kind and k % GROUP]:
         raise UserError(f"--quantize: {bad[0]} inputs: expected a multiple of {GROUP}")
     e = flags.d_ff // m
     keys = iter(jax.random.split(jax.random.key(0), 100 + 10 * len(flags.linear)))
@@ -90,18 +96,16 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape, dtype) / math.sqrt(shape[-1])
 
-    def weight(*shape: int, inputs_first: bool) -> Weight:
+    def weight(*shape: int, inputs_first: bool, kind: str | None = flags.quantize) -> Weight:
         w = normal(*shape)
-        if flags.quantize is None:
-            return w
-        return quantize(w, flags.quantize, inputs_first=inputs_first, dtype=dtype)
+        return w if kind is None else quantize(w, kind, inputs_first=inputs_first, dtype=dtype)
 
     names = ("up", "down") if flags.no_gate else ("up", "down", "gate")
     weights = {name: weight(LAYERS, e, m, d, inputs_first=name == "down") for name in names}
     x = [normal(b, d) for _ in range(INPUTS)]
     active = [jax.random.uniform(next(keys), (b, e)) >= flags.sparsity for _ in range(INPUTS)]
     used = sum(float(a.any(axis=0).mean()) for a in active) / INPUTS  # of the experts, by some row
-    form = flags.quantize and f" {flags.quantize}" or ""
+    form = f" {flags.quantize}" if flags.quantize else ""
     size = used * _bytes(weights["down"])
     arrays = (x, active, weights)
     yield best(f"hidden{form}", b, m, d, dtype.name, 1, _hidden, arrays, size * (len(names) - 1))
@@ -114,12 +118,12 @@ def tune(flags: argparse.Namespace, b: int) -> Iterator[tuple[str, Blocks, dict[
     arrays = (lists, weights["down"])
     yield best(f"combine{form}", b, *sizes, dtype.name, e, _combine, arrays, size)
 
-    for k, o, transposed in flags.linear:
-        shape = (o, k) if transposed else (k, o)
-        w = weight(LAYERS, *shape, inputs_first=not transposed)
+    for k, o, transposed, kind in flags.linear:
+        shape, kind = (o, k) if transposed else (k, o), kind or flags.quantize
+        w = weight(LAYERS, *shape, inputs_first=not transposed, kind=kind)
         arrays = ([normal(b, k) for _ in range(INPUTS)], w)
-        if form:
-            yield best(f"combine{form}", b, o, k, dtype.name, 1, _linear, arrays, _bytes(w))
+        if kind:
+            yield best(f"combine {kind}", b, o, k, dtype.name, 1, _linear, arrays, _bytes(w))
         else:
             kernel, run = ("project", _project) if transposed else ("combine", _linear)
             yield best(kernel, b, *shape, dtype.name, 1, run, arrays, _bytes(w))
@@ -130,10 +134,13 @@ def _bytes(w: Weight) -> float:
     return sum(part.nbytes for part in jax.tree.leaves(w)) / LAYERS
 
 
-def _matrix(text: str) -> tuple[int, int, bool]:
-    if not (found := re.fullmatch(r"(\d+)x(\d+)(t?)", text)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected inputs by outputs, such as 4096x4096")
-    return int(found[1]), int(found[2]), bool(found[3])
+def _matrix(text: str) -> tuple[int, int, bool, str | None]:
+    """Inputs, outputs, whether it is stored [O, K], and its format if it says one."""
+    if not (found := re.fullmatch(rf"(\d+)x(\d+)(t?)(?::({'|'.join(BITS)}))?", text)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected inputs by outputs, such as 4096x4096 or 4096x32000:int6"
+        )
+    return int(found[1]), int(found[2]), bool(found[3]), found[4]
 
 
 # Each runs call number i: the layer varies first, then the input.

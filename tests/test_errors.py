@@ -209,3 +209,25 @@ def test_tuning_of_kernels_without_a_gpu_is_one_line(monkeypatch, capsys):
         tune.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: no block sizes can be timed here: there is no GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "linear"),
+    [
+        ([], [(4096, 12288, None), (4096, 4096, None), (4096, 32000, None)]),
+        (["--quantize=int4"], [(4096, 12288, None), (4096, 4096, None), (4096, 32000, "int6")]),
+        (["--linear", "64x96:int8"], [(64, 96, "int8")]),
+    ],
+)
+def test_what_is_tuned_is_what_decoding_reads(words, linear, monkeypatch, tmp_path):
+    """q, k and v as one matrix, and beside int4 the head in 6 bits."""
+    from lte_jax.kernels import tune
+
+    seen = []
+    monkeypatch.setattr(tune.gpu_triton, "unavailable", lambda: None)
+    monkeypatch.setattr(tune, "tune", lambda flags, rows: seen.append((flags, rows)) or ())
+    argv = ["tune", *words, "--rows", "1", "8", f"--out={tmp_path / 'x.json'}"]
+    monkeypatch.setattr("sys.argv", argv)
+    tune.main()
+    assert [rows for _, rows in seen] == [1, 8]
+    assert seen[0][0].linear == [(k, o, False, kind) for k, o, kind in linear]
