@@ -49,7 +49,7 @@ def _small(page, words):
             word = word.replace(name, place)
         if word.startswith("--config="):
             word += ",smoke" if ":" in word else ":smoke"
-        made.append(re.sub(r"(\.steps=)[1-9]\d*$", r"\g<1>4", word))
+        made.append(re.sub(r"([.-]steps=)[1-9]\d*$", r"\g<1>4", word))
     return [*made, *SMALL.get(words[1], ())]
 
 
@@ -165,9 +165,11 @@ def _benchmark(words, said):
         assert all(f"| {task} | LTE, 90% |" in table for task in tasks) and table in said.out
     elif words[1] == "benchmarks/quantization.py":
         rows = re.findall(
-            r"^\| (\S+(?:, GPTQ)?) \| [\d.]+ \| \S+% \| \S+% \|$", said.out, re.MULTILINE
+            r"^\| (\S+(?:, GPTQ)?(?:, scales learnt)?) \| [\d.]+ \| \S+% \| \S+% \|$",
+            *(said.out, re.MULTILINE),
         )
-        assert rows == ["int8", "int8, GPTQ", "int4", "int4, GPTQ"]
+        ways = ("", ", GPTQ", ", GPTQ, scales learnt")
+        assert rows == [format + way for format in ("int8", "int6", "int4") for way in ways]
     else:
         drawn = [pathlib.Path("pictures", f"{name}.png") for name in ("idea", "kernels")]
         assert all(path.stat().st_size > 1000 for path in drawn)
