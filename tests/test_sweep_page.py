@@ -266,6 +266,19 @@ def test_the_sections_of_the_documentation_are_those_of_what_was_kept():
         assert file.with_name("table.md").read_text() == details
 
 
+def test_the_readme_has_figures_of_the_page():
+    """Its table has some of the methods, and no column of seeds and dense rows."""
+    told = page.read(ROOT / "benchmarks/results/babyllama/results.json")
+    rows = [line.split("|") for line in tables.overview(page.whole(told)).splitlines()]
+    whole = {"|".join([*cells[:2], *cells[4:]]) for cells in rows}
+    text = (ROOT / "README.md").read_text()
+    mine = re.search(r"^\| method \| 50% .*\n(?:\|.*\n)+", text, re.MULTILINE)
+    assert mine is not None
+    head, _, *lines = mine[0].splitlines()
+    assert head in whole and len(lines) > 5
+    assert set(lines) <= whole
+
+
 def test_a_best_dense_row_is_found_again():
     """As `results.collect` finds it of all that was measured."""
     whole = page.whole(page.merged([sweep(made_up(), "ours")]))
