@@ -16,9 +16,10 @@ by configs/sweeps/paper.py.
 ":rates" is another grid, which chose RATES: every row that trains, at three learning rates, at 75%,
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
 benchmarks/sweeps/rates.json. The table has these rates at 50 and 90%, too, for all methods alike;
-at 50% lower ones are better, for ours at least (docs/log.md). Its first 234 runs are in
-benchmarks/sweeps/methods.json: --known=benchmarks/sweeps/methods.json goes on from there (with
---config.source.path=models/babyllama and a mirror that holds the model there).
+at 50% lower ones are better, for ours at least (docs/log.md): ":rates,half" tries them there. The
+table's first 234 runs are in benchmarks/sweeps/methods.json: --known=benchmarks/sweeps/methods.json
+goes on from there (with --config.source.path=models/babyllama and a mirror that holds the model
+there).
 
 Cost:   309 runs, of two to four minutes on one core if they train, of half a minute if not: some
         ten hours of one core. ":rates": 63 runs, two hours.
@@ -53,8 +54,9 @@ RATE = 2e-3
 
 
 def get_sweep(arg=""):
-    words = config.variants(arg, "rates", "quick", "smoke")
+    words = config.variants(arg, "rates", "half", "quick", "smoke")
     smoke, quick, rates = ("smoke" in words, "quick" in words, "rates" in words)
+    tried = (0.5,) if "half" in words else (0.75,)
     steps = 8 if smoke else 30 if quick else 300  # of the router stage and of adaptation together
     spared = config.QUALITY_ONLY
     spared += ("data.validation=",) if rates else ()  # validates on a part of the training text
@@ -70,7 +72,7 @@ def get_sweep(arg=""):
             "dense, ReLU": config.Row((*finetuned(steps), "source.activation=relu"), targets=()),
             **(trials(steps) if rates else compared(steps)),
         },
-        targets=(0.5,) if smoke else (0.75,) if quick or rates else (0.5, 0.75, 0.9),
+        targets=(0.5,) if smoke else tried if quick or rates else (0.5, 0.75, 0.9),
         seeds=(0,) if words else (0, 1, 2),
         overrides=spared,
         reference="" if rates else OURS,
