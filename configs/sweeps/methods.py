@@ -17,17 +17,17 @@ by configs/sweeps/paper.py.
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
 benchmarks/sweeps/rates.json. The table has these rates at 50 and 90%, too, for all methods alike;
 at 50% lower ones are better, for ours at least (docs/log.md): ":rates,half" tries them there. The
-table's first 234 runs are in benchmarks/sweeps/methods.json: --known=benchmarks/sweeps/methods.json
-goes on from there (with --config.source.path=models/babyllama and a mirror that holds the model
-there).
+table's own runs are in benchmarks/sweeps/methods.json. With --known=benchmarks/sweeps/methods.json
+a changed grid makes only what is new (with --config.source.path=models/babyllama and a mirror that
+holds the model there).
 
 Cost:   309 runs, of two to four minutes on one core if they train, of half a minute if not: some
         ten hours of one core. ":rates": 63 runs, two hours.
 Expect: ":rates": ours 2.575, Deja Vu 2.577, CATS 2.475, static removal 2.711, random routers 2.782
-        at 75% (dense, fine-tuned: 2.308). The table, of two or three seeds: dense 2.180; ours
-        2.318, 2.415 and 2.561 at 50, 75 and 90%. Beside ours at as many FLOPs Deja Vu loses 2.1 to
-        2.8% more, CATS 0.4% less at 50%, as much at 75% and 1.8% more at 90%, Wanda's pruned
-        weights 2.1 to 3.2% less at 50%, 1.3 and 21% more at 75 and 90%, all others at least 2.5%.
+        at 75% (dense, fine-tuned: 2.308). The table: dense 2.180; ours 2.318, 2.415
+        and 2.561 at 50, 75 and 90%. Beside ours at as many FLOPs Deja Vu loses 2.1 to 2.8% more,
+        CATS 0.4% less at 50%, as much at 75% and 1.8% more at 90%, Wanda's pruned weights 2.1 to
+        3.2% less at 50%, 1.4 and 21% more at 75 and 90%, all others at least 2.5%.
 
 Variants: ":rates"; ":quick" (`make comparison`), all methods at one target with one seed, 30 steps
 in place of 300 and 64 records of validation text: shows what is far apart, the rest is noise.

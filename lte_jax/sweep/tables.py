@@ -132,7 +132,8 @@ def _lost(gap: Mapping[str, Any], points: bool) -> str:
         return with_spread(-gap["mean"], gap["error"], "+.2f")
     if gap["mean"] >= _TIMES:
         return f"{1 + gap['mean'] / 100:,.0f} times"
-    return with_spread(*_both(gap), "+.1f", "%")
+    mean, error = _both(gap)
+    return with_spread(round(mean, 1) + 0.0, error, "+.1f", "%")  # no -0.0
 
 
 def _both(numbers: Mapping[str, Any]) -> tuple[float, float | None]:
