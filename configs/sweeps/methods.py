@@ -16,9 +16,10 @@ by configs/sweeps/paper.py.
 ":rates" is another grid, which chose RATES: every row that trains, at three learning rates, at 75%,
 one seed, on held-out training stories, which no other grid reports. Its 63 runs are in
 benchmarks/sweeps/rates.json. The table has these rates at 50 and 90%, too, for all methods alike;
-at 50% lower ones are better, for ours at least (docs/log.md): ":rates,half" tries them there. The
-table's own runs are in benchmarks/sweeps/methods.json. With --known=benchmarks/sweeps/methods.json
-a changed grid makes only what is new (with --config.source.path=models/babyllama and a mirror that
+at 50% lower ones are better, for all that were tried: ":rates,half" does that, and its first 14
+runs, of six methods and ours, are in benchmarks/sweeps/rates_half.json (docs/log.md). The table's
+own runs are in benchmarks/sweeps/methods.json: with --known=benchmarks/sweeps/methods.json a
+changed grid makes only what is new (with --config.source.path=models/babyllama and a mirror that
 holds the model there).
 
 Cost:   309 runs, of two to four minutes on one core if they train, of half a minute if not: some
