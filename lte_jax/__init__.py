@@ -235,7 +235,7 @@ def quantize(
         what the model computes on it changes little (gptq.py). None: each to what is nearest.
       mask: True (or > 0) where `calibration` is not padding; None: no padding.
       scale_steps: of training for the scales afterwards, each on 8 rows of `calibration`, so that
-        what the head reads stays what it was (scales.py); a step costs four passes over its rows.
+        what the head reads stays what it was (scales.py); a step costs five passes over its rows.
 
     Raises:
       UserError: if the format is unknown, the parameters are not the model's, or a matrix has a

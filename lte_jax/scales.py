@@ -67,7 +67,7 @@ def learn(
     adam = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))
     change = jax.tree.map(jnp.zeros_like, start)
     moments, step = adam.init(change), _step(model, adam)
-    rng, distance = np.random.default_rng(0), np.inf
+    rng = np.random.default_rng(0)
     with tqdm(total=steps, desc="scales", unit=" steps", disable=None, leave=False) as bar:
         for number in range(steps):
             interrupt.check("while learning scales")
