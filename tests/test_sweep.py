@@ -769,7 +769,7 @@ def test_the_command_lists_collects_and_fails(tmp_path, monkeypatch, capsys):
     )
     told = json.loads((out / "results.json").read_text())
     assert told["missing"] == ["ours-0.5-1"] and len(told["runs"]) == 9
-    assert "Not finished: ours-0.5-1." in (out / "table.md").read_text()
+    assert "Not finished: 1 of 10 runs: ours-0.5-1." in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
