@@ -56,7 +56,7 @@ def test_only_scales_of_layers_change():
             assert np.any(new.scales != old.scales) == learnt, path
 
 
-def test_the_same_text_gives_the_same_scales_and_padding_says_nothing():
+def test_scales_depend_on_real_text_alone():
     transformer, params = model(LTE)
     mask = np.ones(TOKENS.shape, int)
     mask[:, 32:] = 0

@@ -106,7 +106,7 @@ MUTANTS: list[Mutant] = [
          "s * (1 + d)).astype", "s * (1 - d)).astype"),
         ("embedding and head move, too", "test_only_scales_of_layers_change",
          "and path.startswith(LAYERS)", ""),
-        ("padding counts for scales", "test_the_same_text_gives_the_same_scales_and_padding_says_nothing",
+        ("padding counts for scales", "test_scales_depend_on_real_text_alone",
          'batch["segments"] > 0', 'batch["segments"] > -1'),
         ("what is not finite is returned", "test_bad_input_for_scales",
          "if not np.isfinite(distance)", "if False"),
